@@ -1,0 +1,1 @@
+"""Prune language models in JAX."""

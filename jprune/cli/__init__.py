@@ -1,0 +1,1 @@
+"""The jprune command."""

@@ -1,0 +1,1 @@
+"""Token windows for calibration and evaluation."""

@@ -1,0 +1,1 @@
+"""One short table a family."""

@@ -1,0 +1,1 @@
+"""The block pipeline: whole models, one block at a time."""

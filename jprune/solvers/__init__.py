@@ -1,0 +1,1 @@
+"""Solvers: new weights that make up for what was pruned."""
