@@ -86,8 +86,8 @@ def _dynamic_frequencies(rope: Rope, head_dim: int, length: Int[Array, ""]) -> F
 
 
 def rotations(
-    rope: Rope, head_dim: int, positions: Int[Array, "*batch time"]
-) -> tuple[Float[Array, "*batch time half"], Float[Array, "*batch time half"]]:
+    rope: Rope, head_dim: int, positions: Int[Array, "... time"]
+) -> tuple[Float[Array, "... time half"], Float[Array, "... time half"]]:
     """cos and sin of every pair's angle at the positions, float32."""
     if rope.kind == "dynamic" and head_dim > 2:
         speed = _dynamic_frequencies(rope, head_dim, positions.max() + 1)
@@ -99,7 +99,7 @@ def rotations(
 
 def rotate(
     x: Float[Array, "batch time heads head_dim"],
-    rotation: tuple[Float[Array, "*batch time half"], Float[Array, "*batch time half"]],
+    rotation: tuple[Float[Array, "... time half"], Float[Array, "... time half"]],
 ) -> Float[Array, "batch time heads head_dim"]:
     """Turn every pair of every head by its angle; computed in float32, returned in x's dtype."""
     cos, sin = (part[..., None, :] for part in rotation)

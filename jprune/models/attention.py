@@ -1,0 +1,80 @@
+"""Causal grouped-query attention, with or without a cache of earlier keys and values.
+
+Scores are computed a chunk of queries at a time: keys that a chunk cannot see (later ones, or earlier than its window)
+are never touched, which halves the work of a full sequence, and only one chunk's scores are alive.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+CHUNK = 512  # queries at a time; measured on CPU at 2048 tokens, see scripts
+
+
+class Cache(NamedTuple):
+    """Keys (rotated) and values of the tokens seen so far, in buffers of fixed capacity S."""
+
+    keys: Float[Array, "B S K D"]
+    values: Float[Array, "B S K D"]
+    length: Int[Array, ""] | int  # tokens held; an int where it is known while tracing
+
+    @classmethod
+    def empty(cls, batch: int, capacity: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> "Cache":
+        """Room for `capacity` tokens."""
+        zeros = jnp.zeros((batch, capacity, kv_heads, head_dim), dtype)
+        return cls(zeros, jnp.zeros_like(zeros), 0)
+
+    def extend(self, keys: Float[Array, "B T K D"], values: Float[Array, "B T K D"]) -> "Cache":
+        """Add T tokens after those held; they must fit into the capacity (a dynamic update would shift them silently)."""
+        at = (0, self.length, 0, 0)
+        return Cache(
+            jax.lax.dynamic_update_slice(self.keys, keys, at),
+            jax.lax.dynamic_update_slice(self.values, values, at),
+            self.length + keys.shape[1],
+        )
+
+
+def attend(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    *,
+    start: Int[Array, ""] | int = 0,
+    window: int | None = None,
+) -> Float[Array, "B T H D"]:
+    """Query t stands at key `start + t` and sees itself and the earlier keys, at most `window` in all.
+
+    Query head h reads key/value head h // (H / K), by a grouped contraction and not by repeating k and v. Scores and
+    softmax are float32; the result has v's dtype.
+    """
+    batch, time, heads, head_dim = q.shape
+    q = q.reshape(batch, time, k.shape[2], heads // k.shape[2], head_dim)
+    if isinstance(start, int):
+        chunks = []
+        for first in range(0, time, CHUNK):
+            last = min(first + CHUNK, time)
+            low = 0 if window is None else max(start + first - window + 1, 0)
+            seen = slice(low, start + last)
+            chunks.append(_attend(q[:, first:last], k[:, seen], v[:, seen], start + first - low, window))
+        out = jnp.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
+    else:
+        out = _attend(q, k, v, start, window)
+    return out.reshape(batch, time, heads, v.shape[3])
+
+
+def _attend(
+    q: Float[Array, "B T K G D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    start: Int[Array, ""] | int,
+    window: int | None,
+) -> Float[Array, "B T K G D"]:
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    ago = jnp.arange(q.shape[1])[:, None] + start - jnp.arange(k.shape[1])  # [T, S]
+    visible = ago >= 0
+    if window is not None:
+        visible &= ago < window
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v)
