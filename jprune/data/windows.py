@@ -1,0 +1,253 @@
+"""Token windows for calibration and evaluation, sampled as the SparseGPT and Wanda programs do.
+
+Calibration draws from one `random.Random(seed)` stream, so that the same tokenizer, text and seed give the tokens that
+the originals saw. Of a stream: one offset a window. Of documents: a document (again while it is not longer than the
+window), then the offset in it. Evaluation cuts the text into windows that do not overlap and drops the tail. Special
+tokens are added once, where the text or document starts, so a window holds a BOS only when it starts there.
+
+Deviation: when no document is longer than the window the originals never return; here the documents are joined by blank
+lines and sampled as a stream, with a notice.
+"""
+
+import hashlib
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int32
+
+from jprune.data import sources
+from jprune.errors import JpruneError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SAMPLES = 128
+DEFAULT_LENGTH = 2048
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """The token ids of `text`, with a BOS where the tokenizer adds one."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Token windows, and what is recorded of them.
+
+    Attributes:
+        tokens: the windows, one a row.
+        source: the spec they come from, as given.
+        seed: what they were drawn with; None when nothing was drawn (evaluation, or a .npy).
+        sha256: of the tokens and their shape: equal when, and only when, the tokens are.
+        notices: what the user should know about how they were made, one sentence each.
+    """
+
+    tokens: Int32[np.ndarray, "n length"]
+    source: str
+    seed: int | None
+    sha256: str
+    notices: tuple[str, ...] = ()
+
+
+def calibration(
+    spec: str | Path,
+    tokenizer: Tokenizer | None,
+    *,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    vocab_size: int | None = None,
+    context: int | None = None,
+) -> Windows:
+    """Windows to calibrate on, drawn as the originals draw them; of a `.npy`, the first rows in their order.
+
+    Args:
+        spec: names the source, see `jprune.data.sources`.
+        tokenizer: needed for text; a `.npy` works without.
+        samples: number of windows; by default 128, or every row of a `.npy`.
+        length: tokens a window; by default 2048 cut to `context`, or what the rows of a `.npy` have.
+        seed: of the draws; with `random.seed(seed)` the originals draw the same.
+        vocab_size: ids from here on are refused.
+        context: the longest sequence that the model takes.
+
+    Raises:
+        JpruneError: a source that cannot be used, too little of it, or a length that the model does not take.
+    """
+    source = sources.read(spec, "calibration")
+    length, notices = _length(length, context, source)
+    if isinstance(source, sources.TokenRows):
+        return _from_rows(source, spec, samples, length, vocab_size, notices)
+    samples = DEFAULT_SAMPLES if samples is None else samples
+    _check_count("number of samples", samples)
+    tokenizer = _require(tokenizer, spec)
+    rng = random.Random(seed)
+    tokens = None
+    if isinstance(source, sources.Documents):
+        tokens = _draw_from_documents(source.texts, tokenizer, samples, length, rng)
+        if tokens is None:
+            notices += (f"{spec}: no document has more than {length} tokens; they are joined into one text.",)
+    if tokens is None:
+        tokens = _draw_from_stream(_encode(tokenizer, source), samples, length, rng, spec)
+    return _windows(tokens, spec, seed, vocab_size, notices)
+
+
+def evaluation(
+    spec: str | Path,
+    tokenizer: Tokenizer | None,
+    *,
+    length: int | None = None,
+    windows: int | None = None,
+    vocab_size: int | None = None,
+    context: int | None = None,
+) -> Windows:
+    """The first `windows` (by default all) non-overlapping windows of the evaluation text; the tail is dropped.
+
+    `length`, `vocab_size`, `context` and errors are those of `calibration`; documents are joined by blank lines.
+    """
+    source = sources.read(spec, "evaluation")
+    length, notices = _length(length, context, source)
+    if isinstance(source, sources.TokenRows):
+        return _from_rows(source, spec, windows, length, vocab_size, notices)
+    if windows is not None:
+        _check_count("number of windows", windows)
+    ids = _encode(_require(tokenizer, spec), source)
+    available = len(ids) // length
+    wanted = windows
+    if wanted is None:
+        limit = source.max_windows if isinstance(source, sources.Stream) else None
+        wanted = max(1, available if limit is None else min(available, limit))
+    if available < wanted:
+        raise JpruneError(
+            f"{spec}: too little text for evaluation: it has {len(ids)} tokens, and {wanted} window(s) of {length} "
+            f"tokens need {wanted * length}. Give more text, fewer windows, or shorter ones (--sequence-length)."
+        )
+    tokens = np.array(ids[: wanted * length]).reshape(wanted, length)
+    return _windows(tokens, spec, None, vocab_size, notices)
+
+
+def sha256(tokens: Int32[np.ndarray, "n length"]) -> str:
+    """Hash of the shape and the little-endian bytes of `tokens`."""
+    digest = hashlib.sha256(f"int32[{tokens.shape[0]},{tokens.shape[1]}]".encode())
+    digest.update(np.ascontiguousarray(tokens, dtype="<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _draw_from_documents(
+    texts: Sequence[str], tokenizer: Tokenizer, samples: int, length: int, rng: random.Random
+) -> np.ndarray | None:
+    """Windows of random documents longer than the window (C4 calibration); None when there is no such document."""
+    short: set[int] = set()  # drawn again, these need not be tokenised again
+
+    def long_document(index: int) -> list[int] | None:
+        if index in short:
+            return None
+        ids = tokenizer.encode(texts[index], add_special_tokens=True)
+        if len(ids) > length:
+            return ids
+        short.add(index)
+        return None
+
+    # Without one long document the draws below would never end.
+    if all(long_document(index) is None for index in range(len(texts))):
+        return None
+    windows: list[list[int]] = []
+    while len(windows) < samples:
+        ids = long_document(rng.randint(0, len(texts) - 1))
+        if ids is not None:
+            windows.append(_cut(ids, length, rng))
+    return np.array(windows)
+
+
+def _draw_from_stream(ids: list[int], samples: int, length: int, rng: random.Random, spec: str | Path) -> np.ndarray:
+    """Windows at random offsets of one tokenised text (WikiText-2 calibration)."""
+    if len(ids) <= length:
+        raise JpruneError(
+            f"{spec}: too little text for calibration: it has {len(ids)} tokens, and windows of {length} tokens need "
+            f"at least {length + 1}. Give more text, or shorter windows (--sequence-length)."
+        )
+    return np.array([_cut(ids, length, rng) for _ in range(samples)])
+
+
+def _cut(ids: list[int], length: int, rng: random.Random) -> list[int]:
+    """One window at a random offset. As in the originals, the last possible offset is never drawn."""
+    start = rng.randint(0, len(ids) - length - 1)
+    return ids[start : start + length]
+
+
+def _encode(tokenizer: Tokenizer, source: sources.Stream | sources.Documents) -> list[int]:
+    """The ids of the whole source as one text."""
+    text = source.text if isinstance(source, sources.Stream) else "\n\n".join(source.texts)
+    return tokenizer.encode(text, add_special_tokens=True)
+
+
+def _from_rows(
+    source: sources.TokenRows,
+    spec: str | Path,
+    count: int | None,
+    length: int,
+    vocab_size: int | None,
+    notices: tuple[str, ...],
+) -> Windows:
+    """The first `length` tokens of the first `count` rows (by default of all)."""
+    rows, row_length = source.rows.shape
+    if count is None:
+        count = max(1, rows)
+    _check_count("number of windows", count)
+    if rows < count or row_length < length:
+        raise JpruneError(f"{spec} has {rows} rows of {row_length} token ids; {count} rows of {length} were asked for.")
+    if row_length > length:
+        notices += (f"{spec}: of each row of {row_length} tokens the first {length} are used.",)
+    return _windows(source.rows[:count, :length], spec, None, vocab_size, notices)
+
+
+def _windows(
+    tokens: np.ndarray, spec: str | Path, seed: int | None, vocab_size: int | None, notices: tuple[str, ...]
+) -> Windows:
+    """Check the ids and note what is recorded of them. Checked before the cast, which would wrap what does not fit."""
+    limit = 2**31 if vocab_size is None else vocab_size
+    bad = np.argwhere((tokens < 0) | (tokens >= limit))
+    if len(bad):
+        row, column = bad[0]
+        raise JpruneError(
+            f"{spec}: token id {tokens[row, column]} at window {row}, position {column} is outside [0, {limit}). "
+            "Use token ids made with this model's own tokenizer."
+        )
+    tokens = np.array(tokens, dtype=np.int32)
+    for notice in notices:
+        logger.info(notice)
+    return Windows(tokens=tokens, source=str(spec), seed=seed, sha256=sha256(tokens), notices=notices)
+
+
+def _length(length: int | None, context: int | None, source: sources.Source) -> tuple[int, tuple[str, ...]]:
+    """The window length, and a notice when a default was cut to the model's context."""
+    if length is not None:
+        _check_count("sequence length", length)
+        if context is not None and length > context:
+            raise JpruneError(f"Sequence length {length} is more than the model's context of {context} tokens.")
+        return length, ()
+    length = max(1, source.rows.shape[1]) if isinstance(source, sources.TokenRows) else DEFAULT_LENGTH
+    if context is not None and context < length:
+        return context, (f"The default sequence length of {length} is cut to the model's context of {context} tokens.",)
+    return length, ()
+
+
+def _require(tokenizer: Tokenizer | None, spec: str | Path) -> Tokenizer:
+    if tokenizer is None:
+        raise JpruneError(
+            f"{spec} is text, and the model comes without a tokenizer. Put its tokenizer.json beside the weights, "
+            "or give token ids as a .npy of shape [n, length]."
+        )
+    return tokenizer
+
+
+def _check_count(what: str, value: int) -> None:
+    if value < 1:
+        raise JpruneError(f"The {what} must be at least 1; it is {value}.")

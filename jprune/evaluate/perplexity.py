@@ -1,0 +1,204 @@
+"""Perplexity by the standard protocol of SparseGPT and Wanda, over models larger than memory.
+
+`exp` of the mean over windows of the mean cross-entropy of the L - 1 tokens of each window that follow another in it.
+Windows do not overlap, so the first tokens of each are guessed from little: the same text gives a lower perplexity in
+longer windows, and a perplexity without its sequence length means nothing.
+
+All windows are embedded, then pass block after block, then the head: one block's parameters, the hidden states
+`[n, L, d_model]` and one micro-batch's intermediates are in memory, and equal blocks compile once. The head sees few
+enough tokens at a time that its float32 logits fit `LOGITS_BYTES`, whatever the vocabulary.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float64, Int, Integer
+
+from jprune.errors import JpruneError
+from jprune.models import decoder
+from jprune.models.config import DecoderConfig
+
+LOGITS_BYTES = 2**28
+# Enough to keep matmuls busy; attention scores, [batch, heads, L, L], grow with it.
+MICRO_BATCH_TOKENS = 4096
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """A model read part by part, such as a `jprune.checkpoints.Checkpoint`."""
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The decoder's configuration."""
+        ...
+
+    def params(self, prefix: str) -> dict[str, Any]:
+        """The subtree of parameters at a path such as `blocks/3`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """A perplexity and what it was measured on.
+
+    Attributes:
+        value: exp of the mean cross-entropy, in nats.
+        tokens: tokens in the windows, `windows * sequence_length`; of each window all but the first are predicted.
+        sequence_length: tokens a window, the context within which they are predicted.
+        windows: number of windows.
+    """
+
+    value: float
+    tokens: int
+    sequence_length: int
+    windows: int
+
+
+def perplexity(
+    weights: Weights,
+    tokens: Integer[np.ndarray, "n length"],
+    *,
+    batch: int | None = None,
+    dtype: DTypeLike = jnp.float32,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Perplexity of `weights` on `tokens`; arguments and errors are those of `mean_nll`."""
+    nll = mean_nll(weights, tokens, batch=batch, dtype=dtype, progress=progress)
+    mean = float(nll.mean())
+    value = math.exp(mean) if mean < 700 else math.inf
+    return Perplexity(value=value, tokens=tokens.size, sequence_length=tokens.shape[1], windows=tokens.shape[0])
+
+
+def mean_nll(
+    weights: Weights,
+    tokens: Integer[np.ndarray, "n length"],
+    *,
+    batch: int | None = None,
+    dtype: DTypeLike = jnp.float32,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float64[np.ndarray, " n"]:
+    """Mean cross-entropy, in nats, of the tokens of each window given those before them in it.
+
+    Args:
+        weights: the model.
+        tokens: windows of token ids.
+        batch: windows computed at once, by default as many as have about 4096 tokens.
+        dtype: of parameters and hidden states in the computation; the cross-entropy is always float32.
+        progress: called with (done, total) after each block and after the head.
+
+    Raises:
+        JpruneError: windows of fewer than two tokens, ids outside the vocabulary, or a result that is not finite.
+    """
+    config = weights.config
+    _check(tokens, config.vocab)
+    batches = _micro_batches(tokens, batch)
+
+    def read(prefix: str) -> Any:
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype=dtype), weights.params(prefix))
+
+    def done(count: int) -> None:
+        if progress is not None:
+            progress(count, config.layers + 1)
+
+    params = {"embed": read("embed")}
+    embed = _jit(decoder.embed(config))
+    hidden = [embed(params, windows) for windows in batches]
+    for index in range(config.layers):
+        params = read(f"blocks/{index}")
+        block = _jit_in_place(decoder.block(config, index))
+        for i, x in enumerate(hidden):
+            hidden[i] = block(params, x)
+        # Computation is asynchronous: without waiting, parameters of blocks still to be computed would pile up.
+        jax.block_until_ready(hidden)
+        done(index + 1)
+    params = {name: read(name) for name in ("final_norm", "embed" if config.tied else "head")}
+    head_nll = _jit_nll(decoder.head(config))
+    nll = np.concatenate([head_nll(params, x, windows) for x, windows in zip(hidden, batches)])
+    nll = nll[: len(tokens)].astype(np.float64)
+    if not np.isfinite(nll).all():
+        window = int(np.flatnonzero(~np.isfinite(nll))[0])
+        raise JpruneError(
+            f"The cross-entropy of window {window} is {nll[window]} in {jnp.dtype(dtype)}: weights are not finite or "
+            "activations overflow. Compute in float32 or bfloat16, and check the checkpoint."
+        )
+    done(config.layers + 1)
+    return nll
+
+
+def _check(tokens: np.ndarray, vocab: int) -> None:
+    """Out of range ids would not fail: JAX clamps them silently."""
+    if tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise JpruneError(
+            f"Perplexity needs at least one window of at least two tokens; tokens have shape {tokens.shape}."
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab:
+        raise JpruneError(f"Token ids lie in [{low}, {high}], outside the model's vocabulary [0, {vocab}).")
+
+
+def _micro_batches(tokens: np.ndarray, batch: int | None) -> list[Int[Array, "batch length"]]:
+    """The windows in micro-batches of one shape, so that each function compiles once.
+
+    The size is evened out (13 windows, at most 8 at once: 7 and 6), and what the last one lacks is filled with copies
+    of the last window: fewer copies than there are micro-batches.
+    """
+    n, length = tokens.shape
+    if batch is None:
+        batch = max(1, MICRO_BATCH_TOKENS // length)
+    if batch < 1:
+        raise JpruneError(f"The number of windows in a batch must be at least 1; it is {batch}.")
+    count = math.ceil(n / batch)
+    size = math.ceil(n / count)
+    padded = np.pad(tokens.astype(np.int32), ((0, count * size - n), (0, 0)), mode="edge")
+    return [jnp.asarray(part) for part in padded.reshape(count, size, length)]
+
+
+def _nll(
+    head: Callable,
+    params: dict[str, Any],
+    x: Float[Array, "batch length d_model"],
+    tokens: Int[Array, "batch length"],
+) -> Float[Array, " batch"]:
+    """Mean cross-entropy of each window from the last block's output."""
+    batch, length, d_model = x.shape
+    rows = batch * (length - 1)
+    vocab = jax.eval_shape(head, params, x).shape[-1]
+    chunks = math.ceil(rows / max(1, LOGITS_BYTES // (4 * vocab)))
+    size = math.ceil(rows / chunks)
+    fill = (0, chunks * size - rows)
+    inputs = jnp.pad(x[:, :-1].reshape(rows, d_model), (fill, (0, 0))).reshape(chunks, 1, size, d_model)
+    targets = jnp.pad(tokens[:, 1:].reshape(rows), fill).reshape(chunks, size, 1)
+
+    def chunk(part: tuple[Array, Array]) -> Array:
+        h, target = part
+        logits = head(params, h)[0]
+        return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target, axis=-1)[:, 0]
+
+    nll = jax.lax.map(chunk, (inputs, targets)).reshape(chunks * size)[:rows]
+    return nll.reshape(batch, length - 1).mean(axis=1)
+
+
+# The decoder returns one function object for equal blocks, so these caches make equal blocks share one compilation.
+
+
+@functools.lru_cache(maxsize=64)
+def _jit(function: Callable) -> Callable:
+    return jax.jit(function)
+
+
+@functools.lru_cache(maxsize=64)
+def _jit_in_place(function: Callable) -> Callable:
+    """The output overwrites the hidden states that came in."""
+    return jax.jit(function, donate_argnums=1)
+
+
+@functools.lru_cache(maxsize=64)
+def _jit_nll(head: Callable) -> Callable:
+    return jax.jit(functools.partial(_nll, head))
