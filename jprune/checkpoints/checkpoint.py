@@ -1,0 +1,168 @@
+"""A checkpoint: a model's config, its weights by path (read when asked for), and its tokenizer."""
+
+import functools
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jprune import trees
+from jprune.checkpoints import demo, gguf, huggingface, orbax, tokenizer
+from jprune.checkpoints.source import Source, StoredTensor
+from jprune.errors import JpruneError
+from jprune.models import families
+from jprune.models.config import DecoderConfig, shapes
+
+# Buffers that old versions of transformers saved although they follow from the config.
+_DERIVED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$")
+
+
+def load(source: str | Path) -> "Checkpoint":
+    """Opens a model without reading its weights.
+
+    Args:
+        source: a Hugging Face folder or hub id, a .safetensors or .gguf file, an Orbax folder written by jprune, or
+            "demo" (SmolLM2-135M-Instruct, fetched once).
+
+    Raises:
+        JpruneError: nothing there, not a model that is supported, or damaged files.
+    """
+    return Checkpoint(str(source), _open(str(source)))
+
+
+class Checkpoint:
+    """A model on disk. Holds no weights.
+
+    Attributes:
+        source: as it was given to `load`.
+        config: what the decoder needs to know.
+        hf_config: config.json, as read or as rebuilt from GGUF metadata.
+        shapes: shape and stored dtype of every parameter by path (float32 where the file is quantised).
+    """
+
+    def __init__(self, source: str, opened: Source):
+        self.source = source
+        self.hf_config = opened.config
+        try:
+            self.config: DecoderConfig = families.config(opened.config)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise JpruneError(f"{source}: config.json is incomplete or not what it should be ({error!r})") from error
+        self._opened = opened
+        self._tensors = _by_path(opened, self.config, source)
+        self.shapes = {path: jax.ShapeDtypeStruct(t.shape, t.dtype) for path, t in self._tensors.items()}
+
+    def read(self, path: str) -> np.ndarray:
+        """One parameter in our layout and its stored dtype (a view of freshly read memory)."""
+        if path not in self._tensors:
+            raise JpruneError(
+                f"{self.source}: no parameter {path!r}; there are {', '.join(list(self._tensors)[:3])}, ..."
+            )
+        return self._tensors[path].read()
+
+    def params(self, prefix: str = "") -> dict:
+        """Nested dict of the parameters below `prefix`, such as "blocks/3"; of all of them if it is empty."""
+        start = f"{prefix}/" if prefix else ""
+        below = [path for path in self._tensors if path.startswith(start)]
+        if not below:
+            raise JpruneError(f"{self.source}: no parameters below {prefix!r}")
+        together = self._opened.read_together
+        values = together(below) if together else {path: self.read(path) for path in below}
+        return trees.unflatten({path.removeprefix(start): values[path] for path in below})
+
+    @functools.cached_property
+    def side_files(self) -> dict[str, bytes]:
+        """What travels with the weights: tokenizer, generation config, licence, by file name."""
+        return self._opened.side_files()
+
+    @functools.cached_property
+    def tokenizer(self) -> tokenizer.Tokenizer | None:
+        """The tokenizer, or None if there is none beside the weights."""
+        return tokenizer.from_files(self.side_files, self.hf_config)
+
+    @functools.cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a generated text, as the generation config says, else the config."""
+        generation = json.loads(self.side_files.get("generation_config.json", b"{}"))
+        ids = generation.get("eos_token_id", self.hf_config.get("eos_token_id"))
+        return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+    def fingerprint(self) -> str:
+        """A hash of the config and of samples of the weight files (`source.identify`), wherever they lie."""
+        config = json.dumps(self.hf_config, sort_keys=True)
+        return hashlib.sha256(f"{config}:{self._opened.identity()}".encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.source!r}, {self.config.architecture}, {self.config.layers} layers)"
+
+
+def _open(source: str) -> Source:
+    if source == "demo":
+        return gguf.open_source(demo.fetch())
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _open_folder(path)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return gguf.open_source(path)
+        if path.suffix == ".safetensors":
+            return huggingface.open_source(path)
+        raise JpruneError(
+            f"{source}: only .safetensors and .gguf files are read, not {path.suffix or 'files like this'!r}"
+        )
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.startswith(".") and path.suffix != ".gguf":
+        return _open_folder(huggingface.download(source))
+    raise JpruneError(f"{source}: no such file or folder, and not a name of a model on the Hugging Face hub either")
+
+
+def _open_folder(folder: Path) -> Source:
+    if orbax.is_orbax(folder):
+        return orbax.open_source(folder)
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs and not any(folder.glob("*.safetensors")):
+        if len(ggufs) > 1:
+            raise JpruneError(f"{folder}: {len(ggufs)} GGUF files there; give one of them, such as {ggufs[0]}")
+        return gguf.open_source(ggufs[0])
+    return huggingface.open_source(folder)
+
+
+def _by_path(opened: Source, config: DecoderConfig, source: str) -> dict[str, StoredTensor]:
+    """Tensors by our paths, checked against the config: nothing missing, nothing unknown, every shape as expected."""
+    if opened.layout == "hugging_face":
+        table = families.table(config)
+        expected = {entry.key: entry.shape for entry in table.values()}
+    else:
+        expected = shapes(config)
+    given = opened.tensors
+    if missing := [key for key in expected if key not in given]:
+        hint = "; does config.json lack tie_word_embeddings?" if missing == ["lm_head.weight"] else ""
+        raise JpruneError(
+            f"{source}: {len(missing)} tensors that {config.architecture} needs are missing, first {missing[0]!r}{hint}"
+        )
+    for key, shape in expected.items():
+        if given[key].shape != shape:
+            raise JpruneError(
+                f"{source}: tensor {key!r} in {given[key].where} has shape {given[key].shape}, "
+                f"but config.json asks for {shape}; the weights and the config do not belong together"
+            )
+    # Tied models may store the head all the same; it is the embedding.
+    unknown = [key for key in given if key not in expected and not _DERIVED.search(key) and key != "lm_head.weight"]
+    if unknown:
+        raise JpruneError(
+            f"{source}: {len(unknown)} tensors are not part of a {config.architecture} with this config, "
+            f"first {unknown[0]!r}; leaving them out would change what the model computes"
+        )
+    if opened.layout != "hugging_face":
+        return {path: given[path] for path in expected}
+    return {path: _in_our_layout(given[entry.key], entry) for path, entry in table.items()}
+
+
+def _in_our_layout(stored: StoredTensor, entry: families.Entry) -> StoredTensor:
+    return StoredTensor(
+        shape=entry.path_shape,
+        dtype=stored.dtype,
+        where=stored.where,
+        read=lambda: entry.read(stored.read()),
+    )

@@ -1,0 +1,303 @@
+"""Hugging Face folders: safetensors (single or sharded), config.json and the files that travel with them.
+
+Only safetensors are read. Pickled weights (pytorch_model.bin) can run code when they are opened and are refused.
+"""
+
+import fnmatch
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from jprune.checkpoints import writing
+from jprune.checkpoints.source import FLOAT_DTYPES, Source, StoredTensor, identify
+from jprune.errors import JpruneError
+from jprune.models import families
+
+if TYPE_CHECKING:
+    from jprune.checkpoints.checkpoint import Checkpoint
+
+_INDEX = "model.safetensors.index.json"
+# Files that travel with the weights: tokenizer, generation, licence (which its terms usually ask for).
+_SIDE_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+_STORED_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def download(repo_id: str) -> Path:
+    """Fetches a model from the Hugging Face hub (or finds it in the hub's cache) and returns its folder.
+
+    Raises:
+        JpruneError: no such model, no permission, or no network and not in the cache.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo_id,
+            allow_patterns=["*.safetensors", "*.index.json", "config.json", *_SIDE_FILES],
+            # Other copies of the same weights, in subfolders or under Mistral's own names.
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except errors.GatedRepoError as error:
+        raise JpruneError(
+            f"{repo_id} is gated: accept its terms on https://huggingface.co/{repo_id} and run `hf auth login`"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise JpruneError(
+            f"{repo_id!r} is neither a local file or folder nor a model on huggingface.co "
+            "(if it is a private one, run `hf auth login`)"
+        ) from error
+    except (OSError, ValueError, errors.HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0]
+        raise JpruneError(
+            f"{repo_id} is not in the local cache and cannot be fetched from huggingface.co ({reason}); "
+            "connect to the network, or give a local folder"
+        ) from error
+    return Path(folder)
+
+
+def open_source(path: Path) -> Source:
+    """Opens a folder with config.json and safetensors, or one .safetensors file with config.json beside it.
+
+    Raises:
+        JpruneError: no config, quantised or pickled weights, missing or damaged files, an index that leaves the folder.
+    """
+    folder = path.parent if path.is_file() else path
+    config = read_json(folder / "config.json")
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method")
+        raise JpruneError(
+            f"{folder}: the weights are quantised ({method}); give the unquantised model, or a GGUF of it"
+        )
+    where = _locate(path, folder)
+    tensors: dict[str, StoredTensor] = {}
+    for file in dict.fromkeys(where.values()):
+        tensors |= {key: t for key, t in _open_file(file).items() if where.get(key, file) == file}
+    if lost := [key for key in where if key not in tensors and key != ""]:
+        raise JpruneError(
+            f"{where[lost[0]]}: tensor {lost[0]!r} is not in the file that {_INDEX} names for it; download it again"
+        )
+    files = sorted(set(where.values()))
+    return Source(
+        config=config,
+        tensors=tensors,
+        layout="hugging_face",
+        side_files=functools.partial(read_side_files, folder),
+        identity=functools.partial(identify, *files),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object from a file, with errors that name the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JpruneError(f"{path.parent}: no {path.name} there; expected a Hugging Face model folder") from None
+    except (OSError, ValueError) as error:
+        raise JpruneError(f"{path}: cannot be read as JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise JpruneError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content
+
+
+def read_side_files(folder: Path) -> dict[str, bytes]:
+    """Tokenizer, generation config and licence of a folder."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _SIDE_FILES)
+    }
+
+
+def _locate(path: Path, folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor: by key from the index, or {"": file} if one file holds all."""
+    index = folder / _INDEX
+    if index.exists() and (path == folder or path.name in read_json(index).get("weight_map", {}).values()):
+        return _read_index(index)
+    if path != folder:
+        return {"": path}
+    candidates = sorted(
+        file for file in folder.glob("*.safetensors") if not file.name.startswith(("consolidated", "adapter"))
+    )
+    if folder / "model.safetensors" in candidates:
+        return {"": folder / "model.safetensors"}
+    if len(candidates) == 1:
+        return {"": candidates[0]}
+    if candidates:
+        raise JpruneError(f"{folder}: {len(candidates)} safetensors files and no {_INDEX}; download the index as well")
+    if pickled := [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(pattern))]:
+        raise JpruneError(
+            f"{folder}: only pickled weights there ({pickled[0]}), which are not read because they can run code; "
+            "convert them to safetensors, for instance with https://huggingface.co/spaces/safetensors/convert"
+        )
+    raise JpruneError(f"{folder}: no model.safetensors and no {_INDEX} there")
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise JpruneError(f"{index}: expected a non-empty object `weight_map`; download it again")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name:
+            raise JpruneError(f"{index}: {key!r} points outside its folder, to {name!r}; this is refused")
+        if not name.endswith(".safetensors"):
+            raise JpruneError(f"{index}: {key!r} points to {name!r}; only safetensors files are read")
+    shards = {name: index.parent / name for name in weight_map.values()}
+    if missing := sorted(name for name, path in shards.items() if not path.exists()):
+        raise JpruneError(
+            f"{index.parent}: {len(missing)} of {len(shards)} shards are missing, first {missing[0]}; download them"
+        )
+    return {key: shards[name] for key, name in weight_map.items()}
+
+
+def _open_file(path: Path) -> dict[str, StoredTensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="numpy")  # maps the file, and checks its header against its size
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise JpruneError(f"{path}: truncated or damaged safetensors ({error}); download it again") from error
+
+    def stored(key: str) -> StoredTensor:
+        dtype = _STORED_DTYPES.get(slices[key].get_dtype())
+        if dtype is None:
+            raise JpruneError(
+                f"{path}: tensor {key!r} is stored as {slices[key].get_dtype()}; supported: {', '.join(_STORED_DTYPES)}"
+            )
+        return StoredTensor(
+            shape=tuple(slices[key].get_shape()),
+            dtype=FLOAT_DTYPES[dtype],
+            where=path.name,
+            read=functools.partial(file.get_tensor, key),
+        )
+
+    return {key: stored(key) for key in slices}
+
+
+class Writer:
+    """Writes a Hugging Face folder, parameter by parameter, in any order; nothing is held back in memory.
+
+    Config and tokenizer are written at once, so that whatever is wrong with them shows before the work, not after it.
+
+    Args:
+        folder: an empty folder.
+        checkpoint: where config, tokenizer and the names of the tensors come from.
+        dtypes: the dtype of each parameter in the file, by path; those not named keep the dtype they are stored in.
+        max_shard_bytes: a file holds at most this much (or one tensor, if that is larger).
+
+    Raises:
+        JpruneError: the disk is full or cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: "Checkpoint",
+        dtypes: Mapping[str, Any] | None = None,
+        *,
+        max_shard_bytes: float = 5e9,
+    ):
+        self.folder = folder
+        self._entries = families.table(checkpoint.config)
+        self._dtypes = {
+            path: np.dtype((dtypes or {}).get(path, leaf.dtype)) for path, leaf in checkpoint.shapes.items()
+        }
+        self._pending = dict.fromkeys(self._entries)
+        shapes = {entry.key: (entry.shape, self._dtypes[path]) for path, entry in self._entries.items()}
+        sizes = {key: int(np.prod(shape)) * dtype.itemsize for key, (shape, dtype) in shapes.items()}
+        self._total = sum(sizes.values())
+        with writing.explained(folder):
+            writing.require_space(folder, self._total)
+            write_side_files(folder, checkpoint, self._dtypes)
+            self._shards: dict[str, writing.SafetensorsFile] = {}
+            plan = _shards(sizes, max_shard_bytes)
+            for i, keys in enumerate(plan):
+                name = f"model-{i + 1:05}-of-{len(plan):05}.safetensors" if len(plan) > 1 else "model.safetensors"
+                file = writing.SafetensorsFile(folder / name, {key: shapes[key] for key in keys})
+                self._shards |= dict.fromkeys(keys, file)
+
+    def write(self, path: str, array: np.ndarray | jax.Array) -> None:
+        """Writes one parameter, in our layout; it is cast to its dtype in the file. Each path is written once."""
+        if path not in self._pending:
+            raise JpruneError(f"{path!r} is not a parameter of this model, or was written before")
+        entry, values = self._entries[path], np.asarray(array)
+        if values.shape != entry.path_shape:
+            raise JpruneError(f"{path}: expected shape {entry.path_shape}, got {values.shape}")
+        with writing.explained(self.folder):
+            self._shards[entry.key].write(entry.key, entry.write(values.astype(self._dtypes[path], copy=False)))
+        del self._pending[path]
+
+    def close(self) -> None:
+        """Writes the index.
+
+        Raises:
+            JpruneError: some parameters were never written.
+        """
+        if self._pending:
+            raise JpruneError(f"{len(self._pending)} parameters were not written, first {next(iter(self._pending))}")
+        if len({file.path for file in self._shards.values()}) > 1:
+            weight_map = {key: file.path.name for key, file in sorted(self._shards.items())}
+            with writing.explained(self.folder):
+                write_json(self.folder / _INDEX, {"metadata": {"total_size": self._total}, "weight_map": weight_map})
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes one JSON object, readably."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_side_files(folder: Path, checkpoint: "Checkpoint", dtypes: Mapping[str, np.dtype]) -> None:
+    """Writes config.json, with the dtype that most parameters have, and everything that travels with the model."""
+    counts: dict[str, int] = {}
+    for path, leaf in checkpoint.shapes.items():
+        counts[dtypes[path].name] = counts.get(dtypes[path].name, 0) + leaf.size
+    config = dict(checkpoint.hf_config)
+    key = (
+        "dtype" if "dtype" in config else "torch_dtype"
+    )  # transformers 5 writes the first, everything reads the second
+    config[key] = max(counts, key=lambda name: counts[name])
+    write_json(folder / "config.json", config)
+    for name, content in checkpoint.side_files.items():
+        (folder / name).write_bytes(content)
+
+
+def _shards(sizes: Mapping[str, int], limit: float) -> list[list[str]]:
+    """Keys in their order, cut wherever the next one would not fit."""
+    shards: list[list[str]] = [[]]
+    room = limit
+    for key, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(key)
+        room -= size
+    return shards

@@ -1,0 +1,60 @@
+"""What a file format must offer to make a checkpoint: named tensors, a config, and the files beside them.
+
+Nothing here holds weights. A `StoredTensor` knows its shape and dtype from the file's header, and reads its values when
+asked.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+FLOAT_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """One tensor in a file: its shape and dtype, the file it lies in (for messages), and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    where: str
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """An opened set of files: the config, the tensors, and lazily everything that travels with a model."""
+
+    config: dict  # config.json, as read or as rebuilt
+    tensors: Mapping[str, StoredTensor]
+    layout: str  # "hugging_face": keys and shapes as Hugging Face has them; "jprune": our paths and shapes
+    side_files: Callable[[], dict[str, bytes]]  # tokenizer, generation config, licence: {file name: content}
+    identity: Callable[[], str]  # see `identify`
+    # Where reading many tensors at once is much cheaper than one by one: {key: values} of the keys given.
+    read_together: Callable[[list[str]], dict[str, np.ndarray]] | None = None
+
+
+def identify(*files: Path) -> str:
+    """A hash that tells these files from others without reading them whole.
+
+    Per file: its name, its size, its first 64 KiB (where safetensors and GGUF keep their headers) and 64 pages spread
+    over the rest. Two fine-tunes of one model differ nearly everywhere, so they differ here; a changed byte may not.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 16))
+            for i in range(64):
+                file.seek(size * i // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()

@@ -1,0 +1,82 @@
+"""A tokenizer with one face: made of tokenizer.json by the `tokenizers` library, or else by `transformers`."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from jprune.checkpoints.gguf_tokenizer import add_template
+from jprune.errors import JpruneError
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; with BOS or EOS around them if the tokenizer's files say so and `add_special_tokens` is set."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of some token ids."""
+
+
+class _Fast:
+    """tokenizer.json, with the additions of tokenizer_config.json."""
+
+    def __init__(self, tokenizer_json: bytes, config: dict):
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
+        except Exception as error:  # `tokenizers` raises plain Exception
+            raise JpruneError(f"tokenizer.json cannot be read ({error}); download it again") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # As transformers does: an explicit choice in the config wins over the post-processor in tokenizer.json.
+        if "add_bos_token" in config or "add_eos_token" in config:
+            add_template(self._tokenizer, config)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+
+class _Slow:
+    """Whatever transformers.AutoTokenizer makes of the files (sentencepiece models, vocab.json and merges.txt, ...)."""
+
+    def __init__(self, files: Mapping[str, bytes], hf_config: dict):
+        import transformers
+
+        # AutoTokenizer reads folders only; the config.json tells it which class to take.
+        with tempfile.TemporaryDirectory(prefix="jprune-tokenizer-") as folder:
+            for name, content in {**files, "config.json": json.dumps(hf_config).encode()}.items():
+                (Path(folder) / name).write_bytes(content)
+            try:
+                self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False
+                )
+            except Exception as error:  # anything from a missing package to a damaged file
+                raise JpruneError(
+                    f"the tokenizer files {', '.join(sorted(files))} cannot be read: {error}. "
+                    "Put a tokenizer.json beside the weights"
+                ) from error
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
+
+
+_SLOW_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+
+
+def from_files(files: Mapping[str, bytes], hf_config: dict) -> Tokenizer | None:
+    """The tokenizer described by the files beside a model, or None if none of them is a tokenizer's."""
+    if "tokenizer.json" in files:
+        return _Fast(files["tokenizer.json"], json.loads(files.get("tokenizer_config.json", b"{}")))
+    if any(name in _SLOW_FILES or name.endswith(".tiktoken") for name in files):
+        return _Slow(files, hf_config)
+    return None
