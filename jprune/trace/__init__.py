@@ -1,1 +1,9 @@
 """One walk of the jaxpr: every matmul against a parameter, what feeds it and what depends on it."""
+
+from jprune.trace.matmuls import ParamMatmul as ParamMatmul
+from jprune.trace.matmuls import Skipped as Skipped
+from jprune.trace.matmuls import matmuls as matmuls
+from jprune.trace.matmuls import skipped as skipped
+from jprune.trace.observe import observe as observe
+from jprune.trace.stages import Stages as Stages
+from jprune.trace.stages import stages as stages

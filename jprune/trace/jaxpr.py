@@ -1,0 +1,227 @@
+"""One flat view of a function's jaxpr, which every face of `jprune.trace` walks.
+
+`trace` runs nothing: it asks JAX for the jaxpr of ``f(params, *args)``, replaces calls (jit, remat, custom derivatives)
+by their bodies, computes equal values once, drops what no output needs, and names the parameter leaves by their path.
+What remains is a list of equations from top to bottom; only control flow (scan, while, cond) and other functions of
+higher order still hold a jaxpr of their own.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+from jax.extend import source_info_util
+
+from jprune.trees import path_name
+
+Var = Any  # jex.Var; the type checker does not know that its aval has a shape
+Atom = Any  # jex.Var | jex.Literal
+Equation = Any  # jex.JaxprEqn
+PyTree = Any
+
+CALLS = {
+    *("jit", "pjit", "closed_call", "core_call", "call", "remat", "remat2", "checkpoint"),
+    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+}
+"""Calls that are replaced by their body. Derivatives of the flat view are those of the bodies."""
+
+CASTS = {"convert_element_type", "reduce_precision"}
+"""Same shape, other precision."""
+
+IDENTITIES = {"copy", "copy_p", "stop_gradient", "sharding_constraint", "reshard", "mesh_cast", "pvary"}
+"""Same shape, same values."""
+
+LAYOUTS = {"transpose", "reshape", "squeeze", "broadcast_in_dim"}
+"""The same elements in another order, or repeated."""
+
+ELEMENTWISE = {
+    *CASTS,
+    *IDENTITIES,
+    *("abs", "add", "add_any", "ceil", "clamp", "div", "floor", "max", "min", "mul", "neg", "rem", "round", "sign"),
+    *("sub", "cbrt", "exp", "exp2", "expm1", "integer_pow", "log", "log1p", "pow", "rsqrt", "sqrt", "square"),
+    *("acos", "asin", "atan", "atan2", "cos", "cosh", "sin", "sinh", "tan", "tanh", "logistic", "erf", "erf_inv"),
+    *("erfc", "eq", "ge", "gt", "is_finite", "le", "lt", "ne", "select_n", "and", "not", "or", "xor"),
+    *("shift_left", "shift_right_arithmetic", "shift_right_logical"),
+}
+"""Each element of the result depends on the same element of each operand (or on a scalar)."""
+
+MATMULS = {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"}
+"""Sums of products of two operands."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Trace:
+    """``f(params, *args)`` as a flat list of equations."""
+
+    params: dict[str, Var]
+    """The variable of every parameter leaf by its path, in the order of the tree's leaves."""
+    args: tuple[Var, ...]
+    """The variables of the other arguments' leaves."""
+    constants: dict[Var, Any]
+    """Arrays that f closes over."""
+    equations: tuple[Equation, ...]
+    outputs: tuple[Atom, ...]
+    params_tree: Any
+    args_tree: Any
+    output_tree: Any
+
+    def runner(self, name: str, equations: Iterable[Equation], inputs: Sequence[Var], outputs: Sequence[Atom]):
+        """A function (parameter leaves, values of `inputs`) -> values of `outputs` that runs `equations`."""
+        equations = list(equations)
+        needed = {x for e in equations for x in variables(e)}.union(x for x in outputs if isinstance(x, jex.Var))
+        constants = {v: value for v, value in self.constants.items() if v in needed}
+        jaxpr = jex.Jaxpr(
+            [],
+            [*constants, *self.params.values(), *inputs],
+            list(outputs),
+            equations,
+            frozenset[Any]().union(*(e.effects for e in equations)),
+            jex.DebugInfo("jprune.trace", name, None, None),
+        )
+
+        def run(leaves: Sequence[Any], values: Sequence[Any]) -> list:
+            return list(jax.core.eval_jaxpr(jaxpr, (), *constants.values(), *leaves, *values))
+
+        return run
+
+
+def trace(f: Callable, params: PyTree, *args: PyTree) -> Trace:
+    """Traces ``f(params, *args)``; arrays and `jax.ShapeDtypeStruct`s serve alike."""
+    closed, output = jax.make_jaxpr(f, return_shape=True)(params, *args)
+    flat = _Inliner()
+    inputs = getattr(closed, "jaxpr", closed).invars
+    outputs = flat.run(closed, inputs)
+    leaves, params_tree = jax.tree_util.tree_flatten_with_path(params)
+    paths = [path_name(path) for path, _ in leaves]
+    return Trace(
+        params=dict(zip(paths, inputs[: len(paths)], strict=True)),
+        args=tuple(inputs[len(paths) :]),
+        constants=flat.constants,
+        equations=_live(flat.equations, outputs),
+        outputs=tuple(outputs),
+        params_tree=params_tree,
+        args_tree=jax.tree.structure(args),
+        output_tree=jax.tree.structure(output),
+    )
+
+
+def bodies(equation: Equation) -> Iterator[tuple[Any, list[Sequence[Atom]]]]:
+    """The jaxprs inside an equation, and for each of their input variables the operands that it may come from.
+
+    In control flow that is one operand; where the correspondence is not known, it is all of them.
+    """
+    operands, params = equation.invars, equation.params
+    match equation.primitive.name:
+        case "while":
+            cond, body = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+            known = [
+                (params["cond_jaxpr"], operands[:cond] + operands[body:]),
+                (params["body_jaxpr"], operands[cond:]),
+            ]
+        case "cond":
+            known = [(branch, operands[1:]) for branch in params["branches"]]
+        case _:
+            known = [(jaxpr, operands) for jaxpr in jex.jaxprs_in_params(params)]
+    for closed, inputs in known:
+        length = len(getattr(closed, "jaxpr", closed).invars)
+        yield closed, [[x] for x in inputs] if length == len(inputs) else [list(operands)] * length
+
+
+def inlined(closed: Any) -> tuple[list[Equation], Sequence[Var]]:
+    """The equations of a jaxpr with calls replaced by their bodies, and its input variables."""
+    flat = _Inliner()
+    inputs = getattr(closed, "jaxpr", closed).invars
+    flat.run(closed, inputs)
+    return flat.equations, inputs
+
+
+def variables(equation: Equation) -> list[Var]:
+    """The operands of an equation that are not literals."""
+    return [x for x in equation.invars if isinstance(x, jex.Var)]
+
+
+def where_written(equation: Equation) -> str:
+    """File, line and function of the source that made an equation, as far as JAX knows."""
+    return source_info_util.summarize(equation.source_info)
+
+
+class _Inliner:
+    def __init__(self) -> None:
+        self.constants: dict[Var, Any] = {}
+        self.equations: list[Equation] = []
+        self.seen: dict[Any, list[Var]] = {}
+
+    def run(self, closed: Any, inputs: Sequence[Atom]) -> list[Atom]:
+        """Appends the equations of a jaxpr applied to `inputs`; returns what its outputs are called now."""
+        # jax < 0.12 keeps the constants' values on a wrapper (ClosedJaxpr), later versions on the jaxpr itself.
+        jaxpr = getattr(closed, "jaxpr", closed)
+        names: dict[Var, Atom] = dict(zip(jaxpr.invars, inputs, strict=True))
+        for var, value in zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=True):
+            names[var] = var
+            self.constants[var] = value
+
+        def read(atom: Atom) -> Atom:
+            return atom if isinstance(atom, jex.Literal) else names[atom]
+
+        for equation in jaxpr.eqns:
+            operands = [read(x) for x in equation.invars]
+            name = equation.primitive.name
+            if name in CALLS:
+                results = self.run(_body(equation), operands)
+            elif name in ("optimization_barrier", "name"):
+                # They only speak to the compiler, and a barrier would tie values together that nothing else does.
+                results = operands
+            else:
+                results = self.emit(equation, operands)
+            names.update(zip(equation.outvars, results, strict=True))
+        return [read(x) for x in jaxpr.outvars]
+
+    def emit(self, equation: Equation, operands: list[Atom]) -> list[Var]:
+        """Appends an equation with new operands and results, unless an equal one has computed the same values."""
+        key = _key(equation, operands)
+        if key is not None and key in self.seen:
+            return self.seen[key]
+        # New variables even here: the body of a function that is called twice appears twice.
+        results = [jex.Var(x.aval) for x in equation.outvars]
+        self.equations.append(equation.replace(invars=operands, outvars=results))
+        if key is not None:
+            self.seen[key] = results
+        return results
+
+
+def _body(equation: Equation) -> Any:
+    return next(equation.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in equation.params)
+
+
+def _key(equation: Equation, operands: Sequence[Atom]) -> Any:
+    """What two equations that compute the same value have in common; None for those that stay as often as written.
+
+    Matmuls stay, as a forward hook would see each.
+    """
+    if equation.effects or equation.primitive.name in MATMULS or any(jex.jaxprs_in_params(equation.params)):
+        return None
+
+    def value(atom: Atom) -> Any:
+        if isinstance(atom, jex.Literal):
+            return str(atom.aval), np.asarray(atom.val).tobytes()  # by its bits: 0.0 == -0.0
+        return atom
+
+    key = (equation.primitive, equation.ctx, tuple(sorted(equation.params.items())), tuple(map(value, operands)))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _live(equations: Sequence[Equation], outputs: Iterable[Atom]) -> tuple[Equation, ...]:
+    needed = {x for x in outputs if isinstance(x, jex.Var)}
+    live = []
+    for equation in reversed(equations):
+        if equation.effects or not needed.isdisjoint(equation.outvars):
+            live.append(equation)
+            needed.update(variables(equation))
+    return tuple(reversed(live))

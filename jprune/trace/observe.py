@@ -1,0 +1,56 @@
+"""Statistics of what every parameter's matmul reads, gathered while the function runs: a forward hook for JAX."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jprune.errors import JpruneError
+from jprune.statistics import Statistic
+from jprune.trace.jaxpr import PyTree, trace
+from jprune.trace.matmuls import Where, find
+
+
+def observe(
+    f: Callable[..., PyTree], statistic: type[Statistic], *, where: Where = None
+) -> Callable[..., tuple[PyTree, dict[str, Any]]]:
+    """``f`` that also returns a statistic of the inputs of every matmul against a parameter.
+
+    Args:
+      f: any traceable function of (params, *args).
+      statistic: what to remember of inputs, `jprune.statistics.Gram` for example. Matmuls that read the same value
+        share one; a parameter that is used more than once has the statistics of all its inputs merged.
+      where: which parameters' matmuls count; all if None.
+
+    Returns:
+      A function (params, *args) -> (f(params, *args), {path: statistic}), to be jitted like f. Its derivatives are not
+      those of f where f defines custom ones.
+
+    Raises:
+      JpruneError: when called, if `where` finds nothing, a matmul that counts lies inside control flow, or one
+        parameter is used along different axes.
+    """
+
+    @functools.wraps(f)
+    def observed(params: PyTree, *args: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        flat = trace(f, params, *args)
+        found = find(flat, where)
+        run = flat.runner("observe", flat.equations, flat.args, [*flat.outputs, *(i.value for i in found.inputs)])
+        values = run(jax.tree.leaves(params), jax.tree.leaves(args))
+        output = jax.tree.unflatten(flat.output_tree, values[: len(flat.outputs)])
+        matrices = [i.matrix(x) for i, x in zip(found.inputs, values[len(flat.outputs) :])]
+        seen = [statistic.zeros(x.shape[1]).update(x) for x in matrices]
+        statistics: dict[str, Any] = {}
+        in_axes: dict[str, tuple[int, ...]] = {}
+        for matmul in found.matmuls.values():
+            path, new = matmul.path, seen[matmul.input_id]
+            if in_axes.setdefault(path, matmul.in_axes) != matmul.in_axes:
+                raise JpruneError(
+                    f"expected every matmul against {path} to sum over the same axes, found {in_axes[path]} and "
+                    f"{matmul.in_axes}: their statistics do not add; leave it out with `where`"
+                )
+            statistics[path] = statistics[path].merge(new) if path in statistics else new
+        return output, statistics
+
+    return observed

@@ -1,0 +1,186 @@
+"""A function cut where its matmuls read: run it stage by stage, and change the kernels of a stage before they are used.
+
+Matmuls that depend on equally many matmuls form a stage. Segment s runs the matmuls of stage s - 1 and everything up to
+the inputs of stage s; what later segments need travels between them in a carry. Each matmul runs in one segment, once.
+
+Values that depend on no argument (casts and reshapes of kernels, masks) are computed wherever they are needed, from the
+parameters given there. The carry holds the inputs of the next stage and whatever else is needed later, but not both a
+value and what is cheaply made of it: an elementwise equation or a view is repeated if that makes the carry smaller.
+"""
+
+import dataclasses
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core as jex
+from jaxtyping import Array, Shaped
+
+from jprune.errors import JpruneError
+from jprune.trace.jaxpr import ELEMENTWISE, LAYOUTS, Atom, Equation, PyTree, Trace, Var, trace, variables
+from jprune.trace.matmuls import Found, ParamMatmul, Where, find
+
+Carry = tuple[Any, ...]
+
+CHEAP = ELEMENTWISE | LAYOUTS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stages:
+    """``f(params, *args)`` in segments; with S stages there are S + 1 of them.
+
+    ``carry = start(*args)``, then ``carry = segment(params, carry)`` for every segment, then ``finish(carry)`` equals
+    ``f(params, *args)``. Params may change between segments, but only leaves that `matmuls` lists.
+    """
+
+    matmuls: tuple[tuple[ParamMatmul, ...], ...]
+    """Of each stage, in the order in which they are written."""
+    segments: tuple[Callable[[PyTree, Carry], Carry], ...]
+    """Pure functions to be jitted; their carry may be donated."""
+    trace: Trace
+    found: Found
+    carries: tuple[tuple[Atom, ...], ...]
+    """The variables in the carry that each segment takes, and at the end those that the last one returns."""
+
+    def start(self, *args: PyTree) -> Carry:
+        """The carry that segment 0 takes: those leaves of f's other arguments that are needed."""
+        leaves = _leaves(args, self.trace.args_tree, self.trace.args, "arguments")
+        values = dict(zip(self.trace.args, leaves))
+        return tuple(values[x] for x in self.carries[0])
+
+    def inputs(self, stage: int, carry: Carry) -> dict[int, Shaped[Array, "tokens d_in"]]:
+        """What the matmuls of a stage read, by input_id, out of the carry that segment `stage` returned."""
+        values = dict(zip(self.carries[stage + 1], carry, strict=True))
+        ids = dict.fromkeys(m.input_id for m in self.matmuls[stage])
+        return {i: self.found.inputs[i].matrix(values[self.found.inputs[i].value]) for i in ids}
+
+    def finish(self, carry: Carry) -> PyTree:
+        """The output of f, out of the carry that the last segment returned."""
+        return jax.tree.unflatten(self.trace.output_tree, carry)
+
+
+def stages(f: Callable, params: PyTree, *args: PyTree, where: Where = None) -> Stages:
+    """Cuts ``f(params, *args)`` into segments between its stages.
+
+    Args:
+      f: any traceable function.
+      params: its parameters: a pytree of arrays or of `jax.ShapeDtypeStruct`s.
+      *args: its other arguments, likewise. The segments work for arrays of these shapes and dtypes.
+      where: which parameters' matmuls count, as in `matmuls`.
+
+    Raises:
+      JpruneError: `where` finds nothing, or a matmul that counts lies inside control flow.
+    """
+    flat = trace(f, params, *args)
+    found = find(flat, where)
+    depth = max((m.stage + 1 for m in found.matmuls.values()), default=0)
+    by_stage = tuple(tuple(m for m in found.matmuls.values() if m.stage == s) for s in range(depth))
+    plan = _Plan(flat, found)
+    segments: list[Callable[[PyTree, Carry], Carry]] = []
+    carries = [flat.outputs]
+    for s in reversed(range(depth + 1)):
+        read = {found.inputs[m.input_id].value for m in by_stage[s - 1]} if s else set()
+        equations, carry = plan.segment(s, carries[0], read)
+        segments.insert(0, _segment(flat, f"segment_{s}", equations, carry, carries[0]))
+        carries.insert(0, carry)
+    return Stages(matmuls=by_stage, segments=tuple(segments), trace=flat, found=found, carries=tuple(carries))
+
+
+def _segment(
+    flat: Trace, name: str, equations: Sequence[Equation], takes: Sequence[Var], returns: Sequence[Atom]
+) -> Callable[[PyTree, Carry], Carry]:
+    run = flat.runner(name, equations, takes, returns)
+
+    def segment(params: PyTree, carry: Carry) -> Carry:
+        leaves = _leaves(params, flat.params_tree, tuple(flat.params.values()), "params")
+        return tuple(run(leaves, _leaves(carry, jax.tree.structure(tuple(takes)), takes, "carry")))
+
+    segment.__name__ = segment.__qualname__ = name
+    return segment
+
+
+class _Plan:
+    """Which equations each segment runs, and what it takes from the one before."""
+
+    def __init__(self, flat: Trace, found: Found) -> None:
+        self.equations = flat.equations
+        self.depth = found.depth
+        self.origins = found.origins
+        self.changing = {m.path for m in found.matmuls.values()}
+        self.maker = {x: i for i, equation in enumerate(flat.equations) for x in equation.outvars}
+        self.order = {x: i for i, x in enumerate([*flat.args, *self.maker])}
+
+    def segment(self, s: int, returns: Iterable[Atom], read: set[Var]) -> tuple[list[Equation], tuple[Var, ...]]:
+        """The equations of segment s and the carry it takes.
+
+        Args:
+          s: the segment.
+          returns: the carry it returns.
+          read: what the matmuls of stage s - 1 read: it must be in the carry that the segment takes.
+        """
+        made_before = {x for x in self.depth if self.depth[x] < s or x not in self.maker}
+        effects = [i for i, e in enumerate(self.equations) if e.effects and self._level(e) == s]
+        _, needed = self._walk(returns, effects, made_before)
+        carry = self._smallest(needed | read, read)
+        equations, _ = self._walk(returns, effects, carry)
+        return equations, tuple(sorted(carry, key=self.order.__getitem__))
+
+    def _level(self, equation: Equation) -> int:
+        return max((self.depth[x] for x in variables(equation) if x in self.depth), default=0)
+
+    def _walk(
+        self, targets: Iterable[Atom], effects: Iterable[int], given: Container[Var]
+    ) -> tuple[list[Equation], set[Var]]:
+        """The equations that compute `targets` and have `effects`, and what they need of the values `given`."""
+        run, needed, done = set(effects), set(), set()
+        stack = [*targets, *(x for i in run for x in self.equations[i].invars)]
+        while stack:
+            x = stack.pop()
+            if isinstance(x, jex.Literal) or x in done:
+                continue
+            done.add(x)
+            if x in given:
+                needed.add(x)
+            elif x in self.maker:
+                run.add(self.maker[x])
+                stack += self.equations[self.maker[x]].invars
+        return [self.equations[i] for i in sorted(run)], needed
+
+    def _smallest(self, carry: set[Var], fixed: set[Var]) -> set[Var]:
+        """Replaces values by what they are cheaply made of while that does not make the carry larger."""
+        carry, candidates = set(carry), sorted(carry - fixed, key=self.order.__getitem__)
+        while candidates:
+            x = candidates.pop()
+            if x not in self.maker or not self._repeatable(equation := self.equations[self.maker[x]]):
+                continue
+            sources = {y for y in variables(equation) if y in self.depth}
+            saved = _bytes(x) - sum(_bytes(y) for y in sources - carry)
+            # Nothing is lost with a single source of the same size, and other values may come from it too.
+            if saved > 0 or (saved == 0 and len(sources) == 1):
+                candidates = sorted({*candidates, *(sources - carry)}, key=self.order.__getitem__)
+                carry = (carry - {x}) | sources
+        return carry
+
+    def _repeatable(self, equation: Equation) -> bool:
+        """Whether an equation costs little and gives the same in a later segment, after parameters have changed."""
+        made_of = frozenset[str]().union(*(self.origins.get(x, ()) for x in variables(equation)))
+        return equation.primitive.name in CHEAP and not equation.effects and made_of.isdisjoint(self.changing)
+
+
+def _bytes(x: Var) -> int:
+    return x.aval.size * x.aval.dtype.itemsize
+
+
+def _leaves(tree: PyTree, structure: Any, traced: Sequence[Var], what: str) -> list:
+    """The leaves of a tree that has the structure, shapes and dtypes that were traced; an error if it has not."""
+    leaves, got = jax.tree.flatten(tree)
+    if got != structure:
+        raise JpruneError(f"expected {what} with the tree that `stages` was called with, {structure}; got {got}")
+    for (path, leaf), x in zip(jax.tree.leaves_with_path(tree), traced):
+        given = jax.typeof(leaf)
+        if (given.shape, given.dtype) != (x.aval.shape, x.aval.dtype):
+            raise JpruneError(
+                f"expected {what}{jax.tree_util.keystr(path)} to be {x.aval.str_short()} as in the call of `stages`, "
+                f"got {given.str_short()}; call it again for other shapes"
+            )
+    return leaves
