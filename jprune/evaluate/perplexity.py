@@ -110,6 +110,7 @@ def mean_nll(
     params = {"embed": read("embed")}
     embed = _jit(decoder.embed(config))
     hidden = [embed(params, windows) for windows in batches]
+    del params  # here and below: else it would stay while the next part is read
     for index in range(config.layers):
         params = read(f"blocks/{index}")
         block = _jit_in_place(decoder.block(config, index))
@@ -117,6 +118,7 @@ def mean_nll(
             hidden[i] = block(params, x)
         # Computation is asynchronous: without waiting, parameters of blocks still to be computed would pile up.
         jax.block_until_ready(hidden)
+        del params
         done(index + 1)
     params = {name: read(name) for name in ("final_norm", "embed" if config.tied else "head")}
     head_nll = _jit_nll(decoder.head(config))

@@ -178,7 +178,8 @@ def hub(monkeypatch):
         "test": Dataset({"text": ["x", "y"]}),
     }
 
-    def load_dataset(name, config=None, *, split, data_files=None):
+    def load_dataset(name, config=None, *, split, data_files=None, verification_mode=None):
+        assert (verification_mode == "no_checks") == (data_files is not None)
         module.calls.append((name, config, split, data_files))
         return module.data[split]
 
@@ -196,7 +197,7 @@ def test_wikitext_joins_as_the_originals(hub):
 
 
 def test_c4_shards(hub):
-    assert list(sources.read("hf:c4", "calibration").texts) == ["", " = A = ", "b"]
+    assert list(sources.read("hf:c4:en", "calibration").texts) == ["", " = A = ", "b"]
     evaluation = sources.read("hf:c4", "evaluation")
     assert evaluation == sources.Stream(text=" ".join(["v"] * 1100), max_windows=256)
     assert hub.calls == [
@@ -211,6 +212,7 @@ def test_any_dataset(hub):
     texts = sources.read("hf:org/set", "calibration").texts
     assert len(texts) == 3
     assert texts[2] == "b"
+    assert list(texts) == ["", " = A = ", "b"]
     sources.read("hf:org/set:small", "evaluation")
     sources.read("hf:org/set:small:validation", "calibration")
     del hub.data["test"]
