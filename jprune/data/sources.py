@@ -261,6 +261,6 @@ def _reach(spec: str, call: Callable[[], Any]) -> Any:
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise JpruneError(
-            f"{spec!r} could not be loaded: {reason.rstrip('.')}. Check the name and the network, or give a local file; "
-            "the source 'pydoc' needs no network."
+            f"{spec!r} could not be loaded: {reason.rstrip('.')}. Check the name and the network, "
+            "or give a local file; the source 'pydoc' needs no network."
         ) from error
