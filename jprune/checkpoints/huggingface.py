@@ -66,8 +66,8 @@ def download(repo_id: str) -> Path:
             f"{repo_id!r} is neither a local file or folder nor a model on huggingface.co "
             "(if it is a private one, run `hf auth login`)"
         ) from error
-    except (OSError, ValueError, errors.HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # the hub's own kinds, and those of whatever HTTP library it uses
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise JpruneError(
             f"{repo_id} is not in the local cache and cannot be fetched from huggingface.co ({reason}); "
             "connect to the network, or give a local folder"
@@ -215,7 +215,7 @@ class Writer:
         checkpoint: "Checkpoint",
         dtypes: Mapping[str, Any] | None = None,
         *,
-        max_shard_bytes: float = 5e9,
+        max_shard_bytes: int | float = 5e9,
     ):
         self.folder = folder
         self._entries = families.table(checkpoint.config)
@@ -290,7 +290,7 @@ def write_side_files(folder: Path, checkpoint: "Checkpoint", dtypes: Mapping[str
         (folder / name).write_bytes(content)
 
 
-def _shards(sizes: Mapping[str, int], limit: float) -> list[list[str]]:
+def _shards(sizes: Mapping[str, int], limit: int | float) -> list[list[str]]:
     """Keys in their order, cut wherever the next one would not fit."""
     shards: list[list[str]] = [[]]
     room = limit
