@@ -39,7 +39,7 @@ class DecoderConfig:
         for name in ("vocab", "d_model", "layers", "heads", "kv_heads", "head_dim", "d_ff", "context"):
             size = getattr(self, name)
             if not isinstance(size, int) or size < 1:
-                raise JpruneError(f"{self.architecture}: {name} must be a positive integer, config.json gives {size!r}")
+                raise JpruneError(f"{self.architecture}: {name} must be a positive integer, got {size!r}")
         if self.heads % self.kv_heads:
             raise JpruneError(
                 f"{self.architecture}: {self.heads} query heads cannot share {self.kv_heads} key/value heads evenly; "

@@ -1,4 +1,4 @@
-"""One decoder for every family: Flax NNX modules over explicit head axes, and the pure functions that stream through it.
+"""One decoder for every family: Flax NNX modules with explicit head axes, and the pure functions that stream through.
 
 Shapes are the architecture. A module is built from its parameters (arrays, tracers or ShapeDtypeStructs in nested
 dicts) and reads every size from them, and the presence of a bias, a QK-norm or an untied head too: surgery and
@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Key
 
@@ -77,7 +78,7 @@ class Attention(nnx.Module):
         positions: Int[Array, "... T"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T d_model"], Cache | None]:
-        """Attend within x, or, with a cache, to all that it holds before x too; returns the cache with x's keys added."""
+        """Attend within x and, with a cache, to what it holds before x; returns the cache with x's keys added."""
         q, k, v = self.q(x), self.k(x), self.v(x)  # [B, T, H | K, D]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -216,7 +217,10 @@ def _cached_block(**options: Any) -> Callable[..., tuple[Float[Array, "B T d_mod
 
 
 def head(config: DecoderConfig) -> Callable[..., Float[Array, "B T vocab"]]:
-    """`f({"final_norm": ..., "head" or "embed": ...}, x) -> logits [B, T, vocab]` in float32; "head" wins over "embed"."""
+    """`f({"final_norm": ..., "head" or "embed": ...}, x) -> logits [B, T, vocab]` in float32.
+
+    Without a "head" the embedding is used, transposed; so tied models are given "embed" only.
+    """
     return _head(config.norm_eps)
 
 
@@ -243,14 +247,17 @@ def abstract_params(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> di
 
 
 def init_params(config: DecoderConfig, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
-    """Random parameters: kernels and embedding normal with deviation 0.02, norm scales one, biases zero."""
-    sizes = shapes(config)
+    """Random parameters: kernels and embedding normal with deviation 0.02, norm scales one, biases zero.
+
+    Drawn on the host, which spares the compilation of a generator for every shape.
+    """
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     params = {}
-    for path, leaf_key in zip(sizes, jax.random.split(key, len(sizes))):
+    for path, shape in shapes(config).items():
         if path.endswith("/scale"):
-            params[path] = jnp.ones(sizes[path], dtype)
+            params[path] = jnp.ones(shape, dtype)
         elif path.endswith("/bias"):
-            params[path] = jnp.zeros(sizes[path], dtype)
+            params[path] = jnp.zeros(shape, dtype)
         else:
-            params[path] = 0.02 * jax.random.normal(leaf_key, sizes[path], dtype)
+            params[path] = jnp.asarray(0.02 * rng.standard_normal(shape, np.float32), dtype)
     return trees.unflatten(params)

@@ -11,6 +11,7 @@ from jprune.models.families.table import Entry, Family, entry
 
 FAMILIES = (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
 ARCHITECTURES: dict[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 __all__ = ["ARCHITECTURES", "Entry", "Family", "config", "table"]
 
@@ -23,7 +24,11 @@ def config(hf_config: Mapping[str, Any]) -> DecoderConfig:
     """
     architecture = _architecture(hf_config)
     family = ARCHITECTURES[architecture]
-    return family.config(architecture, {**family.defaults, **hf_config})
+    hf = {**family.defaults, **hf_config}
+    for key in SIZES:
+        if not isinstance(hf[key], int) or hf[key] < 1:
+            raise JpruneError(f"config.json: {key} must be a positive integer, got {hf[key]!r}")
+    return family.config(architecture, hf)
 
 
 def _architecture(hf_config: Mapping[str, Any]) -> str:
@@ -31,7 +36,7 @@ def _architecture(hf_config: Mapping[str, Any]) -> str:
     names = hf_config.get("architectures") or [
         family.architectures[0] for family in FAMILIES if family.model_type == hf_config.get("model_type")
     ]
-    name = str(names[0]) if names else str(hf_config.get("model_type"))
+    name = str(names[0] if names else hf_config.get("model_type"))
     if name in ARCHITECTURES:
         return name
     by_lower = {supported.lower(): supported for supported in ARCHITECTURES}

@@ -1,0 +1,193 @@
+"""Text generation with a key/value cache: greedy, by temperature, and nucleus (top-p) sampling.
+
+One compiled program runs one layer; it is called for each layer in turn with that layer's parameters and its cache
+(donated, so updated in place). Compiling thus costs one layer however deep the model is, and layers of other sizes, as
+surgery leaves them, only add a program per distinct shape. The prompt is padded to a multiple of `BUCKET`, so that
+prompts of similar length share a program; padding lies after the prompt, where causality hides it and the next tokens
+overwrite it.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from jprune.errors import JpruneError
+from jprune.models import decoder
+from jprune.models.attention import Cache
+from jprune.models.config import DecoderConfig
+
+BUCKET = 128  # prompt lengths and cache capacities are rounded up to a multiple
+
+
+def generate(
+    config: DecoderConfig,
+    params: decoder.Params,
+    prompt_ids: Sequence[int],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos_id: int | Collection[int] | None = None,
+) -> list[int]:
+    """The tokens that follow a prompt; see `stream`."""
+    return list(
+        stream(
+            config,
+            params,
+            prompt_ids,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            eos_id=eos_id,
+        )
+    )
+
+
+def stream(
+    config: DecoderConfig,
+    params: decoder.Params,
+    prompt_ids: Sequence[int],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos_id: int | Collection[int] | None = None,
+) -> Iterator[int]:
+    """Yield the tokens that follow a prompt, one by one.
+
+    Args:
+      params: the whole model; it computes in the dtype of its embedding.
+      max_tokens: stop after so many.
+      temperature: 0 takes the likeliest token, else logits are divided by it before sampling.
+      top_p: sample among the likeliest tokens whose probabilities first reach this sum (Holtzman et al.,
+        arXiv:1904.09751).
+      seed: equal seeds give equal tokens.
+      eos_id: token or tokens that end the text; they are not yielded.
+
+    Raises:
+      JpruneError: an option outside its range, an empty prompt, a token outside the vocabulary, or prompt and
+        max_tokens together beyond the model's context.
+    """
+    prompt = _checked_prompt(config, prompt_ids, max_tokens)
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise JpruneError(f"expected temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
+    stop = set() if eos_id is None else set(eos_id) if isinstance(eos_id, Collection) else {eos_id}
+    return _tokens(config, params, prompt, max_tokens, temperature, top_p, jax.random.key(seed), stop)
+
+
+def _checked_prompt(config: DecoderConfig, prompt_ids: Sequence[int], max_tokens: int) -> Int[np.ndarray, "1 T"]:
+    prompt = np.asarray(prompt_ids, np.int32).reshape(1, -1)
+    length = prompt.shape[1]
+    if length == 0:
+        raise JpruneError(
+            "the prompt is empty: give at least one token (the model's beginning-of-text token, for example)"
+        )
+    if max_tokens < 0 or length + max_tokens > config.context:
+        raise JpruneError(
+            f"a prompt of {length} tokens and max_tokens {max_tokens} do not fit into the model's context of "
+            f"{config.context}; max_tokens may be 0 to {max(config.context - length, 0)}"
+        )
+    if prompt.min() < 0 or prompt.max() >= config.vocab:
+        bad = prompt[(prompt < 0) | (prompt >= config.vocab)][0]
+        raise JpruneError(
+            f"token {bad} in the prompt is outside the vocabulary of {config.vocab}; is the tokenizer this model's?"
+        )
+    return prompt
+
+
+def _tokens(
+    config: DecoderConfig,
+    params: decoder.Params,
+    prompt: Int[np.ndarray, "B T"],
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    key: Key[Array, ""],
+    stop: set[int],
+) -> Iterator[int]:
+    batch, length = prompt.shape
+    params = jax.tree.map(jnp.asarray, params)  # onto the device once, not at every step
+    blocks = [params["blocks"][str(i)] for i in range(config.layers)]
+    ends = {name: params[name] for name in ("embed", "final_norm", "head") if name in params}
+    layers = [_layer(config, i) for i in range(config.layers)]
+    pick = _pick(config, greedy=temperature == 0)
+
+    capacity = _rounded(length + max_tokens)
+    padded = np.pad(prompt, [(0, 0), (0, min(_rounded(length), capacity) - length)])
+    x = decoder.embed(config)(ends, jnp.asarray(padded))
+    caches: list[list[Array]] = []
+    for layer, block in zip(layers, blocks):
+        kv_heads, head_dim = block["attn"]["k"]["kernel"].shape[1:]
+        cache = Cache.empty(batch, capacity, kv_heads, head_dim, x.dtype)
+        x, keys, values = layer(block, x, cache.keys, cache.values, None)
+        caches.append([keys, values])
+    x = x[:, length - 1 : length]
+
+    for step in range(max_tokens):
+        token, x = pick(ends, x, temperature, top_p, jax.random.fold_in(key, step))
+        if (yielded := int(token[0])) in stop:
+            return
+        yield yielded
+        if step + 1 == max_tokens:
+            return
+        for i, (layer, block) in enumerate(zip(layers, blocks)):
+            x, *grown = layer(block, x, *caches[i], jnp.int32(length + step))
+            caches[i] = grown
+
+
+def _rounded(length: int) -> int:
+    return -(-length // BUCKET) * BUCKET
+
+
+def _layer(config: DecoderConfig, index: int) -> Callable[..., tuple[Array, Array, Array]]:
+    """The jitted layer: `(params, x, keys, values, length) -> (x, keys, values)`; length None for an empty cache."""
+    return _jitted_layer(decoder.cached_block(config, index))
+
+
+@functools.cache
+def _jitted_layer(block: Callable[..., tuple[Array, Cache]]) -> Callable[..., tuple[Array, Array, Array]]:
+    @functools.partial(jax.jit, donate_argnames=("x", "keys", "values"))
+    def layer(params, x, keys, values, length):
+        x, cache = block(params, x, Cache(keys, values, 0 if length is None else length))
+        return x, cache.keys, cache.values
+
+    return layer
+
+
+def _pick(config: DecoderConfig, *, greedy: bool) -> Callable[..., tuple[Array, Array]]:
+    """The jitted end of a step: `(params, x [B, 1, d_model], ...) -> (token [B], its embedding [B, 1, d_model])`."""
+    return _jitted_pick(decoder.embed(config), decoder.head(config), greedy)
+
+
+@functools.cache
+def _jitted_pick(embed: Callable, head: Callable, greedy: bool) -> Callable[..., tuple[Array, Array]]:
+    @jax.jit
+    def pick(params, x, temperature, top_p, key):
+        logits = head(params, x)[:, -1]
+        token = jnp.argmax(logits, axis=-1) if greedy else sample(logits, temperature, top_p, key)
+        return token, embed(params, token[:, None])
+
+    return pick
+
+
+def sample(
+    logits: Float[Array, "B vocab"], temperature: Float[Array, ""], top_p: Float[Array, ""], key: Key[Array, ""]
+) -> Int[Array, "B"]:
+    """One token a row, drawn from softmax(logits / temperature) restricted to its nucleus.
+
+    The nucleus is the smallest set of likeliest tokens whose probabilities sum to at least `top_p`; it holds at least
+    the likeliest token.
+    """
+    logits = logits / temperature
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    likelier = jnp.cumsum(probabilities, axis=-1) - probabilities  # what stands before each token
+    least = jnp.min(jnp.where(likelier < top_p, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jax.random.categorical(key, jnp.where(logits >= least, logits, -jnp.inf))

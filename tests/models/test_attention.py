@@ -1,0 +1,70 @@
+"""Attention against a slow NumPy truth: windows, grouping, chunks, and positions after a cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jprune.models import attention
+
+
+def reference(q, k, v, start, window):
+    """One query, one head at a time, in float64."""
+    (batch, time, heads, head_dim), kv_heads = q.shape, k.shape[2]
+    out = np.zeros((batch, time, heads, v.shape[3]))
+    for b in range(batch):
+        for t in range(time):
+            low = 0 if window is None else max(0, start + t - window + 1)
+            for h in range(heads):
+                shared = h // (heads // kv_heads)
+                keys = k[b, low : start + t + 1, shared].astype(np.float64)
+                scores = keys @ q[b, t, h].astype(np.float64) / np.sqrt(head_dim)
+                weights = np.exp(scores - scores.max())
+                out[b, t, h] = weights / weights.sum() @ v[b, low : start + t + 1, shared]
+    return out
+
+
+def random_qkv(rng, *, time, keys, heads=4, kv_heads=2, head_dim=6):
+    shapes = (2, time, heads, head_dim), (2, keys, kv_heads, head_dim), (2, keys, kv_heads, head_dim)
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 8, 100])
+@pytest.mark.parametrize("traced_start", [False, True])
+@pytest.mark.parametrize(("start", "keys"), [(0, 19), (5, 24), (5, 30)])
+def test_is_softmax_over_what_is_visible(rng, monkeypatch, window, traced_start, start, keys):
+    monkeypatch.setattr(attention, "CHUNK", 8)  # 19 queries: two whole chunks and a rest
+    q, k, v = random_qkv(rng, time=19, keys=keys)
+    at = jnp.int32(start) if traced_start else start
+    ours = attention.attend(*map(jnp.asarray, (q, k, v)), start=at, window=window)
+    np.testing.assert_allclose(ours, reference(q, k, v, start, window), atol=2e-6)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 1), (6, 2), (6, 3), (6, 6)])
+def test_query_heads_share_key_heads_in_order(rng, heads, kv_heads):
+    q, k, v = random_qkv(rng, time=5, keys=5, heads=heads, kv_heads=kv_heads)
+    ours = attention.attend(*map(jnp.asarray, (q, k, v)))
+    np.testing.assert_allclose(ours, reference(q, k, v, 0, None), atol=2e-6)
+
+
+def test_number_of_chunks_is_bounded(rng, monkeypatch):
+    monkeypatch.setattr(attention, "CHUNK", 1)
+    q, k, v = map(jnp.asarray, random_qkv(rng, time=50, keys=50))
+    products = str(jax.make_jaxpr(attention.attend)(q, k, v)).count("dot_general")
+    assert products <= 2 * attention.MAX_CHUNKS
+
+
+def test_keys_and_values_are_not_repeated_for_each_query_head():
+    q, k = jnp.zeros((1, 4, 8, 6)), jnp.zeros((1, 4, 2, 6))
+    jaxpr = jax.make_jaxpr(attention.attend)(q, k, k)
+    inputs = [v.aval.shape for e in jaxpr.eqns if e.primitive.name == "dot_general" for v in e.invars]
+    assert sum(shape == (1, 4, 2, 6) for shape in inputs) == 2
+
+
+def test_cache_extends_in_place_of_its_free_room():
+    cache = attention.Cache.empty(1, 6, 2, 4, jnp.float32)
+    ones = jnp.ones((1, 2, 2, 4))
+    cache = cache.extend(ones, 2 * ones).extend(3 * ones, 4 * ones)
+    assert cache.length == 4
+    np.testing.assert_array_equal(cache.keys[0, :, 0, 0], [1, 1, 3, 3, 0, 0])
+    np.testing.assert_array_equal(cache.values[0, :, 1, 3], [2, 2, 4, 4, 0, 0])
