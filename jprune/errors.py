@@ -2,4 +2,4 @@
 
 
 class JpruneError(ValueError):
-    """Something the user gave does not fit; the message says what was expected, what came, where, and what to do next."""
+    """What the user gave does not fit; the message says what was expected, what came, where, and what to do."""

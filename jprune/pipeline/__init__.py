@@ -1,1 +1,5 @@
 """The block pipeline: whole models, one block at a time."""
+
+from jprune.pipeline.run import Recipe as Recipe
+from jprune.pipeline.run import plan_run as plan_run
+from jprune.pipeline.run import prune_model as prune_model

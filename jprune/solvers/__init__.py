@@ -1,1 +1,4 @@
 """Solvers: new weights that make up for what was pruned."""
+
+from jprune.solvers.pruned import Pruned as Pruned
+from jprune.solvers.sparsegpt import sparsegpt as sparsegpt

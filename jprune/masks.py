@@ -1,0 +1,125 @@
+"""Masks from scores: which elements to keep so that a pattern holds exactly. True = keep.
+
+The k-th smallest score is found by counting, not by sorting: floats are mapped to integers of the same order, and
+bisection over those integers settles the threshold in at most 32 counting passes. It is exact, its memory is one copy
+of the scores, and every pass is a compare and a sum, which all backends do fast.
+
+Ties are settled by position: of equal scores, the lowest input index is pruned first (then the lowest output, where
+outputs compete too). The authors' SparseGPT and magnitude code instead prunes everything `<=` the threshold, one
+element too many and all ties with it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from jprune.patterns import NM, Pattern, Unstructured
+
+
+def select(
+    scores: Float[Array, "d_in d_out"], pattern: Pattern, *, keep: Bool[Array, "d_in d_out"] | None = None
+) -> Bool[Array, "d_in d_out"]:
+    """The mask that satisfies `pattern` and keeps the highest scores.
+
+    Args:
+      scores: importance, higher = keep; must not be NaN.
+      pattern: what the zeros must look like. `Unstructured` whose `per` is open competes per output.
+      keep: where False, the element is pruned whatever its score (it was pruned before). Such elements count towards
+        the sparsity asked for, and none of them comes back.
+
+    Returns:
+      Mask, True = keep, with exactly `pattern.zeros(d_in, d_out)` zeros (more only if `keep` has more).
+
+    Raises:
+      JpruneError: N:M groups do not fill d_in.
+    """
+    d_in, d_out = scores.shape
+    if keep is not None:
+        scores = jnp.where(keep, scores, -jnp.inf)
+    match pattern:
+        case NM(n, m):
+            pattern.check(d_in)
+            mask = keep_n_of_m(scores, n, m)
+        case Unstructured(per="kernel"):
+            mask = ~smallest(scores.reshape(-1, 1), pattern.zeros(d_in, d_out)).reshape(scores.shape)
+        case Unstructured(per="block"):
+            raise ValueError('per="block" is a choice of solvers, which see a kernel block by block')
+        case Unstructured():
+            mask = ~smallest(scores, int(d_in * pattern.sparsity))
+    return mask if keep is None else mask & keep
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def keep_n_of_m(scores: Float[Array, "d_in d_out"], n: int, m: int) -> Bool[Array, "d_in d_out"]:
+    """Keeps the `n` highest of every `m` consecutive inputs of each output; d_in must be a multiple of m."""
+    groups = scores.reshape(-1, m, scores.shape[-1])
+    # rank = how many elements of the group are pruned before this one; m comparisons instead of a sort.
+    rank = jnp.zeros(groups.shape, jnp.int32)
+    index = jnp.arange(m)[:, None]
+    for j in range(m):
+        other = groups[:, j : j + 1]
+        rank += ((other < groups) | ((other == groups) & (j < index))).astype(jnp.int32)
+    return (rank >= m - n).reshape(scores.shape)
+
+
+@jax.jit
+def smallest(scores: Float[Array, "n columns"], count: Int[Array, ""] | int) -> Bool[Array, "n columns"]:
+    """Marks exactly `count` smallest entries of every column; of equal ones, those that come first."""
+    n, columns = scores.shape
+    # Columns in chunks of about 1 MiB stay in a core's cache over all passes.
+    chunk = max(64, (1 << 18) // n)
+    if columns <= chunk or jax.default_backend() != "cpu":
+        return _smallest(scores, count)
+    whole = columns // chunk * chunk
+    chunks = scores[:, :whole].reshape(n, -1, chunk)
+    marked = lax.map(lambda i: _smallest(chunks[:, i], count), jnp.arange(chunks.shape[1]))
+    return jnp.concatenate([jnp.moveaxis(marked, 0, 1).reshape(n, whole), _smallest(scores[:, whole:], count)], axis=1)
+
+
+def _smallest(scores, count):
+    keys = _ordered_bits(scores)
+    bound, below = _split(keys, count)
+    marked = keys < bound
+    missing = count - below
+    # The search stops early where the bound separates exactly `count` entries, so float32 scores are hardly ever
+    # left with ties to settle, and the cumulative sum costs more than all else here.
+    return lax.cond(
+        jnp.any(missing > 0),
+        lambda: marked | ((tied := keys == bound) & (jnp.cumsum(tied, axis=0, dtype=jnp.int32) <= missing)),
+        lambda: marked,
+    )
+
+
+def _split(keys: UInt[Array, "n columns"], count) -> tuple[UInt[Array, "columns"], Int[Array, "columns"]]:
+    """For every column, a bound and the number of keys below it.
+
+    That number is `count`; or less, and then the bound is itself the key at which `count` is reached.
+    """
+
+    def unsettled(state):
+        low, high, _ = state
+        return jnp.any(high - low > 1)
+
+    def halve(state):
+        low, high, below = state
+        middle = low + (high - low) // 2
+        n = jnp.sum(keys < middle, axis=0, dtype=jnp.int32)
+        # Exactly `count` below the middle: it is the bound, and an interval of one ends the search.
+        up = n <= count
+        low, below = jnp.where(up, middle, low), jnp.where(up, n, below)
+        return low, jnp.where(n == count, low + 1, jnp.where(up, high, middle)), below
+
+    # Invariant: at most `count` keys below `low`, more below `high`; a search interval of one has found the bound.
+    start = jnp.min(keys, axis=0), jnp.max(keys, axis=0) + jnp.uint32(1), jnp.zeros(keys.shape[1:], jnp.int32)
+    bound, _, below = lax.while_loop(unsettled, halve, start)
+    return bound, below
+
+
+def _ordered_bits(x: Float[Array, "..."]) -> UInt[Array, "..."]:
+    """Unsigned integers in the order of the floats; -0 is the same as +0."""
+    x = x.astype(jnp.float32)
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, jnp.float32(0), x), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))

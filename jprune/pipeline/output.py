@@ -1,0 +1,61 @@
+"""The output folder: it appears whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from jprune.checkpoints import record
+from jprune.errors import JpruneError
+
+
+def check(out: Path, *, overwrite: bool, source: str) -> None:
+    """Raises `JpruneError` if `out` may not be written: it exists, or holds what is not ours to remove."""
+    if out.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+        raise JpruneError(f"--out {out} is the model itself or a folder above it; choose another folder")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise JpruneError(f"--out {out} is a file; give a folder that does not exist")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise JpruneError(f"--out {out} exists; give another folder, or --overwrite to replace it")
+    if not (out / record.NAME).exists():
+        raise JpruneError(
+            f"--out {out} exists and jprune did not write it (there is no {record.NAME}); "
+            "remove it yourself, or choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, *, overwrite: bool, source: str) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` when the context ends well, and vanishes when it does not.
+
+    Raises:
+      JpruneError: `out` may not be written (see `check`), or no folder can be made there.
+    """
+    out = out.expanduser()
+    check(out, overwrite=overwrite, source=source)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise JpruneError(f"--out {out} cannot be written: {error}; check the path and its permissions") from error
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)  # mkdtemp makes folders private
+        yield temporary
+        check(out, overwrite=overwrite, source=source)  # somebody else may have been there meanwhile
+        if out.exists():
+            old = temporary.with_suffix(".old")
+            out.rename(old)
+            temporary.rename(out)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,74 @@
+"""What a run tells: while it goes on, and when it is done."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jprune.evaluate.perplexity import Perplexity
+from jprune.trees import Sparsity
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a phase is."""
+
+    done: float
+    """Units (blocks) done; the fraction counts stages and micro-batches of the current one."""
+    total: int
+    text: str
+    """What is being worked on."""
+    phase: str = "prune"
+    """"prune", "evaluate before" or "evaluate after"."""
+    loss: float | None = None
+    """Reconstruction loss of the last kernel that was solved for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelReport:
+    """One pruned kernel."""
+
+    path: str
+    shape: tuple[int, ...]
+    pattern: str
+    zeros: int
+    size: int
+    loss: float | None
+    """Reconstruction loss over the calibration tokens, where the method knows it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """The result of a run."""
+
+    out: Path
+    method: str
+    pattern: str
+    sparsity: Sparsity
+    before: Perplexity | None
+    after: Perplexity | None
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    kernels: tuple[KernelReport, ...]
+    notices: tuple[str, ...]
+    """What the user should know, one sentence each."""
+
+    def json(self) -> dict[str, Any]:
+        """The object that ``--json`` prints."""
+        result: dict[str, Any] = {
+            "method": self.method,
+            "pattern": self.pattern,
+            "sparsity": {"achieved": self.sparsity.achieved, **dataclasses.asdict(self.sparsity)},
+        }
+        if self.before and self.after:
+            result["perplexity"] = {
+                "before": self.before.value,
+                "after": self.after.value,
+                "sequence_length": self.after.sequence_length,
+                "windows": self.after.windows,
+            }
+        return {
+            **result,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "out": str(self.out),
+        }

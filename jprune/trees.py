@@ -1,0 +1,155 @@
+"""Parameter pytrees: leaves by path, masks over them, and their sparsity.
+
+A path is the "/"-joined keys of a leaf, as in ``blocks/3/attn/q/kernel``; the ``/value`` that NNX puts at the end is
+left out. Filters are regular expressions searched for anywhere in the path.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+from jprune.errors import JpruneError
+
+PyTree = Any
+Filter = str | Iterable[str]
+
+
+def path_name(path: tuple) -> str:
+    """The readable name of a key path from `jax.tree_util`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """All leaves of a tree by their path."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict:
+    """Nested dicts out of leaves by path; the inverse of `flatten` for trees of dicts with string keys."""
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[name] = leaf
+    return tree
+
+
+def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """The tree with its leaves taken from `leaves`, by path."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], tree)
+
+
+def to_matrix(kernel: Shaped[Array, "..."], in_axes: tuple[int, ...]) -> Shaped[Array, "d_in d_out"]:
+    """The matrix view: input axes first and flattened, then all others flattened."""
+    out_axes = [axis for axis in range(kernel.ndim) if axis not in in_axes]
+    d_in = math.prod(kernel.shape[axis] for axis in in_axes)
+    return kernel.transpose(*in_axes, *out_axes).reshape(d_in, -1)
+
+
+def from_matrix(
+    matrix: Shaped[Array, "d_in d_out"], shape: tuple[int, ...], in_axes: tuple[int, ...]
+) -> Shaped[Array, "..."]:
+    """The kernel of `shape` whose matrix view this is; the inverse of `to_matrix`."""
+    axes = [*in_axes, *(axis for axis in range(len(shape)) if axis not in in_axes)]
+    return matrix.reshape([shape[axis] for axis in axes]).transpose(*(axes.index(axis) for axis in range(len(shape))))
+
+
+def leading_axes(shape: tuple[int, ...], d_in: int | None, path: str) -> tuple[int, ...]:
+    """The leading axes whose sizes multiply to `d_in`: where Flax keeps a kernel's inputs. One axis, if None."""
+    if len(shape) < 2:
+        raise JpruneError(f"{path}: a kernel has at least one input and one output axis, this leaf's shape is {shape}")
+    if d_in is None:
+        return (0,)
+    for n in range(1, len(shape)):
+        if math.prod(shape[:n]) == d_in:
+            return tuple(range(n))
+    raise JpruneError(f"{path}: no leading axes of shape {shape} make the {d_in} inputs of its statistic")
+
+
+def choose(paths: Iterable[str], where: Filter | None = None, skip: Filter = ()) -> list[str]:
+    """The paths that some expression of `where` finds (all, if None) and none of `skip` does, in their order.
+
+    Raises:
+      JpruneError: an expression does not compile, or finds nothing; the message lists the nearest paths.
+    """
+    paths = list(paths)
+    where = [where] if isinstance(where, str) else where
+    skip = [skip] if isinstance(skip, str) else skip
+    wanted = set(paths) if where is None else {p for pattern in where for p in found(pattern, paths)}
+    unwanted = {p for pattern in skip for p in found(pattern, paths)}
+    return [p for p in paths if p in wanted - unwanted]
+
+
+def found(pattern: str, paths: Iterable[str]) -> list[str]:
+    """The paths in which `pattern` is found; an error that lists near misses if there are none."""
+    paths = list(paths)
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise JpruneError(f"{pattern!r} is not a regular expression: {error}") from error
+    if hits := [p for p in paths if regex.search(p)]:
+        return hits
+    near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
+    raise JpruneError(f"{pattern!r} matches none of the {len(paths)} kernels; near misses: {', '.join(near)}")
+
+
+def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
+    """Parameters with the pruned elements set to zero.
+
+    Args:
+      params: any pytree.
+      masks: the same tree with bool leaves, or None where a leaf (or a whole subtree) is untouched.
+    """
+
+    def apply(mask, param):
+        return param if mask is None else jax.tree.map(lambda m, p: jnp.where(m, p, jnp.zeros_like(p)), mask, param)
+
+    return jax.tree.map(apply, masks, params, is_leaf=lambda x: x is None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsity:
+    """Zeros among the prunable parameters, and both denominators."""
+
+    zeros: int
+    prunable_parameters: int
+    total_parameters: int
+
+    @property
+    def achieved(self) -> float:
+        """Zeros / prunable parameters."""
+        return self.zeros / max(self.prunable_parameters, 1)
+
+    def __str__(self) -> str:
+        of_all = 100 * self.zeros / max(self.total_parameters, 1)
+        return (
+            f"{100 * self.achieved:.1f} % of {_count(self.prunable_parameters)} prunable "
+            f"({of_all:.1f} % of {_count(self.total_parameters)})"
+        )
+
+
+def sparsity(params: PyTree, where: Filter | None = "kernel$") -> Sparsity:
+    """Counts the zeros of the leaves that `where` finds; by default every kernel."""
+    leaves = flatten(params)
+    chosen = choose(leaves, where)
+    return Sparsity(
+        zeros=sum(int(leaves[p].size) - int(jnp.count_nonzero(leaves[p])) for p in chosen),
+        prunable_parameters=sum(int(leaves[p].size) for p in chosen),
+        total_parameters=sum(int(x.size) for x in leaves.values()),
+    )
+
+
+def _count(n: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.4g} {unit}"
+    return str(n)
