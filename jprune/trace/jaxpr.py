@@ -15,6 +15,7 @@ import numpy as np
 from jax.extend import core as jex
 from jax.extend import source_info_util
 
+from jprune.errors import JpruneError
 from jprune.trees import path_name
 
 Var = Any  # jex.Var; the type checker does not know that its aval has a shape
@@ -68,7 +69,9 @@ class Trace:
     args_tree: Any
     output_tree: Any
 
-    def runner(self, name: str, equations: Iterable[Equation], inputs: Sequence[Var], outputs: Sequence[Atom]):
+    def runner(
+        self, name: str, equations: Iterable[Equation], inputs: Sequence[Var], outputs: Sequence[Atom]
+    ) -> Callable[[Sequence[Any], Sequence[Any]], list]:
         """A function (parameter leaves, values of `inputs`) -> values of `outputs` that runs `equations`."""
         equations = list(equations)
         needed = {x for e in equations for x in variables(e)}.union(x for x in outputs if isinstance(x, jex.Var))
@@ -96,6 +99,11 @@ def trace(f: Callable, params: PyTree, *args: PyTree) -> Trace:
     outputs = flat.run(closed, inputs)
     leaves, params_tree = jax.tree_util.tree_flatten_with_path(params)
     paths = [path_name(path) for path, _ in leaves]
+    if len(set(paths)) < len(paths):
+        twice = next(path for i, path in enumerate(paths) if path in paths[:i])
+        raise JpruneError(
+            f"expected every parameter to have a path of its own, found two leaves at {twice}; rename one"
+        )
     return Trace(
         params=dict(zip(paths, inputs[: len(paths)], strict=True)),
         args=tuple(inputs[len(paths) :]),

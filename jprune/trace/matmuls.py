@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from jax.extend import core as jex
 from jaxtyping import Array, Shaped
 
@@ -60,7 +61,7 @@ class Input:
     value: Var
     columns: tuple[Digit, ...]
 
-    def matrix(self, x: Shaped[Array, "..."]) -> Shaped[Array, "tokens d_in"]:
+    def matrix(self, x: Shaped[Array | np.ndarray, "..."]) -> Shaped[Array | np.ndarray, "tokens d_in"]:
         """The matrix view of the value: features in the order of the kernel's `in_axes`."""
         return matrix(x, self.columns)
 
@@ -104,24 +105,24 @@ def skipped(f: Callable, params: PyTree, *args: PyTree) -> tuple[Skipped, ...]:
     return find(trace(f, params, *args), lambda path: False).skipped
 
 
-def find(trace: Trace, where: Where = None) -> Found:
+def find(flat: Trace, where: Where = None) -> Found:
     """Walks the equations of a trace: first for what each value is, then for the depth of the matmuls that count."""
-    found = _classify(trace)
-    wanted = _choose(found, where)
-    for equation, paths in found.inside:
+    values = _classify(flat)
+    wanted = _choose(values, where)
+    for equation, paths in values.inside:
         if refused := sorted(wanted & paths):
             raise JpruneError(
                 f"expected matmuls against parameters outside of control flow, found {', '.join(refused)} used inside "
                 f"{equation.primitive.name} at {where_written(equation)}: trace one iteration (call it per block), "
                 "unroll the loop, or leave these parameters out with `where`"
             )
-    depth = {x: 0 for x in trace.args}
+    depth = {x: 0 for x in flat.args}
     inputs: dict[Input, int] = {}
     chosen: dict[Var, ParamMatmul] = {}
-    for equation in trace.equations:
+    for equation in flat.equations:
         level = max((depth[x] for x in variables(equation) if x in depth), default=0)
         for result in equation.outvars:
-            product = found.products.get(result)
+            product = values.products.get(result)
             if product is not None and product.path in wanted:
                 chosen[result] = ParamMatmul(
                     path=product.path,
@@ -130,9 +131,11 @@ def find(trace: Trace, where: Where = None) -> Found:
                     stage=level,
                     input_id=inputs.setdefault(product.input, len(inputs)),
                 )
-            if result not in found.origins:
+            if result not in values.origins:
                 depth[result] = level + (result in chosen)
-    return Found(matmuls=chosen, inputs=tuple(inputs), depth=depth, origins=found.origins, skipped=tuple(found.skipped))
+    return Found(
+        matmuls=chosen, inputs=tuple(inputs), depth=depth, origins=values.origins, skipped=tuple(values.skipped)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,13 +164,11 @@ class _Values:
         return self.views.get(x, (x, whole(x.aval.shape)))
 
 
-def _classify(trace: Trace) -> _Values:
-    paths = {x: path for path, x in trace.params.items()}
-    values = _Values(
-        origins=dict.fromkeys(trace.constants, frozenset()) | {x: frozenset([p]) for x, p in paths.items()}
-    )
+def _classify(flat: Trace) -> _Values:
+    paths = {x: path for path, x in flat.params.items()}
+    values = _Values(origins=dict.fromkeys(flat.constants, frozenset()) | {x: frozenset([p]) for x, p in paths.items()})
     makers: dict[Var, Equation] = {}
-    for equation in trace.equations:
+    for equation in flat.equations:
         operands = variables(equation)
         made_of = frozenset[str]().union(*(values.origins.get(x, ()) for x in operands))
         fixed = all(x in values.origins for x in operands) and not equation.effects
@@ -196,7 +197,7 @@ def _product(
     equation: Equation, values: _Values, paths: Mapping[Var, str], makers: Mapping[Var, Equation]
 ) -> _Product | str | None:
     """The matmul, or why it is none of a value against a leaf; None if no operand is made of parameters alone."""
-    sides = [i for i, x in enumerate(equation.invars[:2]) if values.origins.get(x)]
+    sides = [i for i, x in enumerate(equation.invars[:2]) if isinstance(x, jex.Var) and values.origins.get(x)]
     if not sides:
         return None
     side = sides[0]
@@ -209,8 +210,6 @@ def _product(
     contracted, batch = equation.params["dimension_numbers"]
     if any(equation.invars[side].aval.shape[axis] > 1 for axis in batch[side]):
         return "its kernel has a batch axis (stacked kernels, as of experts)"
-    if not contracted[side]:
-        return "it sums over no axis"
     in_axes = {d.axis for i in contracted[side] for d in axes[i]}
     out_axes = {d.axis for i, digits in enumerate(axes) if i not in contracted[side] for d in digits}
     if cut := in_axes & out_axes:
@@ -218,6 +217,8 @@ def _product(
     # A reshape loses sight of axes of size one. They may count as either, but a matmul has at least one input axis.
     unseen = [i for i in range(kernel.aval.ndim) if i not in in_axes | out_axes]
     in_axes = in_axes or set(unseen[:1])
+    if not in_axes or not contracted[side]:
+        return "it sums over no axis of the parameter"
     return _Product(
         path=paths[kernel],
         in_axes=tuple(sorted(in_axes)),

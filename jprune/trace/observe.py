@@ -7,20 +7,19 @@ from typing import Any
 import jax
 
 from jprune.errors import JpruneError
-from jprune.statistics import Statistic
 from jprune.trace.jaxpr import PyTree, trace
 from jprune.trace.matmuls import Where, find
 
 
 def observe(
-    f: Callable[..., PyTree], statistic: type[Statistic], *, where: Where = None
+    f: Callable[..., PyTree], statistic: type[Any], *, where: Where = None
 ) -> Callable[..., tuple[PyTree, dict[str, Any]]]:
     """``f`` that also returns a statistic of the inputs of every matmul against a parameter.
 
     Args:
       f: any traceable function of (params, *args).
-      statistic: what to remember of inputs, `jprune.statistics.Gram` for example. Matmuls that read the same value
-        share one; a parameter that is used more than once has the statistics of all its inputs merged.
+      statistic: what to remember of inputs, a class as in `jprune.statistics` (`Gram` for example). Matmuls that read
+        the same value share one; of a parameter that is used more than once, the statistics of all inputs are merged.
       where: which parameters' matmuls count; all if None.
 
     Returns:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core as jex
 from jaxtyping import Array, Shaped
 
@@ -25,7 +26,7 @@ Carry = tuple[Any, ...]
 CHEAP = ELEMENTWISE | LAYOUTS
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Stages:
     """``f(params, *args)`` in segments; with S stages there are S + 1 of them.
 
@@ -36,7 +37,7 @@ class Stages:
     matmuls: tuple[tuple[ParamMatmul, ...], ...]
     """Of each stage, in the order in which they are written."""
     segments: tuple[Callable[[PyTree, Carry], Carry], ...]
-    """Pure functions to be jitted; their carry may be donated."""
+    """Pure functions to be jitted; their carry may be donated. In a shard_map, give it ``check_vma=False``."""
     trace: Trace
     found: Found
     carries: tuple[tuple[Atom, ...], ...]
@@ -48,7 +49,7 @@ class Stages:
         values = dict(zip(self.trace.args, leaves))
         return tuple(values[x] for x in self.carries[0])
 
-    def inputs(self, stage: int, carry: Carry) -> dict[int, Shaped[Array, "tokens d_in"]]:
+    def inputs(self, stage: int, carry: Carry) -> dict[int, Shaped[Array | np.ndarray, "tokens d_in"]]:
         """What the matmuls of a stage read, by input_id, out of the carry that segment `stage` returned."""
         values = dict(zip(self.carries[stage + 1], carry, strict=True))
         ids = dict.fromkeys(m.input_id for m in self.matmuls[stage])

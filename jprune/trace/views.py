@@ -87,7 +87,7 @@ def join(digits: Iterable[Digit]) -> tuple[Digit, ...]:
     return tuple(joined)
 
 
-def matrix(x: Shaped[Array, "..."], columns: Sequence[Digit]) -> Shaped[Array, "tokens d_in"]:
+def matrix(x: Shaped[Array | np.ndarray, "..."], columns: Sequence[Digit]) -> Shaped[Array | np.ndarray, "tokens d_in"]:
     """`x` as a matrix: the digits in `columns` number the columns, in their order; all others number the rows."""
     digits = [d for axis, size in enumerate(x.shape) for d in _all_digits(axis, size, columns)]
     order = [i for i, d in enumerate(digits) if d not in columns] + [digits.index(d) for d in columns]
