@@ -56,7 +56,7 @@ def open_source(path: Path) -> Source:
         JpruneError: the file is damaged, or its architecture or a tensor's type is not supported.
     """
     header = gguf_header.read(path)
-    if header.metadata.get("split.count", 1) > 1:
+    if header.metadata.get("split.count", 1) not in (0, 1):
         raise JpruneError(
             f"{path}: one of {header.metadata['split.count']} parts of a split GGUF; join them first with "
             "`llama-gguf-split --merge FIRST_PART OUT.gguf`"
@@ -91,8 +91,6 @@ def hugging_face_config(header: gguf_header.Header) -> dict:
         raise JpruneError(
             f"{path}: GGUF architecture {arch!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
         )
-    if metadata.get(f"{arch}.expert_count", 0) > 0:
-        raise JpruneError(f"{path}: mixture-of-experts models are not supported in GGUF files of architecture {arch!r}")
 
     def number(key: str, default: Any = None) -> Any:
         value = metadata.get(f"{arch}.{key}", default)
@@ -103,6 +101,8 @@ def hugging_face_config(header: gguf_header.Header) -> dict:
             )
         return float(str(np.float32(value))) if isinstance(value, float) else value  # 1e-05, not 9.99999974e-06
 
+    if number("expert_count", 0) > 0:
+        raise JpruneError(f"{path}: mixture-of-experts models are not supported in GGUF files of architecture {arch!r}")
     width, heads = number("embedding_length"), number("attention.head_count")
     head_dim = number("attention.key_length", width // max(heads, 1))
     if (rotary := number("rope.dimension_count", head_dim)) != head_dim:

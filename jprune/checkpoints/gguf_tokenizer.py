@@ -73,7 +73,7 @@ def tokenizer_files(header: Header) -> dict[str, bytes]:
             tokenizer, begins = _sentence_piece(header, tokens, types), True
         _add_special_tokens(tokenizer, tokens, types)
         config = _tokenizer_config(header, tokens, begins)
-        add_template(tokenizer, config)
+        _add_template(tokenizer, config)
     except JpruneError:
         raise
     except Exception as error:  # `tokenizers` raises plain Exception
@@ -86,16 +86,11 @@ def tokenizer_files(header: Header) -> dict[str, bytes]:
     }
 
 
-def add_template(tokenizer: "tokenizers.Tokenizer", config: dict) -> None:
-    """Makes a tokenizer add BOS and EOS as `add_bos_token` and `add_eos_token` of its tokenizer_config.json say."""
+def _add_template(tokenizer: "tokenizers.Tokenizer", config: dict) -> None:
+    """Makes the tokenizer put BOS and EOS around a text as its tokenizer_config.json says."""
     from tokenizers import processors
 
-    def name(key: str) -> str | None:
-        token = config.get(f"{key}_token")
-        token = token["content"] if isinstance(token, dict) else token
-        return token if config.get(f"add_{key}_token") else None
-
-    bos, eos = name("bos"), name("eos")
+    bos, eos = (config.get(f"{key}_token") if config[f"add_{key}_token"] else None for key in ("bos", "eos"))
     sequence = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
     ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token]
     tokenizer.post_processor = processors.TemplateProcessing(single=sequence, special_tokens=ids)

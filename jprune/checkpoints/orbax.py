@@ -75,6 +75,8 @@ def open_source(folder: Path) -> Source:
     path = (folder / _PARAMS).resolve()
     try:
         leaves = trees.flatten(ocp.metadata(path).metadata)
+        if not leaves:  # Orbax logs why, and goes on
+            raise ValueError("no parameters found in it")
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise JpruneError(f"{path}: the Orbax checkpoint is damaged or incomplete ({error}); write it again") from error
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from jprune.checkpoints.gguf_tokenizer import add_template
 from jprune.errors import JpruneError
 
 
@@ -22,9 +21,9 @@ class Tokenizer(Protocol):
 
 
 class _Fast:
-    """tokenizer.json, with the additions of tokenizer_config.json."""
+    """tokenizer.json: which tokens begin and end a text is written there too, in its post-processor."""
 
-    def __init__(self, tokenizer_json: bytes, config: dict):
+    def __init__(self, tokenizer_json: bytes):
         import tokenizers
 
         try:
@@ -33,9 +32,6 @@ class _Fast:
             raise JpruneError(f"tokenizer.json cannot be read ({error}); download it again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # As transformers does: an explicit choice in the config wins over the post-processor in tokenizer.json.
-        if "add_bos_token" in config or "add_eos_token" in config:
-            add_template(self._tokenizer, config)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -77,7 +73,7 @@ _SLOW_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vo
 def from_files(files: Mapping[str, bytes], hf_config: dict) -> Tokenizer | None:
     """The tokenizer described by the files beside a model, or None if none of them is a tokenizer's."""
     if "tokenizer.json" in files:
-        return _Fast(files["tokenizer.json"], json.loads(files.get("tokenizer_config.json", b"{}")))
+        return _Fast(files["tokenizer.json"])
     if any(name in _SLOW_FILES or name.endswith(".tiktoken") for name in files):
         return _Slow(files, hf_config)
     return None

@@ -69,7 +69,7 @@ def test_transformers_loads_the_result_and_gives_our_logits(tiny, tmp_path, fami
     checkpoint = load(tiny.write(tmp_path / "in", config, tiny.tensors(config)))
     out = copy(checkpoint, tmp_path / "out", max_shard_bytes=4000)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokens = np.arange(20, dtype=np.int32).reshape(2, 10) * 4
     with torch.no_grad():
         expected = model(torch.from_numpy(tokens).long()).logits.numpy()
@@ -285,7 +285,9 @@ def test_no_config(folder):
     fails(folder, "no config.json")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1}', '{"architectures": ["LlamaForCausalLM"], "hidden_size": "x"}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", '{"a": 1}', '{"architectures": ["LlamaForCausalLM"], "hidden_size": "x"}']
+)
 def test_damaged_config(folder, content):
     (folder / "config.json").write_text(content)
     fails(folder, "config")

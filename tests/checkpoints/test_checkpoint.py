@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+
+from jprune.checkpoints import load
+from jprune.errors import JpruneError
+
+
+def test_paths_shapes_and_layout(folder, tiny):
+    checkpoint = load(folder)
+    stored = tiny.tensors(tiny.config())
+    assert checkpoint.source == str(folder)
+    assert checkpoint.shapes["blocks/1/attn/q/kernel"].shape == (16, 4, 8)
+    q = stored["model.layers.1.self_attn.q_proj.weight"]
+    for head in range(4):
+        for i in range(8):
+            np.testing.assert_array_equal(checkpoint.read("blocks/1/attn/q/kernel")[:, head, i], q[8 * head + i])
+    np.testing.assert_array_equal(checkpoint.read("head/kernel"), stored["lm_head.weight"].T)
+
+
+def test_params_below_a_prefix(folder):
+    checkpoint = load(folder)
+    block = checkpoint.params("blocks/1")
+    assert sorted(block) == ["attn", "attn_norm", "mlp", "mlp_norm"]
+    np.testing.assert_array_equal(block["mlp"]["up"]["kernel"], checkpoint.read("blocks/1/mlp/up/kernel"))
+    assert sorted(checkpoint.params()) == ["blocks", "embed", "final_norm", "head"]
+
+
+@pytest.mark.parametrize("prefix", ["blocks/2", "block", "nothing"])
+def test_params_below_nothing(folder, prefix):
+    with pytest.raises(JpruneError, match=prefix):
+        load(folder).params(prefix)
+
+
+def test_unknown_path(folder):
+    with pytest.raises(JpruneError, match="no parameter 'x'"):
+        load(folder).read("x")
+
+
+def test_a_folder_without_tokenizer(folder):
+    assert load(folder).tokenizer is None
+
+
+def test_fingerprint_follows_weights_and_config_not_place(tiny, tmp_path):
+    config = tiny.config()
+    first = load(tiny.write(tmp_path / "a", config, tiny.tensors(config)))
+    same = load(tiny.write(tmp_path / "b", config, tiny.tensors(config)))
+    weights = load(tiny.write(tmp_path / "c", config, tiny.tensors(config, seed=1)))
+    theta = load(tiny.write(tmp_path / "d", config | {"rope_theta": 5e5}, tiny.tensors(config)))
+    assert first.fingerprint() == same.fingerprint()
+    assert len({first.fingerprint(), weights.fingerprint(), theta.fingerprint()}) == 3
+
+
+def test_eos_comes_from_the_generation_config_first(folder):
+    assert load(folder).eos_token_ids == (2,)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    assert load(folder).eos_token_ids == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.pt", "model.pkl", "model"])
+def test_other_files_are_not_read(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x80\x04")
+    with pytest.raises(JpruneError, match=r"only \.safetensors and \.gguf files are read"):
+        load(tmp_path / name)
+
+
+@pytest.mark.parametrize("source", ["./nothing", "/nowhere/at/all", "no such model!", "model.gguf", "~/nothing"])
+def test_nothing_there(source, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(JpruneError, match="no such file or folder"):
+        load(source)
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(JpruneError, match=r"no config\.json there"):
+        load(tmp_path)
