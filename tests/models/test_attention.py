@@ -10,6 +10,7 @@ from jprune.models import attention
 
 def reference(q, k, v, start, window):
     """One query, one head at a time, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     (batch, time, heads, head_dim), kv_heads = q.shape, k.shape[2]
     out = np.zeros((batch, time, heads, v.shape[3]))
     for b in range(batch):
@@ -17,8 +18,8 @@ def reference(q, k, v, start, window):
             low = 0 if window is None else max(0, start + t - window + 1)
             for h in range(heads):
                 shared = h // (heads // kv_heads)
-                keys = k[b, low : start + t + 1, shared].astype(np.float64)
-                scores = keys @ q[b, t, h].astype(np.float64) / np.sqrt(head_dim)
+                keys = k[b, low : start + t + 1, shared]
+                scores = keys @ q[b, t, h] / np.sqrt(head_dim)
                 weights = np.exp(scores - scores.max())
                 out[b, t, h] = weights / weights.sum() @ v[b, low : start + t + 1, shared]
     return out
@@ -26,7 +27,7 @@ def reference(q, k, v, start, window):
 
 def random_qkv(rng, *, time, keys, heads=4, kv_heads=2, head_dim=6):
     shapes = (2, time, heads, head_dim), (2, keys, kv_heads, head_dim), (2, keys, kv_heads, head_dim)
-    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 8, 100])
@@ -35,21 +36,23 @@ def random_qkv(rng, *, time, keys, heads=4, kv_heads=2, head_dim=6):
 def test_is_softmax_over_what_is_visible(rng, monkeypatch, window, traced_start, start, keys):
     monkeypatch.setattr(attention, "CHUNK", 8)  # 19 queries: two whole chunks and a rest
     q, k, v = random_qkv(rng, time=19, keys=keys)
-    at = jnp.int32(start) if traced_start else start
-    ours = attention.attend(*map(jnp.asarray, (q, k, v)), start=at, window=window)
+    if traced_start:
+        ours = jax.jit(lambda at: attention.attend(q, k, v, start=at, window=window))(start)
+    else:
+        ours = jax.jit(lambda: attention.attend(q, k, v, start=start, window=window))()
     np.testing.assert_allclose(ours, reference(q, k, v, start, window), atol=2e-6)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 1), (6, 2), (6, 3), (6, 6)])
 def test_query_heads_share_key_heads_in_order(rng, heads, kv_heads):
     q, k, v = random_qkv(rng, time=5, keys=5, heads=heads, kv_heads=kv_heads)
-    ours = attention.attend(*map(jnp.asarray, (q, k, v)))
+    ours = attention.attend(q, k, v)
     np.testing.assert_allclose(ours, reference(q, k, v, 0, None), atol=2e-6)
 
 
 def test_number_of_chunks_is_bounded(rng, monkeypatch):
     monkeypatch.setattr(attention, "CHUNK", 1)
-    q, k, v = map(jnp.asarray, random_qkv(rng, time=50, keys=50))
+    q, k, v = random_qkv(rng, time=50, keys=50)
     products = str(jax.make_jaxpr(attention.attend)(q, k, v)).count("dot_general")
     assert products <= 2 * attention.MAX_CHUNKS
 

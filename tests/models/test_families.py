@@ -127,6 +127,7 @@ def test_windows():
         ({"model_type": "llama", "hidden_act": "xielu"}, "activation 'xielu'.*silu"),
         ({"model_type": "llama", "hidden_size": "many"}, "hidden_size.*'many'"),
         ({"model_type": "llama", "num_attention_heads": 0}, "num_attention_heads.*0"),
+        ({"model_type": "llama", "rms_norm_eps": "small"}, "does not describe a LlamaForCausalLM.*'small'"),
         ({"model_type": "llama", "rope_scaling": {"type": "longrope"}}, "rope_type 'longrope'.*yarn"),
         ({"model_type": "llama", "rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs 'factor'"),
         ({"model_type": "llama", "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial rotary"),

@@ -28,7 +28,12 @@ def config(hf_config: Mapping[str, Any]) -> DecoderConfig:
     for key in SIZES:
         if not isinstance(hf[key], int) or hf[key] < 1:
             raise JpruneError(f"config.json: {key} must be a positive integer, got {hf[key]!r}")
-    return family.config(architecture, hf)
+    try:
+        return family.config(architecture, hf)
+    except JpruneError:
+        raise
+    except (TypeError, ValueError, KeyError) as error:
+        raise JpruneError(f"config.json does not describe a {architecture}: {error}") from error
 
 
 def _architecture(hf_config: Mapping[str, Any]) -> str:

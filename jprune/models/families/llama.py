@@ -57,9 +57,9 @@ def config(architecture: str, hf: Mapping[str, Any], **options: Any) -> DecoderC
         d_ff=hf["intermediate_size"],
         context=hf["max_position_embeddings"],
         rope=rope(hf),
-        norm_eps=hf["rms_norm_eps"],
+        norm_eps=float(hf["rms_norm_eps"]),
         activation=ACTIVATIONS.get(hf["hidden_act"], hf["hidden_act"]),
-        tied=hf["tie_word_embeddings"],
+        tied=bool(hf["tie_word_embeddings"]),
         **options,
     )
 
@@ -113,8 +113,8 @@ def _yarn(given: Mapping[str, Any], implied_factor: float) -> dict[str, float]:
 
 
 def _llama(architecture: str, hf: Mapping[str, Any]) -> DecoderConfig:
-    bias = hf["attention_bias"]
-    return config(architecture, hf, qkv_bias=bias, o_bias=bias, mlp_bias=hf["mlp_bias"])
+    bias = bool(hf["attention_bias"])
+    return config(architecture, hf, qkv_bias=bias, o_bias=bias, mlp_bias=bool(hf["mlp_bias"]))
 
 
 DEFAULTS = {

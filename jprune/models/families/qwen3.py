@@ -9,7 +9,7 @@ from jprune.models.families.table import Family
 
 
 def _config(architecture: str, hf: Mapping[str, Any]) -> DecoderConfig:
-    bias = hf["attention_bias"]
+    bias = bool(hf["attention_bias"])
     return llama.config(architecture, hf, qk_norm=True, qkv_bias=bias, o_bias=bias, windows=qwen2.windows(hf))
 
 
