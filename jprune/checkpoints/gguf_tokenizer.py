@@ -10,6 +10,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from jprune.checkpoints.gguf_header import Header
+from jprune.checkpoints.source import reason
 from jprune.errors import JpruneError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def tokenizer_files(header: Header) -> dict[str, bytes]:
         raise
     except Exception as error:  # `tokenizers` raises plain Exception
         raise JpruneError(
-            f"{header.path}: the tokenizer cannot be rebuilt ({error}); the metadata are damaged"
+            f"{header.path}: the tokenizer cannot be rebuilt ({reason(error)}); the metadata are damaged"
         ) from error
     return {
         "tokenizer.json": tokenizer.to_str(pretty=False).encode(),

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jprune.checkpoints import writing
-from jprune.checkpoints.source import FLOAT_DTYPES, Source, StoredTensor, identify
+from jprune.checkpoints.source import FLOAT_DTYPES, Source, StoredTensor, identify, reason
 from jprune.errors import JpruneError
 from jprune.models import families
 
@@ -67,9 +67,8 @@ def download(repo_id: str) -> Path:
             "(if it is a private one, run `hf auth login`)"
         ) from error
     except Exception as error:  # the hub's own kinds, and those of whatever HTTP library it uses
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise JpruneError(
-            f"{repo_id} is not in the local cache and cannot be fetched from huggingface.co ({reason}); "
+            f"{repo_id} is not in the local cache and cannot be fetched from huggingface.co ({reason(error)}); "
             "connect to the network, or give a local folder"
         ) from error
     return Path(folder)
@@ -131,8 +130,10 @@ def read_side_files(folder: Path) -> dict[str, bytes]:
 def _locate(path: Path, folder: Path) -> dict[str, Path]:
     """Which file holds each tensor: by key from the index, or {"": file} if one file holds all."""
     index = folder / _INDEX
-    if index.exists() and (path == folder or path.name in read_json(index).get("weight_map", {}).values()):
-        return _read_index(index)
+    if index.exists():
+        where = _read_index(index)
+        if path == folder or path in where.values():
+            return where
     if path != folder:
         return {"": path}
     candidates = sorted(
@@ -176,7 +177,7 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
         file = safe_open(path, framework="numpy")  # maps the file, and checks its header against its size
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
-        raise JpruneError(f"{path}: truncated or damaged safetensors ({error}); download it again") from error
+        raise JpruneError(f"{path}: truncated or damaged safetensors ({reason(error)}); download it again") from error
 
     def stored(key: str) -> StoredTensor:
         dtype = _STORED_DTYPES.get(slices[key].get_dtype())

@@ -16,7 +16,7 @@ import numpy as np
 
 from jprune import trees
 from jprune.checkpoints import huggingface, record, writing
-from jprune.checkpoints.source import Source, StoredTensor, identify
+from jprune.checkpoints.source import Source, StoredTensor, identify, reason
 from jprune.errors import JpruneError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def open_source(folder: Path) -> Source:
         if not leaves:  # Orbax logs why, and goes on
             raise ValueError("no parameters found in it")
     except Exception as error:  # Orbax and TensorStore raise many kinds
-        raise JpruneError(f"{path}: the Orbax checkpoint is damaged or incomplete ({error}); write it again") from error
+        raise JpruneError(f"{path}: the Orbax checkpoint is damaged or incomplete ({reason(error)})") from error
 
     def read(names: list[str]) -> dict[str, np.ndarray]:
         wanted = {name: ocp.PLACEHOLDER for name in leaves}
@@ -87,7 +87,7 @@ def open_source(folder: Path) -> Source:
             loaded = trees.flatten(ocp.load(path, trees.unflatten(wanted)))
             return {name: np.asarray(loaded[name]) for name in names}
         except Exception as error:
-            raise JpruneError(f"{path}: {names[0]!r} cannot be read ({error}); write the checkpoint again") from error
+            raise JpruneError(f"{path}: {names[0]!r} cannot be read ({reason(error)})") from error
 
     def read_one(name: str) -> np.ndarray:
         return read([name])[name]

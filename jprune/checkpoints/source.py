@@ -42,6 +42,11 @@ class Source:
     read_together: Callable[[list[str]], dict[str, np.ndarray]] | None = None
 
 
+def reason(error: Exception) -> str:
+    """What another library's error says, on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def identify(*files: Path) -> str:
     """A hash that tells these files from others without reading them whole.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from jprune.checkpoints.source import reason
 from jprune.errors import JpruneError
 
 
@@ -29,7 +30,7 @@ class _Fast:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
         except Exception as error:  # `tokenizers` raises plain Exception
-            raise JpruneError(f"tokenizer.json cannot be read ({error}); download it again") from error
+            raise JpruneError(f"tokenizer.json cannot be read ({reason(error)}); download it again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
@@ -56,7 +57,7 @@ class _Slow:
                 )
             except Exception as error:  # anything from a missing package to a damaged file
                 raise JpruneError(
-                    f"the tokenizer files {', '.join(sorted(files))} cannot be read: {error}. "
+                    f"the tokenizer files {', '.join(sorted(files))} cannot be read ({reason(error)}). "
                     "Put a tokenizer.json beside the weights"
                 ) from error
 

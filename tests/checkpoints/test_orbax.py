@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -95,13 +94,11 @@ def test_someone_elses_orbax_checkpoint(folder, tmp_path):
         load(out)
 
 
-# When Orbax fails it leaves futures behind that complain to a closed event loop.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("part", ["params/state/_METADATA", "params/state/d", "params/state/ocdbt.process_0"])
+# Damaged data would do as well, but then Orbax leaves futures behind that disturb later tests.
+@pytest.mark.parametrize("part", ["params/state/_METADATA", "params/state/manifest.ocdbt"])
 def test_damaged(folder, tmp_path, part):
     out = save(load(folder), tmp_path / "orbax")
-    path = out / part
-    shutil.rmtree(path) if path.is_dir() else path.write_bytes(b"{")
+    (out / part).write_bytes(b"{")
     with pytest.raises(JpruneError, match=r"damaged or incomplete|cannot be read"):
         load(out).params()
 
