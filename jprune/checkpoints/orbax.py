@@ -78,7 +78,9 @@ def open_source(folder: Path) -> Source:
         if not leaves:  # Orbax logs why, and goes on
             raise ValueError("no parameters found in it")
     except Exception as error:  # Orbax and TensorStore raise many kinds
-        raise JpruneError(f"{path}: the Orbax checkpoint is damaged or incomplete ({reason(error)})") from error
+        raise JpruneError(
+            f"{path}: the Orbax checkpoint is damaged or incomplete ({reason(error)}); write it again"
+        ) from error
 
     def read(names: list[str]) -> dict[str, np.ndarray]:
         wanted = {name: ocp.PLACEHOLDER for name in leaves}
@@ -87,7 +89,9 @@ def open_source(folder: Path) -> Source:
             loaded = trees.flatten(ocp.load(path, trees.unflatten(wanted)))
             return {name: np.asarray(loaded[name]) for name in names}
         except Exception as error:
-            raise JpruneError(f"{path}: {names[0]!r} cannot be read ({reason(error)})") from error
+            raise JpruneError(
+                f"{path}: {names[0]!r} cannot be read ({reason(error)}); write the checkpoint again"
+            ) from error
 
     def read_one(name: str) -> np.ndarray:
         return read([name])[name]
