@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from jprune.errors import JpruneError
 from jprune.patterns import NM, Pattern, Unstructured
 
 
@@ -46,7 +47,9 @@ def select(
         case Unstructured(per="kernel"):
             mask = ~smallest(scores.reshape(-1, 1), pattern.zeros(d_in, d_out)).reshape(scores.shape)
         case Unstructured(per="block"):
-            raise ValueError('per="block" is a choice of solvers, which see a kernel block by block')
+            raise JpruneError(
+                'per="block" is for SparseGPT, which sees a kernel block by block; use "output" or "kernel"'
+            )
         case Unstructured():
             mask = ~smallest(scores, int(d_in * pattern.sparsity))
     return mask if keep is None else mask & keep

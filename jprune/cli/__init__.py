@@ -1,1 +1,3 @@
 """The jprune command."""
+
+from jprune.cli.main import main as main

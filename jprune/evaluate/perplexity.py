@@ -23,11 +23,10 @@ from jaxtyping import Array, Float, Float64, Int, Integer
 
 from jprune.errors import JpruneError
 from jprune.models import decoder
+from jprune.models.batching import windows_at_once
 from jprune.models.config import DecoderConfig
 
 LOGITS_BYTES = 2**28
-# Enough to keep matmuls busy; attention scores, [batch, heads, L, L], grow with it.
-MICRO_BATCH_TOKENS = 4096
 
 
 @runtime_checkable
@@ -89,7 +88,7 @@ def mean_nll(
     Args:
         weights: the model.
         tokens: windows of token ids.
-        batch: windows computed at once, by default as many as have about 4096 tokens.
+        batch: windows computed at once, by default `windows_at_once`.
         dtype: of parameters and hidden states in the computation; the cross-entropy is always float32.
         progress: called with (done, total) after each block and after the head.
 
@@ -153,7 +152,7 @@ def _micro_batches(tokens: np.ndarray, batch: int | None) -> list[Int[Array, "ba
     """
     n, length = tokens.shape
     if batch is None:
-        batch = max(1, MICRO_BATCH_TOKENS // length)
+        batch = windows_at_once(length)
     if batch < 1:
         raise JpruneError(f"The number of windows in a batch must be at least 1; it is {batch}.")
     count = math.ceil(n / batch)

@@ -21,6 +21,7 @@ from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.methods import Method
 from jprune.models import decoder
+from jprune.models.batching import windows_at_once
 from jprune.pipeline.plan import Kernel, Unit, carry_allowance, units
 from jprune.pipeline.report import KernelReport, Progress
 from jprune.pipeline.stopwatch import Stopwatch
@@ -28,9 +29,6 @@ from jprune.statistics import Statistic
 from jprune.trace import Stages, stages
 
 PyTree = Any
-
-MICRO_BATCH_TOKENS = 4096
-"""Enough to keep matmuls busy; attention scores, [batch, heads, L, L], grow with it."""
 
 
 def prune_blocks(
@@ -278,7 +276,7 @@ def _carry_bytes(plan: Stages, segment: int) -> int:
 def _embed(checkpoint: Checkpoint, tokens: np.ndarray, dtype: DTypeLike) -> list[jax.Array]:
     """The hidden states of all windows in micro-batches of at most two sizes."""
     n, length = tokens.shape
-    count = math.ceil(n / max(1, MICRO_BATCH_TOKENS // length))
+    count = math.ceil(n / windows_at_once(length))
     size = math.ceil(n / count)
     params = {"embed": jax.tree.map(jnp.asarray, checkpoint.params("embed"))}
     _check_finite(trees.flatten(params))

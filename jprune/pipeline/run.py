@@ -220,12 +220,17 @@ def activation_dtype(checkpoint: Checkpoint, name: str | None) -> DTypeLike:
     CPUs multiply in float32 many times faster than in bfloat16.
     """
     if name is not None:
-        if name not in ("float32", "bfloat16", "float16"):
-            raise JpruneError(f"dtype must be float32, bfloat16 or float16; got {name!r}")
-        return jnp.dtype(name)
+        return parse_dtype(name)
     if jax.default_backend() == "cpu":
         return jnp.dtype(jnp.float32)
     return checkpoint.shapes["embed/embedding"].dtype
+
+
+def parse_dtype(name: str) -> Any:
+    """A float dtype by its name."""
+    if name not in ("float32", "bfloat16", "float16"):
+        raise JpruneError(f"dtype must be float32, bfloat16 or float16; got {name!r}")
+    return jnp.dtype(name)
 
 
 def method_name(method: Method) -> str:

@@ -16,4 +16,4 @@ class Pruned:
     mask: Any
     """bool; True = kept."""
     loss: Any = None
-    """Float32 []: reconstruction loss 1/2 ||X (W_new - W_old)||^2 (with the damping, where a solver damps); None if not known."""
+    """float32 []: reconstruction loss 1/2 ||X (W_new - W_old)||^2, damped where a solver damps; None if not known."""
