@@ -1,0 +1,131 @@
+"""Statistics against NumPy in float64: batches, merging, dtypes, jit, and four devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_scores
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jprune.statistics import Gram, Moments, SquaredNorm, Statistic, gram
+
+KINDS = [SquaredNorm, Gram, Moments]
+
+
+def check(statistic, x, rtol=2e-5):
+    """Compares a statistic with its definition, in float64, of the tokens it should have seen."""
+    x = np.asarray(x, np.float64)
+    assert int(statistic.tokens) == len(x)
+    assert statistic.d_in == x.shape[1]
+    match statistic:
+        case SquaredNorm():
+            np.testing.assert_allclose(statistic.total, numpy_scores.squared_norm(x), rtol=rtol)
+        case Gram():
+            expected = numpy_scores.gram(x)
+            assert statistic.total.dtype == jnp.float32
+            np.testing.assert_allclose(statistic.total, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
+        case Moments():
+            np.testing.assert_allclose(statistic.mean, x.mean(0), rtol=rtol, atol=rtol * np.abs(x).max())
+            np.testing.assert_allclose(statistic.variance, x.var(0), rtol=rtol)
+
+
+def tokens(rng, n=40, d_in=10):
+    """Inputs with correlations, means and very different sizes."""
+    x = rng.normal(size=(n, d_in)) @ rng.normal(size=(d_in, d_in)) + rng.normal(size=d_in)
+    return jnp.asarray(x * np.geomspace(0.01, 10, d_in), jnp.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_batch(rng, kind):
+    x = tokens(rng)
+    assert isinstance(kind.zeros(10), Statistic)
+    check(kind.zeros(10).update(x), x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_in_any_grouping(rng, kind):
+    x = tokens(rng)
+    a, b, c = (kind.zeros(10).update(part) for part in (x[:7], x[7:8], x[8:]))
+    one_by_one = kind.zeros(10).update(x[:7]).update(x[7:8]).update(x[8:])
+    for statistic in (one_by_one, a.merge(b).merge(c), a.merge(b.merge(c)), c.merge(a).merge(b)):
+        check(statistic, x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_seen_is_neutral(rng, kind):
+    seen = kind.zeros(10).update(tokens(rng))
+    nothing = kind.zeros(10)
+    for merged in (seen.merge(nothing), nothing.merge(seen)):
+        jax.tree.map(np.testing.assert_array_equal, merged, seen)
+    jax.tree.map(np.testing.assert_array_equal, nothing.merge(nothing), nothing)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_inputs_are_summed_in_float32(rng, kind, dtype):
+    x = tokens(rng, n=3000, d_in=5).astype(dtype)
+    statistic = kind.zeros(5).update(x[:2000]).update(x[2000:])
+    assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(statistic))
+    check(statistic, x, rtol=1e-4)
+
+
+def test_variance_of_inputs_far_from_zero(rng):
+    """The difference of mean squares would lose everything here."""
+    x = jnp.asarray(1000 + rng.normal(size=(500, 4)), jnp.float32)
+    statistic = functools.reduce(lambda s, part: s.update(part), jnp.split(x, 10), Moments.zeros(4))
+    np.testing.assert_allclose(statistic.variance, np.asarray(x, np.float64).var(0), rtol=1e-3)
+
+
+@pytest.mark.parametrize("d_in", [1, 2, 3, 4, 5, 7, 12, 64, 100])
+def test_gram_of_any_width(rng, d_in):
+    """It is put together from three block rows; it must be symmetric to the bit and complete."""
+    x = rng.normal(size=(20, d_in)).astype(np.float32)
+    result = np.asarray(gram(jnp.asarray(x)))
+    np.testing.assert_array_equal(result, result.T)
+    np.testing.assert_allclose(result, numpy_scores.gram(x), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_jit_and_scan(rng, kind):
+    x = tokens(rng)
+    batches = x.reshape(4, 10, 10)
+    statistic, _ = jax.jit(lambda b: jax.lax.scan(lambda s, x: (s.update(x), None), kind.zeros(10), b))(batches)
+    check(statistic, x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharded_tokens(rng, kind):
+    """Tokens spread over four devices, without a word about it to the statistic."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = tokens(rng)
+    spread = jax.device_put(x, NamedSharding(mesh, P("data")))
+    assert len(spread.sharding.device_set) == 4
+    check(jax.jit(lambda x: kind.zeros(10).update(x))(spread), x)
+
+
+@pytest.mark.parametrize("kind", [SquaredNorm, Gram])
+def test_shard_map(rng, kind):
+    """One statistic a device, summed: what `merge` does for sums."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = tokens(rng)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P())
+    def everywhere(x):
+        return jax.lax.psum(kind.zeros(10).update(x), "data")
+
+    check(jax.jit(everywhere)(x), x)
+
+
+def test_merging_what_devices_have_seen(rng):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = tokens(rng)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    def each(x):
+        return jax.tree.map(lambda leaf: leaf[None], Moments.zeros(10).update(x))
+
+    parts = each(x)
+    check(functools.reduce(Moments.merge, [jax.tree.map(lambda leaf, i=i: leaf[i], parts) for i in range(4)]), x)
