@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Shaped
 
 from jprune.errors import JpruneError
@@ -49,9 +48,7 @@ def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], tree)
 
 
-def to_matrix(
-    kernel: Shaped[Array | np.ndarray, "..."], in_axes: tuple[int, ...]
-) -> Shaped[Array | np.ndarray, "d_in d_out"]:
+def to_matrix(kernel: Shaped[Array, "..."], in_axes: tuple[int, ...]) -> Shaped[Array, "d_in d_out"]:
     """The matrix view: input axes first and flattened, then all others flattened."""
     out_axes = [axis for axis in range(kernel.ndim) if axis not in in_axes]
     d_in = math.prod(kernel.shape[axis] for axis in in_axes)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -274,7 +275,7 @@ class Info(_Command):
         found = matmul_kernels(checkpoint)
         rows = []
         for path in prunable(checkpoint):
-            matrix = np.asarray(trees.to_matrix(checkpoint.read(path), found[path][1].in_axes))
+            matrix = np.asarray(trees.to_matrix(jnp.asarray(checkpoint.read(path)), found[path][1].in_axes))
             rows.append(
                 {
                     "path": path,

@@ -86,8 +86,7 @@ def sparsegpt(
         `jax.jit`, where the result is NaN instead).
     """
     factor = factorise(gram, damping)
-    if not isinstance(gram, jax.core.Tracer):
-        check_factor(factor, gram, "kernel")
+    check_factor(factor, gram, "kernel")
     return sweep([kernel], factor, [pattern], [keep], block_size=block_size)[0]
 
 
@@ -119,8 +118,8 @@ def factorise(gram: Float[Array, "d_in d_in"], damping: Float[Array, ""] | float
 
 
 def check_factor(factor: Factor, gram: Float[Array, "d_in d_in"], where: str) -> None:
-    """Raises a `JpruneError` that names `where` if the factorisation failed, and says why."""
-    if np.isfinite(factor.upper[0, 0]):
+    """Raises a `JpruneError` that names `where` if the factorisation failed, and says why; nothing under a trace."""
+    if isinstance(factor.upper, jax.core.Tracer) or np.isfinite(factor.upper[0, 0]):
         return
     values = np.asarray(gram)
     if not np.isfinite(values).all():
@@ -182,7 +181,8 @@ def _prepare(kernel, factor, pattern, keep, block) -> tuple[_Kind, Array | None,
             kind, quota = kind._replace(nm=(n, m)), ends * 0
         case Unstructured(per="kernel"):
             # Chosen once for the whole kernel, so from the weights as they are; then only solved for.
-            scores = _scores(kernel.astype(jnp.float32), jnp.diagonal(factor.upper))
+            live = jnp.where(factor.dead[:, None], 0.0, kernel.astype(jnp.float32))
+            scores = _scores(live, jnp.diagonal(factor.upper))
             keep, kind, quota = masks.select(scores, pattern, keep=keep), kind._replace(given=True), ends * 0
         case Unstructured(sparsity, "output"):
             kind, quota = kind._replace(per_output=True), [int(e * sparsity) for e in ends]
