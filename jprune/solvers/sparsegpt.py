@@ -157,12 +157,12 @@ def sweep(
     Outputs are independent, so the result is that of one call a kernel, in fewer and larger steps.
     """
     keeps = [None] * len(kernels) if keeps is None else keeps
-    groups: dict[int | None, list[int]] = {}
-    for i, pattern in enumerate(patterns):  # different m need different block boundaries
-        groups.setdefault(pattern.m if isinstance(pattern, NM) else None, []).append(i)
+    groups: dict[NM | None, list[int]] = {}
+    for i, pattern in enumerate(patterns):  # different m need different block boundaries, different n other counts
+        groups.setdefault(pattern if isinstance(pattern, NM) else None, []).append(i)
     results: dict[int, Pruned] = {}
-    for m, members in groups.items():
-        block = block_size if m is None else max(block_size // m, 1) * m
+    for nm, members in groups.items():
+        block = block_size if nm is None else max(block_size // nm.m, 1) * nm.m
         args = [_prepare(kernels[i], factor, patterns[i], keeps[i], block) for i in members]
         kinds, given, quotas = zip(*args)
         solved = _sweep(tuple(kernels[i] for i in members), factor, given, np.stack(quotas, 1), kinds, block)
