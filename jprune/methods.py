@@ -166,8 +166,8 @@ def prune(
     for path, in_axes in kernels.items():
         matrix = trees.to_matrix(leaves[path], in_axes)
         pattern.check(len(matrix), path)
-        before = trees.to_matrix(keep[path], in_axes) if path in keep else None
-        pruned = method(matrix, (statistics or {}).get(path), pattern, before)
+        before = {path: trees.to_matrix(keep[path], in_axes)} if path in keep else {}
+        pruned = method.together({path: matrix}, (statistics or {}).get(path), {path: pattern}, before)[path]
         leaves[path] = trees.from_matrix(pruned.kernel, leaves[path].shape, in_axes)
         masks_by_path[path] = trees.from_matrix(pruned.mask, leaves[path].shape, in_axes)
     return trees.replace(params, leaves), masks_by_path

@@ -107,13 +107,22 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
 
     Args:
       params: any pytree.
-      masks: the same tree with bool leaves, or None where a leaf (or a whole subtree) is untouched.
+      masks: bool leaves by path, as `prune` returns them, or in a tree like that of the parameters. Leaves whose mask
+        is None or left out are untouched.
+
+    Raises:
+      JpruneError: a mask's path or shape is not that of a parameter.
     """
-
-    def apply(mask, param):
-        return param if mask is None else jax.tree.map(lambda m, p: jnp.where(m, p, jnp.zeros_like(p)), mask, param)
-
-    return jax.tree.map(apply, masks, params, is_leaf=lambda x: x is None)
+    by_path = flatten(masks)
+    leaves = flatten(params)
+    for path, mask in by_path.items():
+        if path not in leaves:
+            near = difflib.get_close_matches(path, leaves, n=3, cutoff=0.0)
+            raise JpruneError(f"there is a mask for {path!r} but no such parameter; near misses: {', '.join(near)}")
+        if mask.shape != leaves[path].shape:
+            raise JpruneError(f"{path}: the mask's shape is {mask.shape}, the parameter's {leaves[path].shape}")
+        leaves[path] = jnp.where(mask, leaves[path], jnp.zeros_like(leaves[path]))
+    return replace(params, leaves)
 
 
 @dataclasses.dataclass(frozen=True)
