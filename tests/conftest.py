@@ -19,3 +19,66 @@ def getkey():
 def rng():
     """A seeded NumPy generator."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """config.json of a LLaMA whose sizes are no multiples of each other where they need not be."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "float32",
+    }
+
+
+@pytest.fixture
+def tiny_model(tmp_path, tiny_config):
+    """A function that writes a random model (options: config keys, dtype) and returns its folder; no tokenizer."""
+    import json
+
+    from safetensors.numpy import save_file
+
+    from jprune import trees
+    from jprune.models import decoder, families
+
+    def make(name="model", *, dtype=np.float32, change=lambda tensors: None, **options):
+        hf_config = {**tiny_config, **options}
+        config = families.config(hf_config)
+        params = trees.flatten(decoder.init_params(config, jax.random.key(1)))
+        # Larger than usual, so that pruning changes outputs by more than rounding.
+        params = {p: np.asarray(x) * (5 if p.endswith("kernel") else 1) for p, x in params.items()}
+        tensors = {e.key: e.write(params[p].astype(dtype)) for p, e in families.table(config).items()}
+        change(tensors)
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(hf_config))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def token_file(tmp_path):
+    """A function that writes random token ids [n, length] as .npy and returns the path."""
+
+    def make(n=6, length=24, *, seed=0, vocab=96):
+        path = tmp_path / f"tokens-{n}-{length}-{seed}.npy"
+        np.save(path, np.random.default_rng(seed).integers(0, vocab, (n, length), dtype=np.int32))
+        return str(path)
+
+    return make

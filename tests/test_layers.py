@@ -16,6 +16,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 FLOORS = [
+    ["__main__"],
     ["cli"],
     ["pipeline"],
     ["evaluate", "data", "checkpoints"],

@@ -167,7 +167,7 @@ class EvalPerplexity(_Command):
                 checkpoint,
                 windows.tokens,
                 dtype=dtype,
-                progress=lambda done, total: show(Progress(done, total, self.text, "perplexity")),
+                progress=lambda done, total: show(Progress(float(done), total, self.text, "perplexity")),
             )
         if not self.json:
             for notice in windows.notices:

@@ -95,9 +95,19 @@ def mean_nll(
     Raises:
         JpruneError: windows of fewer than two tokens, ids outside the vocabulary, or a result that is not finite.
     """
+    _check(tokens, weights.config.vocab)
+    with jax.default_matmul_precision("highest"):  # float32 means float32: no TF32, no bfloat16 passes
+        return _mean_nll(weights, tokens, _micro_batches(tokens, batch), dtype, progress)
+
+
+def _mean_nll(
+    weights: Weights,
+    tokens: Integer[np.ndarray, "n length"],
+    batches: list[Int[Array, "batch length"]],
+    dtype: DTypeLike,
+    progress: Callable[[int, int], None] | None,
+) -> Float64[np.ndarray, " n"]:
     config = weights.config
-    _check(tokens, config.vocab)
-    batches = _micro_batches(tokens, batch)
 
     def read(prefix: str) -> Any:
         return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype=dtype), weights.params(prefix))

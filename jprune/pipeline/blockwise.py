@@ -61,6 +61,20 @@ def prune_blocks(
       JpruneError: weights or activations that are not finite, a Gram matrix that cannot be factorised.
     """
     stopwatch = stopwatch or Stopwatch()
+    with jax.default_matmul_precision("highest"):  # float32 means float32: no TF32, no bfloat16 passes
+        return _prune_blocks(checkpoint, tuple(kernels), method, tokens, write, dtype, progress, stopwatch)
+
+
+def _prune_blocks(
+    checkpoint: Checkpoint,
+    kernels: tuple[Kernel, ...],
+    method: Method,
+    tokens: np.ndarray | None,
+    write: Callable[[str, np.ndarray], None],
+    dtype: DTypeLike,
+    progress: Callable[[Progress], None],
+    stopwatch: Stopwatch,
+) -> list[KernelReport]:
     by_unit: dict[str, list[Kernel]] = {}
     for kernel in kernels:
         by_unit.setdefault(kernel.unit, []).append(kernel)
@@ -97,20 +111,22 @@ def prune_blocks(
     return reports
 
 
-def _report(progress: Callable[[Progress], None], unit: int, total: int, done: float, text: str) -> None:
-    progress(Progress(unit + done, total, text))
+def _report(
+    progress: Callable[[Progress], None], unit: int, total: int, done: float, text: str, loss: float | None
+) -> None:
+    progress(Progress(unit + done, total, f"block {unit}: {text}", loss=loss))
 
 
 class _Run:
     """One unit of one run."""
 
     def __init__(
-        self, unit: Unit, method: Method, stopwatch: Stopwatch, progress: Callable[[float, str], None]
+        self, unit: Unit, method: Method, stopwatch: Stopwatch, progress: Callable[[float, str, float | None], None]
     ) -> None:
         self.unit = unit
         self.method = method
         self.stopwatch = stopwatch
-        self.progress = progress
+        self._progress = progress
         self.reports: list[KernelReport] = []
 
     def without_data(self, params: dict[str, jax.Array], kernels: list[Kernel]) -> dict[str, jax.Array]:
@@ -120,6 +136,7 @@ class _Run:
             self.progress(i / len(kernels), kernel.path)
             path = self._relative(kernel)
             pruned |= self._solve(params, {path: kernel}, None)
+        self.progress(1.0, "done")
         return pruned
 
     def with_data(
@@ -146,7 +163,7 @@ class _Run:
         first = 0  # the first segment whose result has not been kept
         for stage, matmuls in enumerate(plan.matmuls):
             inputs = _inputs_of(matmuls, self.unit)
-            text = ", ".join(m.path for m in matmuls)
+            text = ", ".join(m.path.removesuffix("/kernel") for m in matmuls)
             keep = _carry_bytes(plan, stage + 1) * len(carries) <= carry_allowance(activation_bytes)
             with self.stopwatch.phase("calibration"):
                 tree = trees.unflatten(params)
@@ -166,13 +183,19 @@ class _Run:
                 params, pruned = params | new, pruned | new
             del statistics
         if not go_on:
+            self.progress(1.0, "done")
             return pruned, []
         with self.stopwatch.phase("calibration"):
             tree = trees.unflatten(params)
             for j, spec in enumerate(specs):
                 hidden.append(jax.block_until_ready(_finish(spec, first)(tree, carries[j])))
                 carries[j] = None
+        self.progress(1.0, "done")
         return pruned, hidden
+
+    def progress(self, done: float, text: str) -> None:
+        """Tells how far the unit is, with the loss of the kernel last solved for."""
+        self._progress(done, text, self.reports[-1].loss if self.reports else None)
 
     def _solve(
         self, params: Mapping[str, jax.Array], kernels: Mapping[str, Kernel], statistic: Statistic | None

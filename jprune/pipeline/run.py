@@ -90,7 +90,9 @@ def prune_model(
     kernels = chosen_kernels(checkpoint, recipe)
     with stopwatch.phase("data"):
         calibration = calibration_windows(checkpoint, recipe) if method.statistic else None
-        length = calibration.tokens.shape[1] if calibration else window_shape(checkpoint, recipe)[1]
+        length: int | None = calibration.tokens.shape[1] if calibration else window_shape(checkpoint, recipe)[1]
+        if evaluate and evaluate.endswith(".npy"):
+            length = None  # its rows say
         evaluation = evaluation_windows(checkpoint, evaluate, length=length) if evaluate else None
     notices = tuple(dict.fromkeys(n for w in (calibration, evaluation) if w for n in w.notices))
 
@@ -102,7 +104,7 @@ def prune_model(
                 weights,
                 evaluation.tokens,
                 dtype=dtype,
-                progress=lambda done, total: progress(Progress(done, total, evaluation.source, phase)),
+                progress=lambda done, total: progress(Progress(float(done), total, evaluation.source, phase)),
             )
 
     with output.new_folder(out, overwrite=overwrite, source=checkpoint.source) as folder:

@@ -308,34 +308,48 @@ def _eliminate(
     block, d_out = weights.shape
     scale = 1 / jnp.diagonal(inverse)
     nm = kinds[0].nm
-    size = nm[1] if nm else next(g for g in (_GROUP, 8, 4, 2, 1) if block % g == 0)
+    n, chosen_together = nm or (0, 1)
+    most = max(1, _GROUP // chosen_together)
+    size = chosen_together * next(k for k in range(most, 0, -1) if block // chosen_together % k == 0)
 
-    keep = jnp.ones(weights.shape, bool) if nm else _choose(weights, scale, allowed, quotas, real, kinds)
+    # N:M is chosen on the way, from weights that make up for all inputs before; else the whole block is chosen here.
+    keep = jnp.ones(weights.shape, bool) if allowed is None else allowed
+    if not nm:
+        keep = _choose(weights, scale, allowed, quotas, real, kinds)
 
     def group(errors, j):
         start = j * size
+
+        def here(x):
+            return lax.dynamic_slice_in_dim(x, start, size)
+
         columns = lax.dynamic_slice_in_dim(inverse, start, size, axis=1)
-        rows = lax.dynamic_slice_in_dim(weights, start, size) - _transposed_matmul(columns, errors)
-        square = jnp.triu(lax.dynamic_slice_in_dim(columns, start, size), 1)
-        scale_here = lax.dynamic_slice_in_dim(scale, start, size)
-        if nm:
-            scores = _scores(rows, scale_here)
-            if allowed is not None:
-                allowed_here = lax.dynamic_slice_in_dim(allowed, start, size)
-                scores = jnp.where(allowed_here, scores, -jnp.inf)
-            keep_here = masks.keep_n_of_m(scores, *nm)
-            if allowed is not None:
-                keep_here &= allowed_here
-            keep_here |= ~lax.dynamic_slice_in_dim(real, start, size)[:, None]
-        else:
-            keep_here = lax.dynamic_slice_in_dim(keep, start, size)
+        square = jnp.triu(here(columns), 1)
+        scale_here, real_here = here(scale), here(real)[:, None]
 
         def row(i, state):
-            rows, errors_here = state
+            rows, errors_here, keep_here = state
             error = jnp.where(keep_here[i], 0.0, rows[i]) * scale_here[i]
-            return rows - square[i][:, None] * error, lax.dynamic_update_index_in_dim(errors_here, error, i, axis=0)
+            rows = rows - square[i][:, None] * error
+            return rows, lax.dynamic_update_index_in_dim(errors_here, error, i, axis=0), keep_here
 
-        rows, errors_here = lax.fori_loop(0, size, row, (rows, jnp.zeros((size, d_out), jnp.float32)))
+        def choose_and_eliminate(i, state):
+            rows, errors_here, allowed_here = state
+            first = i * chosen_together
+            scores = jnp.where(allowed_here, _scores(rows, scale_here), -jnp.inf)
+            best = masks.keep_n_of_m(lax.dynamic_slice_in_dim(scores, first, chosen_together), n, chosen_together)
+            best &= lax.dynamic_slice_in_dim(allowed_here, first, chosen_together)
+            best |= ~lax.dynamic_slice_in_dim(real_here, first, chosen_together)
+            keep_here = lax.dynamic_update_slice_in_dim(allowed_here, best, first, axis=0)
+            return lax.fori_loop(first, first + chosen_together, row, (rows, errors_here, keep_here))
+
+        rows = here(weights) - _transposed_matmul(columns, errors)
+        state = rows, jnp.zeros((size, d_out), jnp.float32), here(keep)
+        if nm:
+            state = lax.fori_loop(0, size // chosen_together, choose_and_eliminate, state)
+        else:
+            state = lax.fori_loop(0, size, row, state)
+        rows, errors_here, keep_here = state
         errors = lax.dynamic_update_slice_in_dim(errors, errors_here, start, axis=0)
         return errors, (jnp.where(keep_here, rows, 0.0), keep_here)
 

@@ -1,0 +1,293 @@
+"""Whole runs over a tiny model, against a slow loop that runs every block again before each group of kernels."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jprune
+from jprune import (
+    NM,
+    Gram,
+    Magnitude,
+    Recipe,
+    SparseGPT,
+    SquaredNorm,
+    Unstructured,
+    Wanda,
+    masks,
+    scores,
+    solvers,
+    trees,
+)
+from jprune.errors import JpruneError
+from jprune.models import batching, decoder
+from jprune.pipeline import blockwise, plan_run, prune_model
+
+GROUPS = (("attn/q", "attn/k", "attn/v"), ("attn/o",), ("mlp/gate", "mlp/up"), ("mlp/down",))
+
+
+@pytest.fixture(autouse=True)
+def small_micro_batches(monkeypatch):
+    """Six windows go in micro-batches of two."""
+    monkeypatch.setattr(blockwise, "windows_at_once", lambda length: 2)
+
+
+def expected(folder, tokens, method, pattern):
+    """Pruned kernels by path: every group of every block from a full run of the block with what is pruned so far."""
+    model = jprune.load(folder)
+    x = decoder.embed(model.config)(model.params(), jnp.asarray(tokens))
+    result = {}
+    for i in range(model.config.layers):
+        block = decoder.block(model.config, i)
+        params = trees.flatten(jax.tree.map(jnp.asarray, model.params(f"blocks/{i}")))
+        for group in GROUPS:
+            statistic = SquaredNorm if method == "wanda" else Gram
+            _, seen = jprune.observe(block, statistic)(trees.unflatten(params), x)
+            for name in group:
+                path = f"{name}/kernel"
+                axes = (0, 1) if name == "attn/o" else (0,)
+                matrix = trees.to_matrix(params[path], axes)
+                if method == "wanda":
+                    mask = masks.select(scores.wanda(matrix, seen[path].total), pattern)
+                    new = jnp.where(mask, matrix, 0)
+                else:
+                    new = solvers.sparsegpt(matrix, seen[path].total, pattern).kernel
+                params[path] = trees.from_matrix(new, params[path].shape, axes)
+        x = block(trees.unflatten(params), x)
+        result |= {f"blocks/{i}/{path}": np.asarray(v) for path, v in params.items()}
+    return result
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
+def test_equals_the_slow_loop(tiny_model, token_file, tmp_path, name, pattern):
+    folder, tokens = tiny_model(), token_file()
+    method = {"wanda": Wanda(), "sparsegpt": SparseGPT()}[name]
+    prune_model(folder, tmp_path / "out", method=method, recipe=Recipe(pattern=pattern, calibration=tokens))
+    result = jprune.load(tmp_path / "out")
+    for path, want in expected(folder, np.load(tokens), name, pattern).items():
+        got = result.read(path)
+        assert ((got == 0) == (want == 0)).all(), path
+        np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-4, err_msg=path)
+
+
+@pytest.mark.parametrize("method", [Magnitude(), Wanda(), SparseGPT()], ids=lambda m: type(m).__name__)
+def test_counts_are_exact_and_the_rest_is_untouched(tiny_model, token_file, tmp_path, method):
+    folder = tiny_model(dtype=ml_dtypes.bfloat16, torch_dtype="bfloat16")
+    recipe = Recipe(pattern=Unstructured(0.3, "output"), calibration=token_file())
+    report = prune_model(folder, tmp_path / "out", method=method, recipe=recipe)
+    before, after = jprune.load(folder), jprune.load(tmp_path / "out")
+    zeros = 0
+    for path, shape in before.shapes.items():
+        old, new = before.read(path), after.read(path)
+        assert new.dtype == shape.dtype == ml_dtypes.bfloat16
+        if path.startswith("blocks/") and path.endswith("kernel"):
+            d_in = 32 if "down" not in path else 56
+            assert ((new.reshape(d_in, -1) == 0).sum(0) == int(d_in * 0.3)).all(), path
+            zeros += int((new == 0).sum())
+        else:
+            np.testing.assert_array_equal(old, new)
+    assert report.sparsity.zeros == zeros
+    record = json.loads((tmp_path / "out" / "jprune.json").read_text())
+    assert record["sparsity"]["zeros"] == zeros == sum(k["zeros"] for k in record["kernels"])
+    assert record["sparsity"]["total_parameters"] == sum(np.prod(s.shape) for s in before.shapes.values())
+
+
+def test_recomputing_instead_of_keeping_changes_nothing(tiny_model, token_file, tmp_path, monkeypatch):
+    folder, recipe = tiny_model(), Recipe(pattern=Unstructured(0.5), calibration=token_file())
+    prune_model(folder, tmp_path / "kept", method=SparseGPT(), recipe=recipe)
+    monkeypatch.setattr(blockwise, "carry_allowance", lambda activations: -1)
+    prune_model(folder, tmp_path / "again", method=SparseGPT(), recipe=recipe)
+    kept, again = jprune.load(tmp_path / "kept"), jprune.load(tmp_path / "again")
+    for path in kept.shapes:
+        np.testing.assert_allclose(kept.read(path), again.read(path), atol=2e-5, err_msg=path)
+
+
+def test_uneven_micro_batches_see_every_window_once(tiny_model, token_file, tmp_path, monkeypatch):
+    folder, tokens = tiny_model(), token_file(5)
+    recipe = Recipe(pattern=Unstructured(0.5), calibration=tokens)
+    prune_model(folder, tmp_path / "uneven", method=Wanda(), recipe=recipe)
+    monkeypatch.setattr(blockwise, "windows_at_once", lambda length: 5)
+    prune_model(folder, tmp_path / "whole", method=Wanda(), recipe=recipe)
+    uneven, whole = jprune.load(tmp_path / "uneven"), jprune.load(tmp_path / "whole")
+    for path in whole.shapes:
+        np.testing.assert_array_equal(uneven.read(path), whole.read(path))
+
+
+def test_filters_and_overrides(tiny_model, token_file, tmp_path):
+    recipe = Recipe(
+        pattern=Unstructured(0.5),
+        calibration=token_file(),
+        where=("blocks/[12]/", "^head/"),
+        skip=("attn/o",),
+        overrides={"mlp/": NM(1, 4), "2/mlp/down": Unstructured(0.25)},
+    )
+    folder = tiny_model()
+    report = prune_model(folder, tmp_path / "out", method=SparseGPT(), recipe=recipe)
+    result = jprune.load(tmp_path / "out")
+    share = {path: float(np.mean(result.read(path) == 0)) for path in result.shapes if path.endswith("kernel")}
+    assert all(share[p] == 0 for p in share if p.startswith("blocks/0/") or "attn/o" in p)
+    assert share["blocks/1/attn/q/kernel"] == share["head/kernel"] == 0.5
+    assert share["blocks/1/mlp/down/kernel"] == share["blocks/2/mlp/gate/kernel"] == 0.75
+    assert share["blocks/2/mlp/down/kernel"] == 0.25
+    blocks = [p for p in share if p.startswith("blocks/")]
+    assert report.sparsity.prunable_parameters == sum(result.read(p).size for p in [*blocks, "head/kernel"])
+
+
+def test_the_head_is_left_alone_unless_asked_for(tiny_model):
+    plan = plan_run(tiny_model(), method=Magnitude(), recipe=Recipe(pattern=Unstructured(0.5)))
+    assert len(plan.kernels) == 3 * 7
+    assert not any("head" in k.path for k in plan.kernels)
+
+
+def test_plan_predicts_the_run(tiny_model, token_file, tmp_path):
+    folder, recipe = tiny_model(), Recipe(pattern=NM(2, 4), calibration=token_file())
+    plan = plan_run(folder, method=Wanda(), recipe=recipe)
+    report = prune_model(folder, tmp_path / "out", method=Wanda(), recipe=recipe)
+    assert plan.sparsity == report.sparsity
+    assert {k.path: k.zeros for k in plan.kernels} == {k.path: k.zeros for k in report.kernels}
+    assert plan.tokens == 6 * 24
+
+
+def test_perplexity_before_and_after(tiny_model, token_file, tmp_path):
+    from jprune.evaluate.perplexity import perplexity
+
+    folder, held_out = tiny_model(), token_file(4, seed=7)
+    report = prune_model(
+        folder, tmp_path / "out", method=Magnitude(), recipe=Recipe(pattern=Unstructured(0.9)), evaluate=held_out
+    )
+    for model, got in ((folder, report.before), (tmp_path / "out", report.after)):
+        assert got == perplexity(jprune.load(model), np.load(held_out))
+    assert report.before.value != report.after.value
+    assert report.json()["perplexity"]["sequence_length"] == 24
+
+
+def test_orbax_has_the_same_weights(tiny_model, token_file, tmp_path):
+    folder, recipe = tiny_model(), Recipe(pattern=Unstructured(0.5), calibration=token_file())
+    prune_model(folder, tmp_path / "hf", method=SparseGPT(), recipe=recipe)
+    prune_model(folder, tmp_path / "orbax", method=SparseGPT(), recipe=recipe, format="orbax")
+    hf, orbax = jprune.load(tmp_path / "hf"), jprune.load(tmp_path / "orbax")
+    assert hf.shapes == orbax.shapes
+    for path in hf.shapes:
+        np.testing.assert_array_equal(hf.read(path), orbax.read(path))
+    assert json.loads((tmp_path / "orbax" / "jprune.json").read_text())["method"] == "sparsegpt"
+
+
+def test_transformers_reads_the_result(tiny_model, token_file, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    tokens = token_file()
+    prune_model(tiny_model(), tmp_path / "out", method=SparseGPT(), recipe=Recipe(pattern=NM(2, 4), calibration=tokens))
+    ids = np.load(tokens)[:2]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        want = model(torch.tensor(ids, dtype=torch.long)).logits.numpy()
+    ours = jprune.load(tmp_path / "out")
+    np.testing.assert_allclose(decoder.apply(ours.config, ours.params(), jnp.asarray(ids)), want, atol=1e-4)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_a_failure_leaves_nothing_behind(tiny_model, token_file, tmp_path, monkeypatch):
+    folder, out = tiny_model(), tmp_path / "results" / "out"
+    monkeypatch.setattr(blockwise._Run, "_solve", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prune_model(folder, out, method=Wanda(), recipe=Recipe(pattern=NM(2, 4), calibration=token_file()))
+    assert list(out.parent.iterdir()) == []
+
+
+def test_disk_full_leaves_out_untouched(tiny_model, tmp_path, monkeypatch):
+    import errno
+
+    from jprune.checkpoints import writing
+
+    folder, out, recipe = tiny_model(), tmp_path / "out", Recipe(pattern=Unstructured(0.5))
+    prune_model(folder, out, method=Magnitude(), recipe=recipe)
+    kept = (out / "model.safetensors").read_bytes()
+
+    def full(self, key, values):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writing.SafetensorsFile, "write", full)
+    with pytest.raises(JpruneError, match="disk .* is full"):
+        prune_model(folder, out, method=Magnitude(), recipe=recipe, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == kept
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_out_is_never_replaced_unasked(tiny_model, tmp_path):
+    folder, out = tiny_model(), tmp_path / "out"
+
+    def run(out, **options):
+        prune_model(folder, out, method=Magnitude(), recipe=Recipe(pattern=Unstructured(0.5)), **options)
+
+    run(out)
+    with pytest.raises(JpruneError, match="--overwrite"):
+        run(out)
+    run(out, overwrite=True)
+    mine = tmp_path / "thesis"
+    mine.mkdir()
+    (mine / "chapter1.txt").write_text("do not lose me")
+    with pytest.raises(JpruneError, match="jprune did not write it"):
+        run(mine, overwrite=True)
+    with pytest.raises(JpruneError, match="model itself"):
+        run(folder, overwrite=True)
+    with pytest.raises(JpruneError, match="model itself"):
+        run(tmp_path, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JpruneError, match="is a file"):
+        run(tmp_path / "file", overwrite=True)
+    assert (mine / "chapter1.txt").read_text() == "do not lose me"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite(tiny_model, token_file, tmp_path, value):
+    def spoil(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+
+    folder = tiny_model(change=spoil)
+    with pytest.raises(JpruneError, match="blocks/1/mlp/up/kernel"):
+        prune_model(folder, tmp_path / "out", method=Wanda(), recipe=Recipe(pattern=NM(2, 4), calibration=token_file()))
+    assert not (tmp_path / "out").exists()
+
+
+def test_activations_that_overflow_name_the_kernel(tiny_model, token_file, tmp_path):
+    def grow(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][:] *= 1e30
+        tensors["model.layers.1.mlp.gate_proj.weight"][:] *= 1e30
+
+    with pytest.raises(JpruneError, match=r"blocks/1/mlp/down/kernel.*NaN or inf"):
+        prune_model(
+            tiny_model(change=grow),
+            tmp_path / "out",
+            method=SparseGPT(),
+            recipe=Recipe(pattern=NM(2, 4), calibration=token_file(), skip=("mlp/gate", "mlp/up")),
+        )
+
+
+def test_a_pattern_must_fit_every_kernel(tiny_model, token_file):
+    with pytest.raises(JpruneError, match=r"mlp/down/kernel.*divisible by 16.*56"):
+        plan_run(tiny_model(), method=Wanda(), recipe=Recipe(pattern=NM(8, 16), calibration=token_file()))
+
+
+def test_progress_goes_from_zero_to_the_end(tiny_model, token_file, tmp_path):
+    steps = []
+    prune_model(
+        tiny_model(),
+        tmp_path / "out",
+        method=SparseGPT(),
+        recipe=Recipe(pattern=NM(2, 4), calibration=token_file()),
+        progress=steps.append,
+    )
+    done = [step.done for step in steps]
+    assert done == sorted(done)
+    assert done[-1] == steps[-1].total == 3
+    assert any(step.loss is not None for step in steps)
+
+
+def test_windows_at_once_is_at_least_one():
+    assert batching.windows_at_once(10**9) == 1
+    assert batching.windows_at_once(128) * 128 >= 1024
