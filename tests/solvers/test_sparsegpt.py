@@ -79,6 +79,7 @@ BLOCK, OUTPUT, KERNEL = Unstructured(0.5), Unstructured(0.5, "output"), Unstruct
         (100, Unstructured(0.9, "kernel")),
         (100, NM(2, 4)),
         (100, NM(1, 4)),
+        (100, NM(7, 20)),
         (200, Unstructured(0.7, "output")),
         (200, NM(4, 8)),
         (201, NM(1, 3)),
