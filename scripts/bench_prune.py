@@ -1,8 +1,9 @@
 """Times the whole job on the demo model: a first run, a run with a warm compile cache, and plain PyTorch.
 
-    python scripts/bench_prune.py [--method sparsegpt] [--samples 64] [--sequence-length 512] [--baseline] [--out f.json]
+    python scripts/bench_prune.py [--methods sparsegpt wanda magnitude] [--baseline] [--out results.json]
 
-Each jprune run is a process of its own, as a user starts it. With --baseline, the same calibration windows go through
+Each jprune run is a process of its own, as a user starts it. "forward" is one pass of the calibration windows through
+the dense blocks, without statistics: what a method that observes inputs cannot do without. With --baseline, the same calibration windows go through
 `torch_sparsegpt.prune_model` (SparseGPT in plain PyTorch over the Hugging Face model), and both results' perplexities
 are measured by jprune's evaluation on the same windows.
 """
@@ -36,31 +37,69 @@ def jprune(*words: str, cache: Path | None = None) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="sparsegpt", choices=["magnitude", "wanda", "sparsegpt"])
+    methods = ["sparsegpt", "wanda", "magnitude"]
+    parser.add_argument("--methods", nargs="+", default=methods, choices=methods)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--baseline", action="store_true", help="also time SparseGPT in plain PyTorch")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    result: dict = {"machine": describe(), "method": args.method, "sparsity": args.sparsity, "runs": {}}
+    result: dict = {"machine": describe(), "options": {k: v for k, v in vars(args).items() if k != "out"}, "runs": {}}
+    runs = result["runs"]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder, args)
         common = ["--sparsity", str(args.sparsity), "--calibration", str(folder / "calibration.npy")]
-        for run in ("first", "warm"):
-            words = ["prune", args.method, "demo", "--out", str(folder / run), *common]
-            result["runs"][run] = jprune(*words, cache=folder / "cache")
-            print(run, json.dumps(result["runs"][run]["seconds"]), flush=True)
-        result["perplexity"] = {"dense": perplexity("demo", folder), "jprune": perplexity(str(folder / "warm"), folder)}
+        result["perplexity"] = {"dense": perplexity("demo", folder)}
+        runs["forward"] = {"seconds": {"total": forward_seconds(folder)}}
+        show("forward", runs["forward"])
+        for method in args.methods:
+            for run in ("first", "warm"):
+                words = ["prune", method, "demo", "--out", str(folder / method), "--overwrite", *common]
+                runs[f"{method} {run}"] = jprune(*words, cache=folder / f"cache-{method}")
+                show(f"{method} {run}", runs[f"{method} {run}"])
+            result["perplexity"][method] = perplexity(str(folder / method), folder)
         if args.baseline:
-            result["runs"]["torch"] = baseline(folder, args)
-            result["perplexity"]["torch"] = perplexity(str(folder / "torch"), folder)
-            warm = result["runs"]["warm"]["process_seconds"]
-            result["speedup"] = result["runs"]["torch"]["process_seconds"] / warm
+            runs["torch sparsegpt"] = baseline(folder, args)
+            show("torch sparsegpt", runs["torch sparsegpt"])
+            result["perplexity"]["torch sparsegpt"] = perplexity(str(folder / "torch"), folder)
+            warm = runs["sparsegpt warm"]["process_seconds"]
+            result["speedup"] = round(runs["torch sparsegpt"]["process_seconds"] / warm, 2)
     print(json.dumps({k: result[k] for k in ("perplexity", "speedup") if k in result}))
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def show(name: str, run: dict) -> None:
+    print(f"{name:18} {run.get('process_seconds', '')} {json.dumps(run['seconds'])}", flush=True)
+
+
+def forward_seconds(folder: Path) -> float:
+    """One pass of the calibration windows through the blocks; compiled before, the best of two."""
+    import jax
+    import jax.numpy as jnp
+
+    import jprune as library
+    from jprune.models import decoder
+    from jprune.models.batching import windows_at_once
+
+    checkpoint = library.load("demo")
+    config, params = checkpoint.config, jax.tree.map(jnp.asarray, checkpoint.params())
+    tokens = np.load(folder / "calibration.npy")
+    size = windows_at_once(tokens.shape[1])
+    batches = [jnp.asarray(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+    embed, block = jax.jit(decoder.embed(config)), jax.jit(decoder.block(config, 0))
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        for batch in batches:
+            x = embed(params, batch)
+            for i in range(config.layers):
+                x = block(params["blocks"][str(i)], x)
+            jax.block_until_ready(x)
+        seconds.append(time.perf_counter() - start)
+    return round(min(seconds), 3)
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> None:
@@ -94,9 +133,7 @@ def baseline(folder: Path, args: argparse.Namespace) -> dict:
     scripts = str(Path(__file__).parent)
     done = subprocess.run([sys.executable, "-c", program], cwd=scripts, check=True, stdout=subprocess.PIPE)
     seconds = time.perf_counter() - start
-    result = {**json.loads(done.stdout.splitlines()[-1]), "process_seconds": round(seconds, 3)}
-    print("torch", json.dumps(result["seconds"]), flush=True)
-    return result
+    return {**json.loads(done.stdout.splitlines()[-1]), "process_seconds": round(seconds, 3)}
 
 
 if __name__ == "__main__":
