@@ -38,6 +38,8 @@ def select(
       JpruneError: N:M groups do not fill d_in.
     """
     d_in, d_out = scores.shape
+    if isinstance(pattern, Unstructured):
+        pattern = pattern.among("output")
     if keep is not None:
         scores = jnp.where(keep, scores, -jnp.inf)
     match pattern:

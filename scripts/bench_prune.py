@@ -3,9 +3,9 @@
     python scripts/bench_prune.py [--methods sparsegpt wanda magnitude] [--baseline] [--out results.json]
 
 Each jprune run is a process of its own, as a user starts it. "forward" is one pass of the calibration windows through
-the dense blocks, without statistics: what a method that observes inputs cannot do without. With --baseline, the same calibration windows go through
-`torch_sparsegpt.prune_model` (SparseGPT in plain PyTorch over the Hugging Face model), and both results' perplexities
-are measured by jprune's evaluation on the same windows.
+the dense blocks, without statistics: what a method that observes inputs cannot do without. With --baseline, the same
+calibration windows go through `torch_sparsegpt.prune_model` (SparseGPT in plain PyTorch over the Hugging Face model).
+Perplexities are all measured by jprune, on the same windows.
 """
 
 import argparse

@@ -55,14 +55,30 @@ def matrix(kernel):
 def test_magnitude(rng, pattern):
     """No data; unstructured scores compete in the whole kernel, as the authors of SparseGPT and Wanda have it."""
     params = attention_params(rng)
-    new, by_path = jprune.prune(params, None, Magnitude(), pattern)
+    axes = {"attn/o/kernel": (0, 1), "attn/q/kernel": (0,)}
+    new, by_path = jprune.prune(params, None, Magnitude(), pattern, in_axes=axes)
     words = {"nm": (2, 4)} if isinstance(pattern, NM) else {"sparsity": 0.5, "per": "kernel"}
     assert sorted(by_path) == ["attn/o/kernel", "attn/q/kernel", "mlp/up/kernel"]
     for path in by_path:
         old = np.asarray(trees.flatten(params)[path])
-        expected = numpy_scores.select(np.abs(old.reshape(len(old), -1)), **words).reshape(old.shape)
+        d_in = 24  # of every kernel
+        expected = numpy_scores.select(np.abs(old.reshape(d_in, -1)), **words).reshape(old.shape)
         np.testing.assert_array_equal(by_path[path], expected)
         np.testing.assert_array_equal(trees.flatten(new)[path], np.where(expected, old, 0))
+
+
+def test_inputs_must_be_known_where_they_matter(rng):
+    params = attention_params(rng)
+    for pattern in (NM(2, 4), Unstructured(0.5, "output")):
+        with pytest.raises(JpruneError, match="in_axes"):
+            jprune.prune(params, None, Magnitude(), pattern)
+
+
+def test_a_mask_to_keep_must_be_of_a_chosen_kernel(rng):
+    params = attention_params(rng)
+    with pytest.raises(JpruneError, match="attn/o/kernel"):
+        keep = {"attn/o/kernel": jnp.ones((4, 6, 24), bool)}
+        jprune.prune(params, None, Magnitude(), Unstructured(0.5), skip="attn/o", keep=keep)
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)

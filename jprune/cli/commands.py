@@ -137,7 +137,7 @@ class Prune(_Command):
             display.table(["kernel", "shape", "pattern", "zeros"], rows)
             print(f"\n{len(plan.kernels)} kernels, expected sparsity {plan.sparsity}")
             print(f"{plan.tokens} calibration tokens, about {plan.flops / 1e12:.3g} TFLOP: {plan.time_class}")
-            print(f"peak memory about {plan.peak_memory_bytes / 1e9:.2g} GB and what Python and JAX need themselves")
+            print(f"peak memory about {plan.peak_memory_bytes / 1e9:.2g} GB")
             print("nothing was touched")
         return result
 

@@ -26,7 +26,7 @@ from jprune.models import decoder
 from jprune.models.batching import windows_at_once
 from jprune.models.config import DecoderConfig
 
-LOGITS_BYTES = 2**28
+LOGITS_BYTES = 2**26
 
 
 @runtime_checkable

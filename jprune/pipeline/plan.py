@@ -19,6 +19,7 @@ from jprune.errors import JpruneError
 from jprune.methods import Method
 from jprune.models import decoder
 from jprune.patterns import Pattern
+from jprune.pipeline.stopwatch import peak_memory_bytes
 from jprune.statistics import Gram
 from jprune.trace import ParamMatmul, matmuls
 
@@ -90,13 +91,13 @@ class Plan:
     flops: float
     """Of the blocks' matmuls over the calibration tokens, the statistics and the solver."""
     peak_memory_bytes: int
-    """Expected, without what Python, JAX and the compiled programs themselves take."""
+    """Expected, with what Python and JAX took when the plan was made."""
 
     @property
     def time_class(self) -> str:
         """Seconds, minutes, hours or days on this machine's kind of device, from the flops alone."""
         # Order of magnitude of sustained float32 matmuls: a server's CPU cores together, or one accelerator.
-        rate = 2e11 if jax.default_backend() == "cpu" else 3e13
+        rate = 1e11 if jax.default_backend() == "cpu" else 3e13
         seconds = self.flops / rate
         return next(
             name
@@ -194,7 +195,7 @@ def make_plan(
                 statistics = max(statistics, 3 * 4 * d_in**2 + 4 * 4 * d_in * d_out)
     activations = tokens * checkpoint.config.d_model * jnp.dtype(dtype).itemsize
     carried = activations + carry_allowance(activations) if tokens else 0
-    peak = 8 * max(by_unit.values()) + carried + statistics
+    peak = peak_memory_bytes() + 8 * max(by_unit.values()) + carried + statistics
     sizes = {path: math.prod(shape.shape) for path, shape in checkpoint.shapes.items()}
     sparsity = trees.Sparsity(
         zeros=sum(k.zeros for k in kernels),
