@@ -76,8 +76,8 @@ def test_inputs_must_be_known_where_they_matter(rng):
 
 def test_a_mask_to_keep_must_be_of_a_chosen_kernel(rng):
     params = attention_params(rng)
+    keep = {"attn/o/kernel": jnp.ones((4, 6, 24), bool)}
     with pytest.raises(JpruneError, match="attn/o/kernel"):
-        keep = {"attn/o/kernel": jnp.ones((4, 6, 24), bool)}
         jprune.prune(params, None, Magnitude(), Unstructured(0.5), skip="attn/o", keep=keep)
 
 
