@@ -138,6 +138,9 @@ class Sparsity:
         """Zeros / prunable parameters."""
         return self.zeros / max(self.prunable_parameters, 1)
 
+    def __float__(self) -> float:
+        return self.achieved
+
     def __str__(self) -> str:
         of_all = 100 * self.zeros / max(self.total_parameters, 1)
         return (

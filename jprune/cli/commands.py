@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from jprune.cli import display
 from jprune.errors import JpruneError, UsageError
 from jprune.methods import Method
 from jprune.patterns import NM, Pattern, Scope, Unstructured
-from jprune.pipeline import Recipe, plan_run, prune_model
+from jprune.pipeline import plan_run, prune_model
 from jprune.pipeline.output import new_folder
 from jprune.pipeline.plan import Plan, matmul_kernels, prunable
 from jprune.pipeline.report import Progress, Report
@@ -78,32 +79,34 @@ class Prune(_Command):
 
     def run(self) -> dict[str, Any]:
         """Prunes, or prints the plan."""
-        recipe = Recipe(
-            pattern=self._pattern(),
-            calibration=self.calibration,
-            samples=self.samples,
-            sequence_length=self.sequence_length,
-            seed=self.seed,
-            where=self.where,
-            skip=self.skip,
-            overrides=dict(_override(text) for text in self.override),
-            dtype=self.dtype,
-        )
+        options: dict[str, Any] = {
+            "method": self.method,
+            "pattern": self._pattern(),
+            "calibration": self.calibration,
+            "samples": self.samples,
+            "sequence_length": self.sequence_length,
+            "seed": self.seed,
+            "where": self.where,
+            "skip": self.skip,
+            "overrides": dict(_override(text) for text in self.override),
+            "dtype": self.dtype,
+        }
         if self.plan:
-            return self._show_plan(plan_run(self.model, method=self.method, recipe=recipe))
+            return self._show_plan(plan_run(self.model, **options))
         if self.out is None:
             raise UsageError("give --out DIR for the result (or --plan to see what would be done)")
         with display.progress() as progress:
             report = prune_model(
                 self.model,
                 self.out,
-                method=self.method,
-                recipe=recipe,
                 format=self.format,
                 evaluate=self.evaluate,
                 overwrite=self.overwrite,
                 progress=progress,
+                **options,
             )
+        for notice in report.notices:
+            print(notice, file=sys.stderr)
         if not self.json:
             _print_report(report)
         return report.json()
@@ -169,9 +172,9 @@ class EvalPerplexity(_Command):
                 dtype=dtype,
                 progress=lambda done, total: show(Progress(float(done), total, self.text, "perplexity")),
             )
+        for notice in windows.notices:
+            print(notice, file=sys.stderr)
         if not self.json:
-            for notice in windows.notices:
-                print(notice)
             print(f"perplexity {result.value:.4f} on {self.text}, {result.windows} windows of {result.sequence_length}")
         return {
             "perplexity": result.value,
@@ -366,6 +369,4 @@ def _print_report(report: Report) -> None:
         f"{name} {value:.1f}" for name, value in report.seconds.items() if name != "total" and value >= 0.05
     )
     print(f"{report.seconds['total']:.1f} s ({parts}); peak memory {report.peak_memory_bytes / 1e9:.2f} GB")
-    for notice in report.notices:
-        print(notice)
     print(f"written to {report.out}")

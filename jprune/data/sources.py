@@ -133,10 +133,15 @@ def _npy(path: Path) -> np.ndarray:
         rows = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError) as error:
         raise JpruneError(f"{path} is not a readable .npy of token ids [n, length]: {error}.") from error
+    return checked_rows(rows, str(path))
+
+
+def checked_rows(rows: np.ndarray, name: str) -> np.ndarray:
+    """The array, if it can be token ids [n, length]; an error that begins with its name, if not."""
     if rows.ndim != 2:
-        raise JpruneError(f"{path} has shape {rows.shape}; expected token ids [n, length], one window a row.")
+        raise JpruneError(f"{name} has shape {rows.shape}; expected token ids [n, length], one window a row.")
     if not np.issubdtype(rows.dtype, np.integer):
-        raise JpruneError(f"{path} holds {rows.dtype}; expected integer token ids. Save it with .astype(np.int32).")
+        raise JpruneError(f"{name} holds {rows.dtype}; expected integer token ids. Save it with .astype(np.int32).")
     return rows
 
 

@@ -25,6 +25,9 @@ from jprune.errors import JpruneError
 
 logger = logging.getLogger(__name__)
 
+Spec = str | Path | np.ndarray
+"""A source by its name (`jprune.data.sources`), or token ids [n, length] themselves."""
+
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 2048
 
@@ -58,7 +61,7 @@ class Windows:
 
 
 def calibration(
-    spec: str | Path,
+    spec: Spec,
     tokenizer: Tokenizer | None,
     *,
     samples: int | None = None,
@@ -70,7 +73,7 @@ def calibration(
     """Windows to calibrate on, drawn as the originals draw them; of a `.npy`, the first rows in their order.
 
     Args:
-        spec: names the source, see `jprune.data.sources`.
+        spec: names the source, see `jprune.data.sources`; or token ids, treated as a `.npy` of them.
         tokenizer: needed for text; a `.npy` works without.
         samples: number of windows; by default 128, or every row of a `.npy`.
         length: tokens a window; by default 2048 cut to `context`, or what the rows of a `.npy` have.
@@ -81,7 +84,7 @@ def calibration(
     Raises:
         JpruneError: a source that cannot be used, too little of it, or a length that the model does not take.
     """
-    source = sources.read(spec, "calibration")
+    source, spec = _read(spec, "calibration")
     length, notices = _length(length, context, source)
     if isinstance(source, sources.TokenRows):
         return _from_rows(source, spec, samples, length, vocab_size, notices)
@@ -100,7 +103,7 @@ def calibration(
 
 
 def evaluation(
-    spec: str | Path,
+    spec: Spec,
     tokenizer: Tokenizer | None,
     *,
     length: int | None = None,
@@ -112,7 +115,7 @@ def evaluation(
 
     `length`, `vocab_size`, `context` and errors are those of `calibration`; documents are joined by blank lines.
     """
-    source = sources.read(spec, "evaluation")
+    source, spec = _read(spec, "evaluation")
     length, notices = _length(length, context, source)
     if isinstance(source, sources.TokenRows):
         return _from_rows(source, spec, windows, length, vocab_size, notices)
@@ -131,6 +134,18 @@ def evaluation(
         )
     tokens = np.array(ids[: wanted * length]).reshape(wanted, length)
     return _windows(tokens, spec, None, vocab_size, notices)
+
+
+def is_rows(spec: Spec | None) -> bool:
+    """Whether a spec stands for rows of token ids, which have a number and a length of their own."""
+    return isinstance(spec, np.ndarray) or str(spec).endswith(".npy")
+
+
+def _read(spec: Spec, split: sources.Split) -> tuple[sources.Source, str | Path]:
+    """The source, and what to call it in messages."""
+    if isinstance(spec, np.ndarray):
+        return sources.TokenRows(rows=sources.checked_rows(spec, "the array of token ids")), "an array of token ids"
+    return sources.read(spec, split), spec
 
 
 def sha256(tokens: Int32[np.ndarray, "n length"]) -> str:

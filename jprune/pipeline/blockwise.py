@@ -167,14 +167,16 @@ class _Run:
             keep = _carry_bytes(plan, stage + 1) * len(carries) <= carry_allowance(activation_bytes)
             with self.stopwatch.phase("calibration"):
                 tree = trees.unflatten(params)
-                statistics = self._zeros(inputs, wanted)
+                # Two sums, so that two micro-batches can be computed side by side.
+                streams = [self._zeros(inputs, wanted) for _ in range(2)]
                 for j, spec in enumerate(specs):
-                    carry, statistics = _observe(spec, first, stage, keep)(tree, carries[j], statistics)
+                    carry, streams[j % 2] = _observe(spec, first, stage, keep)(tree, carries[j], streams[j % 2])
                     if keep:
                         carries[j] = carry
-                    # Without waiting, old and new carries of all micro-batches would be in memory together.
-                    jax.block_until_ready(statistics)
+                    _wait_for_all_but(2, carries[: j + 1])
                     self.progress((stage + (j + 1) / (len(specs) + 1)) / steps, text)
+                statistics = {i: streams[0][i].merge(streams[1][i]) for i in streams[0]}
+                jax.block_until_ready(statistics)
                 first = stage + 1 if keep else first
             for ids in dict.fromkeys(inputs.values()):
                 together = {path: wanted[path] for path in inputs if inputs[path] == ids}
@@ -188,8 +190,10 @@ class _Run:
         with self.stopwatch.phase("calibration"):
             tree = trees.unflatten(params)
             for j, spec in enumerate(specs):
-                hidden.append(jax.block_until_ready(_finish(spec, first)(tree, carries[j])))
+                hidden.append(_finish(spec, first)(tree, carries[j]))
                 carries[j] = None
+                _wait_for_all_but(2, hidden)
+            jax.block_until_ready(hidden)
         self.progress(1.0, "done")
         return pruned, hidden
 
@@ -282,6 +286,15 @@ def _finish(spec: _Spec, first: int) -> Callable:
 @functools.lru_cache(maxsize=64)
 def _forward(function: Callable) -> Callable:
     return jax.jit(function)
+
+
+def _wait_for_all_but(last: int, results: list[Any]) -> None:
+    """Lets a few micro-batches run ahead, which keeps all cores busy; not all of them.
+
+    Without waiting, the old and the new carries of all micro-batches would be in memory together.
+    """
+    if len(results) > last:
+        jax.block_until_ready(results[-1 - last])
 
 
 def _inputs_of(matmuls: Iterable[Any], unit: Unit) -> dict[str, tuple[int, ...]]:

@@ -59,12 +59,12 @@ class Report:
             "pattern": self.pattern,
             "sparsity": {"achieved": self.sparsity.achieved, **dataclasses.asdict(self.sparsity)},
         }
-        if self.before and self.after:
+        if self.before:
             result["perplexity"] = {
                 "before": self.before.value,
-                "after": self.after.value,
-                "sequence_length": self.after.sequence_length,
-                "windows": self.after.windows,
+                "after": self.after.value if self.after else None,
+                "sequence_length": self.before.sequence_length,
+                "windows": self.before.windows,
             }
         return {
             **result,

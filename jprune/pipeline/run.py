@@ -38,8 +38,8 @@ class Recipe:
 
     pattern: Pattern
     """What the zeros must look like."""
-    calibration: str = "pydoc"
-    """Source of the calibration text, see `jprune.data.sources`."""
+    calibration: windows.Spec = "pydoc"
+    """Source of the calibration text, see `jprune.data.sources`; or token windows [n, length]."""
     samples: int | None = None
     """Calibration windows; 128 unless given (64 for the demo model)."""
     sequence_length: int | None = None
@@ -61,11 +61,12 @@ def prune_model(
     out: str | Path,
     *,
     method: Method,
-    recipe: Recipe,
+    pattern: Pattern,
     format: Format = "hf",
-    evaluate: str | None = None,
+    evaluate: windows.Spec | None = None,
     overwrite: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
+    **options: Any,
 ) -> Report:
     """Prunes a model and writes the result, block by block.
 
@@ -73,16 +74,18 @@ def prune_model(
       model: a checkpoint, or what `jprune.load` takes.
       out: folder of the result; it appears when everything is done.
       method: e.g. `SparseGPT()`.
-      recipe: pattern, calibration and filters.
+      pattern: e.g. `Unstructured(0.5)`.
       format: "hf", a Hugging Face folder that every loader reads, or "orbax".
-      evaluate: source of a text whose perplexity is measured before and after.
+      evaluate: source of a text, or token windows [n, length], whose perplexity is measured before and after.
       overwrite: replace an `out` that an earlier run wrote.
       progress: called often.
+      **options: calibration, filters and the like: the other fields of `Recipe`.
 
     Raises:
       JpruneError: anything that does not fit; `out` is then untouched.
     """
     stopwatch = Stopwatch()
+    recipe = Recipe(pattern=pattern, **options)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     out = Path(out)
     output.check(out, overwrite=overwrite, source=checkpoint.source)
@@ -91,9 +94,9 @@ def prune_model(
     with stopwatch.phase("data"):
         calibration = calibration_windows(checkpoint, recipe) if method.statistic else None
         length: int | None = calibration.tokens.shape[1] if calibration else window_shape(checkpoint, recipe)[1]
-        if evaluate and evaluate.endswith(".npy"):
+        if windows.is_rows(evaluate):
             length = None  # its rows say
-        evaluation = evaluation_windows(checkpoint, evaluate, length=length) if evaluate else None
+        evaluation = None if evaluate is None else evaluation_windows(checkpoint, evaluate, length=length)
     notices = tuple(dict.fromkeys(n for w in (calibration, evaluation) if w for n in w.notices))
 
     def measure(weights: Checkpoint, phase: str) -> Perplexity | None:
@@ -138,7 +141,10 @@ def prune_model(
                 writer.close()
             else:
                 orbax.save(folder, checkpoint, trees.unflatten(collected), {})
-        after = measure(load(folder), "evaluate after")
+        try:
+            after = measure(load(folder), "evaluate after")
+        except JpruneError as error:  # hours of work are not thrown away for it
+            after, notices = None, (*notices, f"the perplexity after pruning could not be measured: {error}")
         sizes = {path: int(np.prod(shape.shape)) for path, shape in checkpoint.shapes.items()}
         report = Report(
             out=out,
@@ -157,12 +163,13 @@ def prune_model(
     return report
 
 
-def plan_run(model: Checkpoint | str | Path, *, method: Method, recipe: Recipe) -> Plan:
-    """What `prune_model` would do, without reading a weight or a text.
+def plan_run(model: Checkpoint | str | Path, *, method: Method, pattern: Pattern, **options: Any) -> Plan:
+    """What `prune_model` would do, without reading a weight or a text; arguments are the same.
 
     Raises:
       JpruneError: as `prune_model`, for what can be known from shapes.
     """
+    recipe = Recipe(pattern=pattern, **options)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     samples, length = window_shape(checkpoint, recipe)
     dtype = activation_dtype(checkpoint, recipe.dtype)
@@ -176,7 +183,7 @@ def chosen_kernels(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Kernel, ...]
 
 def window_shape(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int]:
     """Calibration windows and tokens in each, with the defaults filled in."""
-    if recipe.calibration.endswith(".npy"):
+    if windows.is_rows(recipe.calibration):
         tokens = calibration_windows(checkpoint, recipe).tokens
         return len(tokens), tokens.shape[1]
     samples, length = recipe.samples, recipe.sequence_length
@@ -190,7 +197,7 @@ def window_shape(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int]:
 
 def calibration_windows(checkpoint: Checkpoint, recipe: Recipe) -> windows.Windows:
     """The calibration tokens of a recipe."""
-    demo = checkpoint.source == "demo" and not recipe.calibration.endswith(".npy")
+    demo = checkpoint.source == "demo" and not windows.is_rows(recipe.calibration)
     return windows.calibration(
         recipe.calibration,
         checkpoint.tokenizer,
@@ -203,7 +210,7 @@ def calibration_windows(checkpoint: Checkpoint, recipe: Recipe) -> windows.Windo
 
 
 def evaluation_windows(
-    checkpoint: Checkpoint, source: str, *, length: int | None = None, count: int | None = None
+    checkpoint: Checkpoint, source: windows.Spec, *, length: int | None = None, count: int | None = None
 ) -> windows.Windows:
     """The evaluation tokens of a source."""
     return windows.evaluation(
@@ -263,8 +270,8 @@ def _record(
         n, length = w.tokens.shape
         return {"source": w.source, "windows": n, "sequence_length": length, "seed": w.seed, "sha256": w.sha256}
 
-    given = dataclasses.asdict(recipe)
-    given |= {"pattern": pattern_text(recipe.pattern)}
+    given = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    given |= {"pattern": pattern_text(recipe.pattern), "calibration": calibration.source if calibration else None}
     given |= {"overrides": {regex: pattern_text(p) for regex, p in recipe.overrides.items()}}
     return {
         **report.json(),

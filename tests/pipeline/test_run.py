@@ -13,7 +13,6 @@ from jprune import (
     NM,
     Gram,
     Magnitude,
-    Recipe,
     SparseGPT,
     SquaredNorm,
     Unstructured,
@@ -67,7 +66,7 @@ def expected(folder, tokens, method, pattern):
 def test_equals_the_slow_loop(tiny_model, token_file, tmp_path, name, pattern):
     folder, tokens = tiny_model(), token_file()
     method = {"wanda": Wanda(), "sparsegpt": SparseGPT()}[name]
-    prune_model(folder, tmp_path / "out", method=method, recipe=Recipe(pattern=pattern, calibration=tokens))
+    prune_model(folder, tmp_path / "out", method=method, pattern=pattern, calibration=tokens)
     result = jprune.load(tmp_path / "out")
     for path, want in expected(folder, np.load(tokens), name, pattern).items():
         got = result.read(path)
@@ -78,8 +77,8 @@ def test_equals_the_slow_loop(tiny_model, token_file, tmp_path, name, pattern):
 @pytest.mark.parametrize("method", [Magnitude(), Wanda(), SparseGPT()], ids=lambda m: type(m).__name__)
 def test_counts_are_exact_and_the_rest_is_untouched(tiny_model, token_file, tmp_path, method):
     folder = tiny_model(dtype=ml_dtypes.bfloat16, torch_dtype="bfloat16")
-    recipe = Recipe(pattern=Unstructured(0.3, "output"), calibration=token_file())
-    report = prune_model(folder, tmp_path / "out", method=method, recipe=recipe)
+    recipe = dict(pattern=Unstructured(0.3, "output"), calibration=token_file())
+    report = prune_model(folder, tmp_path / "out", method=method, **recipe)
     before, after = jprune.load(folder), jprune.load(tmp_path / "out")
     zeros = 0
     for path, shape in before.shapes.items():
@@ -98,10 +97,10 @@ def test_counts_are_exact_and_the_rest_is_untouched(tiny_model, token_file, tmp_
 
 
 def test_recomputing_instead_of_keeping_changes_nothing(tiny_model, token_file, tmp_path, monkeypatch):
-    folder, recipe = tiny_model(), Recipe(pattern=Unstructured(0.5), calibration=token_file())
-    prune_model(folder, tmp_path / "kept", method=SparseGPT(), recipe=recipe)
+    folder, recipe = tiny_model(), dict(pattern=Unstructured(0.5), calibration=token_file())
+    prune_model(folder, tmp_path / "kept", method=SparseGPT(), **recipe)
     monkeypatch.setattr(blockwise, "carry_allowance", lambda activations: -1)
-    prune_model(folder, tmp_path / "again", method=SparseGPT(), recipe=recipe)
+    prune_model(folder, tmp_path / "again", method=SparseGPT(), **recipe)
     kept, again = jprune.load(tmp_path / "kept"), jprune.load(tmp_path / "again")
     for path in kept.shapes:
         np.testing.assert_allclose(kept.read(path), again.read(path), atol=2e-5, err_msg=path)
@@ -109,17 +108,17 @@ def test_recomputing_instead_of_keeping_changes_nothing(tiny_model, token_file, 
 
 def test_uneven_micro_batches_see_every_window_once(tiny_model, token_file, tmp_path, monkeypatch):
     folder, tokens = tiny_model(), token_file(5)
-    recipe = Recipe(pattern=Unstructured(0.5), calibration=tokens)
-    prune_model(folder, tmp_path / "uneven", method=Wanda(), recipe=recipe)
+    recipe = dict(pattern=Unstructured(0.5), calibration=tokens)
+    prune_model(folder, tmp_path / "uneven", method=Wanda(), **recipe)
     monkeypatch.setattr(blockwise, "windows_at_once", lambda length: 5)
-    prune_model(folder, tmp_path / "whole", method=Wanda(), recipe=recipe)
+    prune_model(folder, tmp_path / "whole", method=Wanda(), **recipe)
     uneven, whole = jprune.load(tmp_path / "uneven"), jprune.load(tmp_path / "whole")
     for path in whole.shapes:
         np.testing.assert_array_equal(uneven.read(path), whole.read(path))
 
 
 def test_filters_and_overrides(tiny_model, token_file, tmp_path):
-    recipe = Recipe(
+    recipe = dict(
         pattern=Unstructured(0.5),
         calibration=token_file(),
         where=("blocks/[12]/", "^head/"),
@@ -127,7 +126,7 @@ def test_filters_and_overrides(tiny_model, token_file, tmp_path):
         overrides={"mlp/": NM(1, 4), "2/mlp/down": Unstructured(0.25)},
     )
     folder = tiny_model()
-    report = prune_model(folder, tmp_path / "out", method=SparseGPT(), recipe=recipe)
+    report = prune_model(folder, tmp_path / "out", method=SparseGPT(), **recipe)
     result = jprune.load(tmp_path / "out")
     share = {path: float(np.mean(result.read(path) == 0)) for path in result.shapes if path.endswith("kernel")}
     assert all(share[p] == 0 for p in share if p.startswith("blocks/0/") or "attn/o" in p)
@@ -139,15 +138,15 @@ def test_filters_and_overrides(tiny_model, token_file, tmp_path):
 
 
 def test_the_head_is_left_alone_unless_asked_for(tiny_model):
-    plan = plan_run(tiny_model(), method=Magnitude(), recipe=Recipe(pattern=Unstructured(0.5)))
+    plan = plan_run(tiny_model(), method=Magnitude(), pattern=Unstructured(0.5))
     assert len(plan.kernels) == 3 * 7
     assert not any("head" in k.path for k in plan.kernels)
 
 
 def test_plan_predicts_the_run(tiny_model, token_file, tmp_path):
-    folder, recipe = tiny_model(), Recipe(pattern=NM(2, 4), calibration=token_file())
-    plan = plan_run(folder, method=Wanda(), recipe=recipe)
-    report = prune_model(folder, tmp_path / "out", method=Wanda(), recipe=recipe)
+    folder, recipe = tiny_model(), dict(pattern=NM(2, 4), calibration=token_file())
+    plan = plan_run(folder, method=Wanda(), **recipe)
+    report = prune_model(folder, tmp_path / "out", method=Wanda(), **recipe)
     assert plan.sparsity == report.sparsity
     assert {k.path: k.zeros for k in plan.kernels} == {k.path: k.zeros for k in report.kernels}
     assert plan.tokens == 6 * 24
@@ -157,9 +156,7 @@ def test_perplexity_before_and_after(tiny_model, token_file, tmp_path):
     from jprune.evaluate.perplexity import perplexity
 
     folder, held_out = tiny_model(), token_file(4, seed=7)
-    report = prune_model(
-        folder, tmp_path / "out", method=Magnitude(), recipe=Recipe(pattern=Unstructured(0.9)), evaluate=held_out
-    )
+    report = prune_model(folder, tmp_path / "out", method=Magnitude(), pattern=Unstructured(0.9), evaluate=held_out)
     for model, got in ((folder, report.before), (tmp_path / "out", report.after)):
         assert got == perplexity(jprune.load(model), np.load(held_out))
     assert report.before.value != report.after.value
@@ -167,9 +164,9 @@ def test_perplexity_before_and_after(tiny_model, token_file, tmp_path):
 
 
 def test_orbax_has_the_same_weights(tiny_model, token_file, tmp_path):
-    folder, recipe = tiny_model(), Recipe(pattern=Unstructured(0.5), calibration=token_file())
-    prune_model(folder, tmp_path / "hf", method=SparseGPT(), recipe=recipe)
-    prune_model(folder, tmp_path / "orbax", method=SparseGPT(), recipe=recipe, format="orbax")
+    folder, recipe = tiny_model(), dict(pattern=Unstructured(0.5), calibration=token_file())
+    prune_model(folder, tmp_path / "hf", method=SparseGPT(), **recipe)
+    prune_model(folder, tmp_path / "orbax", method=SparseGPT(), **recipe, format="orbax")
     hf, orbax = jprune.load(tmp_path / "hf"), jprune.load(tmp_path / "orbax")
     assert hf.shapes == orbax.shapes
     for path in hf.shapes:
@@ -181,7 +178,7 @@ def test_transformers_reads_the_result(tiny_model, token_file, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     tokens = token_file()
-    prune_model(tiny_model(), tmp_path / "out", method=SparseGPT(), recipe=Recipe(pattern=NM(2, 4), calibration=tokens))
+    prune_model(tiny_model(), tmp_path / "out", method=SparseGPT(), pattern=NM(2, 4), calibration=tokens)
     ids = np.load(tokens)[:2]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
@@ -196,7 +193,7 @@ def test_a_failure_leaves_nothing_behind(tiny_model, token_file, tmp_path, monke
     folder, out = tiny_model(), tmp_path / "results" / "out"
     monkeypatch.setattr(blockwise._Run, "_solve", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        prune_model(folder, out, method=Wanda(), recipe=Recipe(pattern=NM(2, 4), calibration=token_file()))
+        prune_model(folder, out, method=Wanda(), pattern=NM(2, 4), calibration=token_file())
     assert list(out.parent.iterdir()) == []
 
 
@@ -205,8 +202,8 @@ def test_disk_full_leaves_out_untouched(tiny_model, tmp_path, monkeypatch):
 
     from jprune.checkpoints import writing
 
-    folder, out, recipe = tiny_model(), tmp_path / "out", Recipe(pattern=Unstructured(0.5))
-    prune_model(folder, out, method=Magnitude(), recipe=recipe)
+    folder, out, recipe = tiny_model(), tmp_path / "out", dict(pattern=Unstructured(0.5))
+    prune_model(folder, out, method=Magnitude(), **recipe)
     kept = (out / "model.safetensors").read_bytes()
 
     def full(self, key, values):
@@ -214,7 +211,7 @@ def test_disk_full_leaves_out_untouched(tiny_model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(writing.SafetensorsFile, "write", full)
     with pytest.raises(JpruneError, match=r"disk .* is full"):
-        prune_model(folder, out, method=Magnitude(), recipe=recipe, overwrite=True)
+        prune_model(folder, out, method=Magnitude(), **recipe, overwrite=True)
     assert (out / "model.safetensors").read_bytes() == kept
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
@@ -223,7 +220,7 @@ def test_out_is_never_replaced_unasked(tiny_model, tmp_path):
     folder, out = tiny_model(), tmp_path / "out"
 
     def run(out, **options):
-        prune_model(folder, out, method=Magnitude(), recipe=Recipe(pattern=Unstructured(0.5)), **options)
+        prune_model(folder, out, method=Magnitude(), pattern=Unstructured(0.5), **options)
 
     run(out)
     with pytest.raises(JpruneError, match="--overwrite"):
@@ -251,7 +248,7 @@ def test_weights_that_are_not_finite(tiny_model, token_file, tmp_path, value):
 
     folder = tiny_model(change=spoil)
     with pytest.raises(JpruneError, match="blocks/1/mlp/up/kernel"):
-        prune_model(folder, tmp_path / "out", method=Wanda(), recipe=Recipe(pattern=NM(2, 4), calibration=token_file()))
+        prune_model(folder, tmp_path / "out", method=Wanda(), pattern=NM(2, 4), calibration=token_file())
     assert not (tmp_path / "out").exists()
 
 
@@ -265,13 +262,15 @@ def test_activations_that_overflow_name_the_kernel(tiny_model, token_file, tmp_p
             tiny_model(change=grow),
             tmp_path / "out",
             method=SparseGPT(),
-            recipe=Recipe(pattern=NM(2, 4), calibration=token_file(), skip=("mlp/gate", "mlp/up")),
+            pattern=NM(2, 4),
+            calibration=token_file(),
+            skip=("mlp/gate", "mlp/up"),
         )
 
 
 def test_a_pattern_must_fit_every_kernel(tiny_model, token_file):
     with pytest.raises(JpruneError, match=r"mlp/down/kernel.*divisible by 16.*56"):
-        plan_run(tiny_model(), method=Wanda(), recipe=Recipe(pattern=NM(8, 16), calibration=token_file()))
+        plan_run(tiny_model(), method=Wanda(), pattern=NM(8, 16), calibration=token_file())
 
 
 def test_progress_goes_from_zero_to_the_end(tiny_model, token_file, tmp_path):
@@ -280,7 +279,8 @@ def test_progress_goes_from_zero_to_the_end(tiny_model, token_file, tmp_path):
         tiny_model(),
         tmp_path / "out",
         method=SparseGPT(),
-        recipe=Recipe(pattern=NM(2, 4), calibration=token_file()),
+        pattern=NM(2, 4),
+        calibration=token_file(),
         progress=steps.append,
     )
     done = [step.done for step in steps]
@@ -292,3 +292,34 @@ def test_progress_goes_from_zero_to_the_end(tiny_model, token_file, tmp_path):
 def test_windows_at_once_is_at_least_one():
     assert batching.windows_at_once(10**9) == 1
     assert batching.windows_at_once(128) * 128 >= 1024
+
+
+def test_arrays_of_tokens(tiny_model, token_file, tmp_path):
+    folder, file = tiny_model(), token_file()
+    options = {"method": Wanda(), "pattern": Unstructured(0.5)}
+    from_file = prune_model(folder, tmp_path / "a", calibration=file, evaluate=file, **options)
+    from_array = prune_model(folder, tmp_path / "b", calibration=np.load(file), evaluate=np.load(file), **options)
+    assert from_file.after == from_array.after
+    assert json.loads((tmp_path / "b" / "jprune.json").read_text())["calibration"]["windows"] == 6
+    with pytest.raises(JpruneError, match="array of token ids has shape"):
+        plan_run(folder, calibration=np.arange(5), **options)
+
+
+def test_a_failing_last_evaluation_costs_nothing_else(tiny_model, token_file, tmp_path, monkeypatch):
+    from jprune.pipeline import run
+
+    measured = []
+
+    def perplexity(*args, **options):
+        measured.append(args)
+        if len(measured) == 2:
+            raise JpruneError("the cross-entropy is inf")
+        return real(*args, **options)
+
+    real = run.perplexity
+    monkeypatch.setattr(run, "perplexity", perplexity)
+    options = {"method": Magnitude(), "pattern": Unstructured(0.5), "evaluate": token_file()}
+    report = prune_model(tiny_model(), tmp_path / "out", **options)
+    assert report.json()["perplexity"]["after"] is None
+    assert "cross-entropy is inf" in report.notices[-1]
+    assert jprune.load(tmp_path / "out").config.layers == 3
