@@ -12,6 +12,7 @@ needs and a call that prunes one kernel; everything above it (`prune`, the block
             return masked(kernel, masks.select(scores, pattern, keep=keep))
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -30,12 +31,13 @@ PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(abc.ABC):
     """How one kernel is pruned, given what is known of its inputs."""
 
     statistic: ClassVar[type[Statistic] | None] = None
     """What must be gathered over the calibration tokens; None for methods that need no data."""
 
+    @abc.abstractmethod
     def __call__(
         self,
         kernel: Float[Array, "d_in d_out"],
@@ -44,7 +46,6 @@ class Method:
         keep: Bool[Array, "d_in d_out"] | None = None,
     ) -> Pruned:
         """Prunes one kernel (matrix view); elements where `keep` is False were pruned before and stay zero."""
-        raise NotImplementedError
 
     def together(
         self,

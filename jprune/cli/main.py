@@ -16,6 +16,7 @@ import tyro
 
 from jprune.checkpoints.demo import cache_folder
 from jprune.cli import commands, recipes
+from jprune.cli.prune import Prune
 from jprune.errors import JpruneError, UsageError
 from jprune.methods import METHODS
 
@@ -56,12 +57,12 @@ def _commands() -> dict[str, type]:
 
 
 def _prune_command(method: type) -> type:
-    """`commands.Prune` with the options of a method among its own; the help begins with what the method does."""
+    """`Prune` with the options of a method among its own; the help begins with what the method does."""
     field = dataclasses.field(default_factory=method)
     made = dataclasses.make_dataclass(
         f"Prune{method.__name__}",
         [("method", Annotated[method, tyro.conf.arg(name="")], field)],
-        bases=(commands.Prune,),
+        bases=(Prune,),
         frozen=True,
         kw_only=True,
     )

@@ -1,0 +1,19 @@
+"""What the commands have in common."""
+
+import dataclasses
+from typing import Literal
+
+import tyro
+
+Format = Literal["hf", "orbax"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """What every command has."""
+
+    model: tyro.conf.Positional[str]
+    """Hugging Face hub id, local folder, .safetensors or .gguf file, Orbax folder, or "demo", which is
+    SmolLM2-135M-Instruct."""
+    json: bool = False
+    """Make the last line of stdout one JSON object, and print nothing else there."""

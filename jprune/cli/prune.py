@@ -1,0 +1,150 @@
+"""`jprune prune METHOD`: the options of a run, whatever the method; `main` adds the method's own."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from jprune import patterns
+from jprune.cli import display
+from jprune.cli.command import Command, Format
+from jprune.errors import JpruneError, UsageError
+from jprune.methods import Method
+from jprune.patterns import NM, Pattern, Scope, Unstructured
+from jprune.pipeline import plan_run, prune_model
+from jprune.pipeline.plan import Plan
+from jprune.pipeline.report import Report
+from jprune.pipeline.run import method_name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prune(Command):
+    """Prune a model."""
+
+    method: Method
+    out: Path | None = None
+    """Folder of the result; it appears when everything is done."""
+    sparsity: float | None = None
+    """Share of zeros, in [0, 1)."""
+    per: Scope | None = None
+    """Where weights compete for --sparsity: among the inputs of each output, in blocks of 128 inputs, or in the whole
+    kernel. By default as the method's authors do."""
+    pattern: str | None = None
+    """N:M, such as 2:4, keeps N of every M consecutive inputs; instead of --sparsity."""
+    calibration: str = "pydoc"
+    """Calibration text: pydoc, a text file, .jsonl, .jsonl.gz, .parquet, .npy of token ids, or hf:DATASET."""
+    samples: int | None = None
+    """Calibration windows. By default 128, or 64 for the demo model."""
+    sequence_length: int | None = None
+    """Tokens a window. By default 2048 or the model's context, or 512 for the demo model."""
+    seed: int = 0
+    """Of the choice of calibration windows."""
+    where: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Regular expression over kernel paths; prune only what one of them finds."""
+    skip: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Regular expression over kernel paths; leave alone what one of them finds."""
+    override: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """REGEX=PATTERN: another sparsity or N:M for what the expression finds; the last that finds a kernel counts."""
+    dtype: str | None = None
+    """Of the activations: float32, bfloat16 or float16. By default float32 on CPU, else what the weights have."""
+    format: Format = "hf"
+    """Of the result: hf (safetensors, for every Hugging Face loader) or orbax."""
+    evaluate: str | None = None
+    """Text whose perplexity is measured before and after, named as for --calibration."""
+    plan: bool = False
+    """Print what would be done, and touch nothing."""
+    overwrite: bool = False
+    """Replace --out if an earlier run wrote it."""
+    recipe: Path | None = None
+    """TOML or JSON file with options, or the jprune.json of an earlier run; the command line counts more."""
+
+    def run(self) -> dict[str, Any]:
+        """Prunes, or prints the plan."""
+        options: dict[str, Any] = {
+            "method": self.method,
+            "pattern": self._pattern(),
+            "calibration": self.calibration,
+            "samples": self.samples,
+            "sequence_length": self.sequence_length,
+            "seed": self.seed,
+            "where": self.where,
+            "skip": self.skip,
+            "overrides": dict(_override(text) for text in self.override),
+            "dtype": self.dtype,
+        }
+        if self.plan:
+            return self._show_plan(plan_run(self.model, **options))
+        if self.out is None:
+            raise UsageError("give --out DIR for the result (or --plan to see what would be done)")
+        with display.progress() as progress:
+            report = prune_model(
+                self.model,
+                self.out,
+                format=self.format,
+                evaluate=self.evaluate,
+                overwrite=self.overwrite,
+                progress=progress,
+                **options,
+            )
+        for notice in report.notices:
+            print(notice, file=sys.stderr)
+        if not self.json:
+            _print_report(report)
+        return report.json()
+
+    def _pattern(self) -> Pattern:
+        if (self.sparsity is None) == (self.pattern is None):
+            raise UsageError("give either --sparsity S, such as 0.5, or --pattern N:M, such as 2:4")
+        if self.sparsity is not None:
+            return Unstructured(self.sparsity, self.per)
+        pattern = patterns.parse(self.pattern or "")
+        if not isinstance(pattern, NM):
+            raise JpruneError(f"--pattern is N:M, such as 2:4; for a share of zeros give --sparsity {self.pattern}")
+        if self.per is not None:
+            raise UsageError(f"--per {self.per} goes with --sparsity; the pattern {pattern} is per output")
+        return pattern
+
+    def _show_plan(self, plan: Plan) -> dict[str, Any]:
+        result = {
+            "method": method_name(self.method),
+            "kernels": [
+                {"path": k.path, "shape": k.shape, "pattern": str(k.pattern), "zeros": k.zeros} for k in plan.kernels
+            ],
+            "sparsity": {"expected": plan.sparsity.achieved, **dataclasses.asdict(plan.sparsity)},
+            "calibration_tokens": plan.tokens,
+            "flops": plan.flops,
+            "peak_memory_bytes": plan.peak_memory_bytes,
+            "time_class": plan.time_class,
+        }
+        if not self.json:
+            rows = [(k.path, k.shape, str(k.pattern), k.zeros) for k in plan.kernels]
+            display.table(["kernel", "shape", "pattern", "zeros"], rows)
+            print(f"\n{len(plan.kernels)} kernels, expected sparsity {plan.sparsity}")
+            print(f"{plan.tokens} calibration tokens, about {plan.flops / 1e12:.3g} TFLOP: {plan.time_class}")
+            print(f"peak memory about {plan.peak_memory_bytes / 1e9:.2g} GB")
+            print("nothing was touched")
+        return result
+
+
+def _override(text: str) -> tuple[str, Pattern]:
+    regex, equals, pattern = text.rpartition("=")
+    if not equals or not regex:
+        raise UsageError(f"--override {text!r} is not REGEX=PATTERN, such as 'mlp/down=0.3' or 'blocks/0/=2:4'")
+    return regex, patterns.parse(pattern)
+
+
+def _print_report(report: Report) -> None:
+    print(f"{report.method} {report.pattern}: sparsity {report.sparsity}")
+    if report.before and report.after:
+        after = report.after
+        print(
+            f"perplexity ({after.windows} windows of {after.sequence_length} tokens): "
+            f"{report.before.value:.3f} before, {after.value:.3f} after"
+        )
+    parts = ", ".join(
+        f"{name} {value:.1f}" for name, value in report.seconds.items() if name != "total" and value >= 0.05
+    )
+    print(f"{report.seconds['total']:.1f} s ({parts}); peak memory {report.peak_memory_bytes / 1e9:.2f} GB")
+    print(f"written to {report.out}")
