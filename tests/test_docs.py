@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jprune.cli import commands
+from jprune.cli.prune import Prune
 
 main = importlib.import_module("jprune.cli.main")  # the package has a function of this name
 
@@ -49,5 +49,5 @@ def test_commands_of_the_docs_parse(tmp_path, monkeypatch):
     for line in lines:
         name, words = main._find(shlex.split(line, comments=True))
         command = main._parse(name, words)
-        if isinstance(command, commands.Prune) and "--recipe" not in words:
+        if isinstance(command, Prune) and "--recipe" not in words:
             assert command._pattern()
