@@ -43,8 +43,8 @@ def make(key, *, tied=False, dtype=jnp.float32, **options):
         tied=tied,
         **options,
     )
-    # Ten times the usual deviation: else every token is as likely as another, and a wrong target would go unseen.
-    params = jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim > 1 else leaf, decoder.init_params(config, key))
+    # Twenty times the usual deviation: else every token is as likely as another, and a wrong target would go unseen.
+    params = jax.tree.map(lambda leaf: leaf * 20 if leaf.ndim > 1 else leaf, decoder.init_params(config, key))
     return Model(config, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
 
 
@@ -72,7 +72,7 @@ def reference(model, tokens):
 def test_equals_the_whole_model(getkey, tokens, tied, batch):
     model = make(getkey(), tied=tied)
     expected = reference(model, tokens)
-    assert expected.std() > 0.05
+    assert expected.std() > 0.1
     np.testing.assert_allclose(mean_nll(model, tokens, batch=batch), expected, rtol=1e-5)
     result = perplexity(model, tokens, batch=batch)
     assert result.value == pytest.approx(math.exp(expected.mean()), rel=1e-5)
