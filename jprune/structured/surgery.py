@@ -1,0 +1,103 @@
+"""Surgery: the kept rows, columns and heads are copied out. No weight changes its value."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jprune import trees
+from jprune.errors import JpruneError
+
+PyTree = Any
+Group = Any  # jprune.trace.axes.Group
+Positions = np.ndarray | Sequence[int]
+Keep = Mapping[str, Mapping[int, Positions]]
+"""{path: {axis: the positions along it that are kept, ascending}}; what is not named is kept whole."""
+
+
+def shrink(params: PyTree, keep: Keep) -> PyTree:
+    """The parameters with the kept positions only.
+
+    Args:
+      params: any pytree; leaves are JAX or NumPy arrays (traced ones too) or `jax.ShapeDtypeStruct`s, and stay so.
+      keep: positions by path and axis, as `indices` and `Units.keep` return them. Ascending, none twice, at least one.
+
+    Raises:
+      JpruneError: a path, an axis or a position that is not there; positions that are none, or not ascending.
+    """
+    leaves = trees.flatten(params)
+    for path, axes in keep.items():
+        if path not in leaves:
+            near = difflib.get_close_matches(path, leaves, n=3, cutoff=0.0)
+            raise JpruneError(f"positions to keep of {path!r}, but no such parameter; near misses: {', '.join(near)}")
+        for axis, kept in axes.items():
+            leaves[path] = _take(leaves[path], _checked(kept, leaves[path].shape, axis, path), axis)
+    return trees.replace(params, leaves)
+
+
+def indices(groups: Iterable[Group], kept: Mapping[str, Positions]) -> dict[str, dict[int, np.ndarray]]:
+    """What `shrink` takes, from the kept units of groups by name.
+
+    Where several groups share an axis (KV heads and their query heads on the one axis of q), a position is kept if all
+    of them keep it.
+
+    Args:
+      groups: all of them, as `jprune.coupled_axes` returns them: those that are not named tell how long an axis is.
+      kept: units of some of them, ascending.
+
+    Raises:
+      JpruneError: no group of that name, a frozen group, or units that are not ascending numbers below its size.
+    """
+    by_name = {group.name: group for group in groups}
+    dropped: dict[str, dict[int, list[np.ndarray]]] = {}
+    for name, units in kept.items():
+        if name not in by_name:
+            near = difflib.get_close_matches(name, by_name, n=3, cutoff=0.0)
+            raise JpruneError(f"there is no group {name!r}; near misses: {', '.join(near)}")
+        group = by_name[name]
+        if group.frozen is not None:
+            raise JpruneError(f"the group {name!r} is frozen: {group.frozen}")
+        gone = np.setdiff1d(np.arange(group.size), _checked(units, (group.size,), 0, f"group {name!r}"))
+        for member in group.members:
+            dropped.setdefault(member.path, {}).setdefault(member.axis, []).append(group.positions(member, gone))
+    lengths: dict[tuple[str, int], int] = {}
+    for group in by_name.values():
+        for member in group.members:
+            place, end = (member.path, member.axis), member.offset + member.length
+            lengths[place] = max(lengths.get(place, 0), end)
+    return {
+        path: {axis: np.setdiff1d(np.arange(lengths[path, axis]), np.concatenate(gone)) for axis, gone in axes.items()}
+        for path, axes in dropped.items()
+    }
+
+
+def _checked(kept: Positions, shape: tuple[int, ...], axis: int, where: str) -> np.ndarray:
+    if not 0 <= axis < len(shape):
+        raise JpruneError(f"{where}: there is no axis {axis} in shape {shape}; axes are counted from 0")
+    positions = np.asarray(kept)
+    if positions.ndim != 1 or positions.size == 0:
+        raise JpruneError(f"{where}: expected a list of positions to keep along axis {axis}, got {kept!r}")
+    if not np.issubdtype(positions.dtype, np.integer):
+        raise JpruneError(
+            f"{where}: positions along axis {axis} are integers, got {positions.dtype}; "
+            "np.flatnonzero makes them of a mask"
+        )
+    if np.any(np.diff(positions.astype(np.int64)) <= 0):
+        raise JpruneError(f"{where}: positions along axis {axis} must ascend, none twice; sort them (np.unique)")
+    if positions[0] < 0 or positions[-1] >= shape[axis]:
+        raise JpruneError(
+            f"{where}: positions {positions[0]} to {positions[-1]} do not lie along axis {axis} of shape {shape}"
+        )
+    return positions
+
+
+def _take(leaf: Any, positions: np.ndarray, axis: int) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        shape = (*leaf.shape[:axis], len(positions), *leaf.shape[axis + 1 :])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+    if isinstance(leaf, np.ndarray):
+        return np.take(leaf, positions, axis=axis)
+    return jnp.take(leaf, positions, axis=axis)

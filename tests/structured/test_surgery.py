@@ -1,0 +1,139 @@
+"""Cutting out kept positions: every container and kind of leaf, several groups on one axis, and every refusal."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jprune import trees
+from jprune.errors import JpruneError
+from jprune.structured import indices, shrink
+
+
+def params(make=np.asarray):
+    return {
+        "q": {"kernel": make(np.arange(24.0, dtype=np.float32).reshape(2, 3, 4)), "bias": make(np.arange(3.0))},
+        "o": [make(np.arange(6.0).reshape(3, 2))],
+    }
+
+
+@pytest.mark.parametrize("make", [np.asarray, lambda x: jnp.asarray(x, jnp.float32)], ids=["np", "jax"])
+def test_shrink(make):
+    before = params(make)
+    after = shrink(before, {"q/kernel": {1: [0, 2], 2: [3]}, "o/0": {0: np.array([0, 2])}})
+    np.testing.assert_array_equal(after["q"]["kernel"], np.asarray(before["q"]["kernel"])[:, [0, 2]][:, :, [3]])
+    np.testing.assert_array_equal(after["o"][0], np.asarray(before["o"][0])[[0, 2]])
+    assert after["q"]["bias"] is before["q"]["bias"]
+    assert type(after["q"]["kernel"]) is type(before["q"]["kernel"])
+    assert before["q"]["kernel"].shape == (2, 3, 4)
+
+
+def test_abstract_and_traced():
+    keep = {"q/kernel": {0: [1], 2: [0, 1]}}
+    shapes = jax.eval_shape(lambda: params(lambda x: jnp.asarray(x, jnp.bfloat16)))
+    after = shrink(shapes, keep)
+    assert after["q"]["kernel"] == jax.ShapeDtypeStruct((1, 3, 2), jnp.bfloat16)
+    assert jax.eval_shape(lambda p: shrink(p, keep), shapes) == after
+
+
+def test_nnx_state():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.up = nnx.Linear(3, 5, rngs=rngs)
+
+    model = Model(nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    small = shrink(state, {"up/kernel": {1: [0, 4]}, "up/bias": {0: [0, 4]}})
+    assert isinstance(small, nnx.State)
+    expected = model.up(jnp.ones((1, 3)))[:, jnp.array([0, 4])]
+    np.testing.assert_allclose(nnx.merge(graph, small).up(jnp.ones((1, 3))), expected)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sets(st.integers(0, 6), min_size=1), st.sets(st.integers(0, 3), min_size=1), st.data())
+def test_shrink_twice_is_shrink_once(rows, columns, data):
+    rows, columns = sorted(rows), sorted(columns)
+    again = sorted(data.draw(st.sets(st.integers(0, len(rows) - 1), min_size=1)))
+    tree = {"w": np.arange(28).reshape(7, 4)}
+    twice = shrink(shrink(tree, {"w": {0: rows, 1: columns}}), {"w": {0: again}})
+    once = shrink(tree, {"w": {1: columns, 0: [rows[i] for i in again]}})
+    np.testing.assert_array_equal(twice["w"], once["w"])
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"q/kernels": {0: [0]}}, "positions to keep of 'q/kernels', but no such parameter; near misses: q/kernel"),
+        ({"q/kernel": {3: [0]}}, r"q/kernel: there is no axis 3 in shape \(2, 3, 4\)"),
+        ({"q/kernel": {-1: [0]}}, "there is no axis -1 .* counted from 0"),
+        ({"q/kernel": {0: []}}, "expected a list of positions to keep along axis 0"),
+        ({"q/kernel": {0: np.array([[0]])}}, "expected a list of positions"),
+        ({"q/kernel": {1: [0, 3]}}, r"positions 0 to 3 do not lie along axis 1 of shape \(2, 3, 4\)"),
+        ({"q/kernel": {1: [-1, 0]}}, "positions -1 to 0 do not lie"),
+        ({"q/kernel": {1: [1, 0]}}, "must ascend, none twice"),
+        ({"q/kernel": {1: [1, 1]}}, "must ascend, none twice"),
+        ({"q/kernel": {1: [True, False, True]}}, "are integers, got bool; np.flatnonzero"),
+    ],
+)
+def test_refusals(keep, message):
+    with pytest.raises(JpruneError, match=message):
+        shrink(params(), keep)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Member:
+    path: str
+    axis: int
+    offset: int = 0
+    length: int
+    stride: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    name: str
+    size: int
+    members: tuple
+    frozen: str | None = None
+
+    def positions(self, member, units):
+        at = np.arange(member.length)
+        return member.offset + at[np.isin(at // member.stride % self.size, units)]
+
+
+# 2 KV heads (K) of 3 query heads (G) on one axis of q; up and gate fused on one axis.
+K = Group(
+    name="K",
+    size=2,
+    members=(Member(path="q", axis=1, length=6, stride=3), Member(path="k", axis=1, length=2)),
+)
+G = Group(name="G", size=3, members=(Member(path="q", axis=1, length=6),))
+FF = Group(
+    name="FF", size=2, members=(Member(path="up", axis=0, length=2), Member(path="up", axis=0, offset=2, length=2))
+)
+D = Group(name="D", size=4, members=(Member(path="k", axis=0, length=4),), frozen="an argument's axis, at f.py:3")
+
+
+def test_indices():
+    groups = (K, G, FF, D)
+    found = indices(groups, {"K": [1], "G": [0, 2], "FF": [1]})
+    plain = trees.flatten(jax.tree.map(np.ndarray.tolist, found))
+    assert found["q"][1].tolist() == [3, 5]
+    assert found["k"][1].tolist() == [1]
+    assert found["up"][0].tolist() == [1, 3]
+    assert len(trees.flatten(plain)) == 5
+    assert indices(groups, {"K": [0, 1]})["q"][1].tolist() == list(range(6))
+
+
+def test_indices_refuses():
+    with pytest.raises(JpruneError, match=r"the group 'D' is frozen: an argument's axis, at f\.py:3"):
+        indices((K, D), {"D": [0]})
+    with pytest.raises(JpruneError, match="there is no group 'k'"):
+        indices((K, D), {"k": [0]})
+    with pytest.raises(JpruneError, match="group 'K': positions 0 to 2 do not lie"):
+        indices((K, D), {"K": [0, 2]})
