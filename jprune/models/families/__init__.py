@@ -1,19 +1,20 @@
 """The model families jprune knows: what their config.json means and where their checkpoints keep each parameter."""
 
 import difflib
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from jprune.errors import JpruneError
 from jprune.models.config import DecoderConfig, parameters
-from jprune.models.families import llama, mistral, qwen2, qwen3
+from jprune.models.families import llama, mistral, qwen2, qwen3, sizes
 from jprune.models.families.table import Entry, Family, entry
 
 FAMILIES = (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
 ARCHITECTURES: dict[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
-__all__ = ["ARCHITECTURES", "Entry", "Family", "config", "table"]
+__all__ = ["ARCHITECTURES", "Entry", "Family", "config", "resized", "table"]
 
 
 def config(hf_config: Mapping[str, Any]) -> DecoderConfig:
@@ -50,6 +51,14 @@ def _architecture(hf_config: Mapping[str, Any]) -> str:
     raise JpruneError(f"unsupported architecture {name!r} in config.json; supported: {', '.join(ARCHITECTURES)}{hint}")
 
 
+def resized(hf_config: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """The config.json of a model with other sizes; see `jprune.models.families.sizes.resized`."""
+    defaults = ARCHITECTURES[_architecture(hf_config)].defaults
+    # A number of layers counted from the first one is no default any more when layers are gone.
+    counted = {key: defaults[key] for key in ("max_window_layers",) if key in defaults}
+    return sizes.resized({**counted, **hf_config}, **options)
+
+
 def table(config: DecoderConfig) -> dict[str, Entry]:
     """For every parameter of the model, by path: the Hugging Face tensor that stores it, and how."""
     family = ARCHITECTURES[config.architecture]
@@ -61,5 +70,5 @@ def table(config: DecoderConfig) -> dict[str, Entry]:
             key = key.format(i=index)
         else:
             key, stored = family.model[path]
-        entries[path] = entry(key, stored, axes, lambda name: getattr(config, name))
+        entries[path] = entry(key, stored, axes, functools.partial(config.size, path=path))
     return entries

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jprune.errors import JpruneError
-from jprune.models.config import DecoderConfig
+from jprune.models.config import DecoderConfig, LayerSizes
+from jprune.models.families import sizes
 from jprune.models.families.table import Family
 from jprune.models.rope import Rope
 
@@ -46,15 +47,17 @@ ACTIVATIONS = {
 def config(architecture: str, hf: Mapping[str, Any], **options: Any) -> DecoderConfig:
     """The keys that all families of this shape share; `options` are the fields in which a family differs."""
     heads = hf["num_attention_heads"]
+    kv_heads = hf["num_key_value_heads"] or heads
     return DecoderConfig(
         architecture=architecture,
         vocab=hf["vocab_size"],
         d_model=hf["hidden_size"],
         layers=hf["num_hidden_layers"],
         heads=heads,
-        kv_heads=hf["num_key_value_heads"] or heads,
+        kv_heads=kv_heads,
         head_dim=hf["head_dim"] or hf["hidden_size"] // heads,
         d_ff=hf["intermediate_size"],
+        sizes=sizes.per_layer(hf, LayerSizes(heads, kv_heads, hf["intermediate_size"])),
         context=hf["max_position_embeddings"],
         rope=rope(hf),
         norm_eps=float(hf["rms_norm_eps"]),

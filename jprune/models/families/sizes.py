@@ -1,0 +1,73 @@
+"""Sizes of single layers in config.json, in the schema that transformers has for them since 5.x:
+
+    "per_layer_config": {"4": {"num_attention_heads": 24, "num_key_value_heads": 6, "intermediate_size": 2048}}
+
+A layer is named where it differs from the keys of the whole model, and only with what differs. Reading and writing are
+here; `resized` is the config.json of a model that structured pruning made smaller.
+"""
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jprune.errors import JpruneError
+from jprune.models.config import LayerSizes
+
+KEY = "per_layer_config"
+NAMES = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "d_ff": "intermediate_size"}
+
+
+def per_layer(hf: Mapping[str, Any], common: LayerSizes) -> tuple[LayerSizes, ...]:
+    """The sizes of every layer, or () where config.json names no layer. `common` holds for what it does not name.
+
+    Raises:
+        JpruneError: a layer that there is not, or a key that cannot differ between layers here.
+    """
+    given, layers = hf.get(KEY) or {}, hf["num_hidden_layers"]
+    if not isinstance(given, Mapping) or not all(isinstance(own, Mapping) for own in given.values()):
+        raise JpruneError(f"config.json: {KEY} must map layer numbers to objects, got {given!r}")
+    sizes = [common] * layers
+    for name, own in given.items():
+        if not str(name).isdecimal() or int(name) >= layers:
+            raise JpruneError(f"config.json: {KEY} names layer {name!r}, but the model has layers 0 to {layers - 1}")
+        if unknown := [key for key in own if key not in NAMES.values()]:
+            raise JpruneError(
+                f"config.json: {KEY} gives layer {name} its own {unknown[0]!r}; "
+                f"layers can differ in {', '.join(NAMES.values())} only"
+            )
+        for key, size in own.items():
+            if not isinstance(size, int) or size < 1:
+                raise JpruneError(f"config.json: {KEY}, layer {name}: {key} must be a positive integer, got {size!r}")
+        sizes[int(name)] = LayerSizes(**{ours: own.get(key, getattr(common, ours)) for ours, key in NAMES.items()})
+    return tuple(sizes) if given else ()
+
+
+def resized(
+    hf_config: Mapping[str, Any], *, d_model: int, head_dim: int, layers: Sequence[int], sizes: Sequence[LayerSizes]
+) -> dict[str, Any]:
+    """The config.json of a model with other sizes.
+
+    Args:
+        hf_config: of the model as it was.
+        d_model: the hidden size.
+        head_dim: of all heads. It is always written, since hidden_size / num_attention_heads no longer gives it.
+        layers: numbers, in the model as it was, of the layers that are left.
+        sizes: of each layer that is left.
+    """
+    hf = {key: value for key, value in hf_config.items() if key != KEY}
+    hf |= {"hidden_size": d_model, "head_dim": head_dim, "num_hidden_layers": len(layers)}
+    common = collections.Counter(sizes).most_common(1)[0][0]
+    hf |= {key: getattr(common, ours) for ours, key in NAMES.items()}
+    own = {str(i): _difference(layer, common) for i, layer in enumerate(sizes) if layer != common}
+    if own:
+        hf[KEY] = own
+    # Which layers see a window only: a list of kinds, or the number of the first such layer.
+    if hf.get("layer_types"):
+        hf["layer_types"] = [hf["layer_types"][i] for i in layers]
+    if hf.get("max_window_layers") is not None:
+        hf["max_window_layers"] = sum(i < hf["max_window_layers"] for i in layers)
+    return hf
+
+
+def _difference(layer: LayerSizes, common: LayerSizes) -> dict[str, int]:
+    return {key: getattr(layer, ours) for ours, key in NAMES.items() if getattr(layer, ours) != getattr(common, ours)}
