@@ -119,6 +119,8 @@ HEAVY = [
     "huggingface_hub",
     "safetensors",
     "rich",
+    "grain",
+    "jinja2",
 ]
 
 

@@ -1,5 +1,7 @@
-"""Token windows for calibration and evaluation."""
+"""Token windows for calibration and evaluation, and batches to train on."""
 
+from jprune.data.batches import Batches as Batches
+from jprune.data.batches import token_batches as token_batches
 from jprune.data.windows import Windows as Windows
 from jprune.data.windows import calibration as calibration
 from jprune.data.windows import evaluation as evaluation

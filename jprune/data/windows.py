@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Integer
 
 from jprune.data import sources
 from jprune.errors import JpruneError
@@ -84,13 +84,13 @@ def calibration(
     Raises:
         JpruneError: a source that cannot be used, too little of it, or a length that the model does not take.
     """
-    source, spec = _read(spec, "calibration")
-    length, notices = _length(length, context, source)
+    source, spec = read(spec, "calibration")
+    length, notices = window_length(length, context, source)
     if isinstance(source, sources.TokenRows):
         return _from_rows(source, spec, samples, length, vocab_size, notices)
     samples = DEFAULT_SAMPLES if samples is None else samples
-    _check_count("number of samples", samples)
-    tokenizer = _require(tokenizer, spec)
+    check_count("number of samples", samples)
+    tokenizer = require_tokenizer(tokenizer, spec)
     rng = random.Random(seed)
     tokens = None
     if isinstance(source, sources.Documents):
@@ -115,13 +115,13 @@ def evaluation(
 
     `length`, `vocab_size`, `context` and errors are those of `calibration`; documents are joined by blank lines.
     """
-    source, spec = _read(spec, "evaluation")
-    length, notices = _length(length, context, source)
+    source, spec = read(spec, "evaluation")
+    length, notices = window_length(length, context, source)
     if isinstance(source, sources.TokenRows):
         return _from_rows(source, spec, windows, length, vocab_size, notices)
     if windows is not None:
-        _check_count("number of windows", windows)
-    ids = _encode(_require(tokenizer, spec), source)
+        check_count("number of windows", windows)
+    ids = _encode(require_tokenizer(tokenizer, spec), source)
     available = len(ids) // length
     wanted = windows
     if wanted is None:
@@ -141,7 +141,7 @@ def is_rows(spec: Spec | None) -> bool:
     return isinstance(spec, np.ndarray) or str(spec).endswith(".npy")
 
 
-def _read(spec: Spec, split: sources.Split) -> tuple[sources.Source, str | Path]:
+def read(spec: Spec, split: sources.Split) -> tuple[sources.Source, str | Path]:
     """The source, and what to call it in messages."""
     if isinstance(spec, np.ndarray):
         return sources.TokenRows(rows=sources.checked_rows(spec, "the array of token ids")), "an array of token ids"
@@ -215,7 +215,7 @@ def _from_rows(
     rows, row_length = source.rows.shape
     if count is None:
         count = max(1, rows)
-    _check_count("number of windows", count)
+    check_count("number of windows", count)
     if rows < count or row_length < length:
         raise JpruneError(f"{spec} has {rows} rows of {row_length} token ids; {count} rows of {length} were asked for.")
     if row_length > length:
@@ -226,25 +226,32 @@ def _from_rows(
 def _windows(
     tokens: np.ndarray, spec: str | Path, seed: int | None, vocab_size: int | None, notices: tuple[str, ...]
 ) -> Windows:
-    """Check the ids and note what is recorded of them. Checked before the cast, which would wrap what does not fit."""
-    limit = 2**31 if vocab_size is None else vocab_size
-    bad = np.argwhere((tokens < 0) | (tokens >= limit))
-    if len(bad):
-        row, column = bad[0]
-        raise JpruneError(
-            f"{spec}: token id {tokens[row, column]} at window {row}, position {column} is outside [0, {limit}). "
-            "Use token ids made with this model's own tokenizer."
-        )
+    """Check the ids and note what is recorded of them."""
+    check_ids(tokens, spec, vocab_size)
     tokens = np.array(tokens, dtype=np.int32)
     for notice in notices:
         logger.info(notice)
     return Windows(tokens=tokens, source=str(spec), seed=seed, sha256=sha256(tokens), notices=notices)
 
 
-def _length(length: int | None, context: int | None, source: sources.Source) -> tuple[int, tuple[str, ...]]:
+def check_ids(
+    tokens: Integer[np.ndarray, "n length"], spec: str | Path, vocab_size: int | None, first_window: int = 0
+) -> None:
+    """An error that names the first id outside the vocabulary; call it before a cast, which would wrap such an id."""
+    limit = 2**31 if vocab_size is None else vocab_size
+    bad = np.argwhere((tokens < 0) | (tokens >= limit))
+    if len(bad):
+        row, column = bad[0]
+        raise JpruneError(
+            f"{spec}: token id {tokens[row, column]} at window {first_window + row}, position {column} is outside "
+            f"[0, {limit}). Use token ids made with this model's own tokenizer."
+        )
+
+
+def window_length(length: int | None, context: int | None, source: sources.Source) -> tuple[int, tuple[str, ...]]:
     """The window length, and a notice when a default was cut to the model's context."""
     if length is not None:
-        _check_count("sequence length", length)
+        check_count("sequence length", length)
         if context is not None and length > context:
             raise JpruneError(f"Sequence length {length} is more than the model's context of {context} tokens.")
         return length, ()
@@ -254,7 +261,8 @@ def _length(length: int | None, context: int | None, source: sources.Source) -> 
     return length, ()
 
 
-def _require(tokenizer: Tokenizer | None, spec: str | Path) -> Tokenizer:
+def require_tokenizer(tokenizer: Tokenizer | None, spec: str | Path) -> Tokenizer:
+    """The tokenizer, or an error that says what to do without one."""
     if tokenizer is None:
         raise JpruneError(
             f"{spec} is text, and the model comes without a tokenizer. Put its tokenizer.json beside the weights, "
@@ -263,6 +271,7 @@ def _require(tokenizer: Tokenizer | None, spec: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def _check_count(what: str, value: int) -> None:
+def check_count(what: str, value: int) -> None:
+    """An error when a number that must be at least 1 is not."""
     if value < 1:
         raise JpruneError(f"The {what} must be at least 1; it is {value}.")
