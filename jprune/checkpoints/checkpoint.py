@@ -4,13 +4,14 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from jprune import trees
-from jprune.checkpoints import demo, gguf, huggingface, orbax, tokenizer
+from jprune.checkpoints import demo, gguf, huggingface, orbax, tokenizer, view
 from jprune.checkpoints.source import Source, StoredTensor
 from jprune.errors import JpruneError
 from jprune.models import families
@@ -20,17 +21,19 @@ from jprune.models.config import DecoderConfig, shapes
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$")
 
 
-def load(source: str | Path) -> "Checkpoint":
+def load(source: str | Path, *, weights: bool = True) -> "Checkpoint":
     """Opens a model without reading its weights.
 
     Args:
         source: a Hugging Face folder or hub id, a .safetensors or .gguf file, an Orbax folder written by jprune, or
             "demo" (SmolLM2-135M-Instruct, fetched once).
+        weights: False is content with config.json alone, for plans: shapes are known, and reading raises. Where there
+            is no config.json (GGUF) it makes no difference.
 
     Raises:
         JpruneError: nothing there, not a model that is supported, or damaged files.
     """
-    return Checkpoint(str(source), _open(str(source)))
+    return Checkpoint(str(source), _open(str(source), weights))
 
 
 class Checkpoint:
@@ -62,15 +65,38 @@ class Checkpoint:
             )
         return self._tensors[path].read()
 
+    @property
+    def reads_together(self) -> bool:
+        """Whether `read_many` is much cheaper than many times `read`."""
+        return self._opened.read_together is not None
+
+    def read_many(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
+        """Several parameters by path, as `read` gives them."""
+        if self._opened.read_together is not None:
+            return self._opened.read_together(list(paths))
+        return {path: self.read(path) for path in paths}
+
     def params(self, prefix: str = "") -> dict:
         """Nested dict of the parameters below `prefix`, such as "blocks/3"; of all of them if it is empty."""
         start = f"{prefix}/" if prefix else ""
         below = [path for path in self._tensors if path.startswith(start)]
         if not below:
             raise JpruneError(f"{self.source}: no parameters below {prefix!r}")
-        together = self._opened.read_together
-        values = together(below) if together else {path: self.read(path) for path in below}
+        values = self.read_many(below)
         return trees.unflatten({path.removeprefix(start): values[path] for path in below})
+
+    def select(self, keep: view.Keep, layers: Sequence[int] | None = None) -> "Checkpoint":
+        """The smaller model that keeps some positions of some axes and some layers: a view that copies nothing.
+
+        Args:
+            keep: positions that stay, in order, by path and axis: heads, kv_heads, d_ff or d_model, which must be cut
+                alike wherever they occur. Paths are those of this checkpoint, before layers are renumbered.
+            layers: numbers of the layers that stay, in order; all of them unless given.
+
+        Raises:
+            JpruneError: positions or layers that there are not, or that do not make a model.
+        """
+        return Checkpoint(self.source, view.open_source(self, keep, layers))
 
     @functools.cached_property
     def side_files(self) -> dict[str, bytes]:
@@ -90,7 +116,8 @@ class Checkpoint:
         return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
     def fingerprint(self) -> str:
-        """A hash of the config and of samples of the weight files (`source.identify`), wherever they lie."""
+        """A hash of the config, of samples of the weight files (`source.identify`) wherever they lie, and of the
+        selection if there is one."""
         config = json.dumps(self.hf_config, sort_keys=True)
         return hashlib.sha256(f"{config}:{self._opened.identity()}".encode()).hexdigest()
 
@@ -98,12 +125,12 @@ class Checkpoint:
         return f"Checkpoint({self.source!r}, {self.config.architecture}, {self.config.layers} layers)"
 
 
-def _open(source: str) -> Source:
+def _open(source: str, weights: bool) -> Source:
     if source == "demo":
         return gguf.open_source(demo.fetch())
     path = Path(source).expanduser()
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, weights)
     if path.is_file():
         if path.suffix == ".gguf":
             return gguf.open_source(path)
@@ -113,11 +140,13 @@ def _open(source: str) -> Source:
             f"{source}: only .safetensors and .gguf files are read, not {path.suffix or 'files like this'!r}"
         )
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.startswith(".") and path.suffix != ".gguf":
-        return _open_folder(huggingface.download(source))
+        return _open_folder(huggingface.download(source, weights=weights), weights)
     raise JpruneError(f"{source}: no such file or folder, and not a name of a model on the Hugging Face hub either")
 
 
-def _open_folder(folder: Path) -> Source:
+def _open_folder(folder: Path, weights: bool) -> Source:
+    if not weights and (folder / "config.json").exists():
+        return huggingface.open_config(folder)
     if orbax.is_orbax(folder):
         return orbax.open_source(folder)
     ggufs = sorted(folder.glob("*.gguf"))

@@ -18,6 +18,7 @@ from jprune.checkpoints import writing
 from jprune.checkpoints.source import FLOAT_DTYPES, Source, StoredTensor, identify, reason
 from jprune.errors import JpruneError
 from jprune.models import families
+from jprune.models.config import shapes
 
 if TYPE_CHECKING:
     from jprune.checkpoints.checkpoint import Checkpoint
@@ -41,8 +42,10 @@ _SIDE_FILES = (
 _STORED_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def download(repo_id: str) -> Path:
+def download(repo_id: str, *, weights: bool = True) -> Path:
     """Fetches a model from the Hugging Face hub (or finds it in the hub's cache) and returns its folder.
+
+    Without `weights` only what lies beside them is fetched.
 
     Raises:
         JpruneError: no such model, no permission, or no network and not in the cache.
@@ -53,7 +56,7 @@ def download(repo_id: str) -> Path:
     try:
         folder = huggingface_hub.snapshot_download(
             repo_id,
-            allow_patterns=["*.safetensors", "*.index.json", "config.json", *_SIDE_FILES],
+            allow_patterns=[*(("*.safetensors", "*.index.json") if weights else ()), "config.json", *_SIDE_FILES],
             # Other copies of the same weights, in subfolders or under Mistral's own names.
             ignore_patterns=["*/*", "consolidated*"],
         )
@@ -81,12 +84,7 @@ def open_source(path: Path) -> Source:
         JpruneError: no config, quantised or pickled weights, missing or damaged files, an index that leaves the folder.
     """
     folder = path.parent if path.is_file() else path
-    config = read_json(folder / "config.json")
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method")
-        raise JpruneError(
-            f"{folder}: the weights are quantised ({method}); give the unquantised model, or a GGUF of it"
-        )
+    config = _read_config(folder)
     where = _locate(path, folder)
     tensors: dict[str, StoredTensor] = {}
     for file in dict.fromkeys(where.values()):
@@ -103,6 +101,42 @@ def open_source(path: Path) -> Source:
         side_files=functools.partial(read_side_files, folder),
         identity=functools.partial(identify, *files),
     )
+
+
+def open_config(folder: Path) -> Source:
+    """Opens a folder for its config.json alone: every tensor has a shape, and none can be read.
+
+    Raises:
+        JpruneError: no config, or one that is not supported.
+    """
+    hf_config = _read_config(folder)
+    name = str(hf_config.get("dtype") or hf_config.get("torch_dtype")).removeprefix("torch.")
+
+    def read() -> np.ndarray:
+        raise JpruneError(f"{folder}: opened without weights (weights=False); open it with them to read parameters")
+
+    return Source(
+        config=hf_config,
+        tensors={
+            path: StoredTensor(
+                shape=shape, dtype=FLOAT_DTYPES.get(name, FLOAT_DTYPES["float32"]), where="config.json", read=read
+            )
+            for path, shape in shapes(families.config(hf_config)).items()
+        },
+        layout="jprune",
+        side_files=functools.partial(read_side_files, folder),
+        identity=lambda: "no weights",
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method")
+        raise JpruneError(
+            f"{folder}: the weights are quantised ({method}); give the unquantised model, or a GGUF of it"
+        )
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -224,8 +258,8 @@ class Writer:
             path: np.dtype((dtypes or {}).get(path, leaf.dtype)) for path, leaf in checkpoint.shapes.items()
         }
         self._pending = dict.fromkeys(self._entries)
-        shapes = {entry.key: (entry.shape, self._dtypes[path]) for path, entry in self._entries.items()}
-        sizes = {key: int(np.prod(shape)) * dtype.itemsize for key, (shape, dtype) in shapes.items()}
+        stored = {entry.key: (entry.shape, self._dtypes[path]) for path, entry in self._entries.items()}
+        sizes = {key: int(np.prod(shape)) * dtype.itemsize for key, (shape, dtype) in stored.items()}
         self._total = sum(sizes.values())
         with writing.explained(folder):
             writing.require_space(folder, self._total)
@@ -234,7 +268,7 @@ class Writer:
             plan = _shards(sizes, max_shard_bytes)
             for i, keys in enumerate(plan):
                 name = f"model-{i + 1:05}-of-{len(plan):05}.safetensors" if len(plan) > 1 else "model.safetensors"
-                file = writing.SafetensorsFile(folder / name, {key: shapes[key] for key in keys})
+                file = writing.SafetensorsFile(folder / name, {key: stored[key] for key in keys})
                 self._shards |= dict.fromkeys(keys, file)
 
     def write(self, path: str, array: np.ndarray | jax.Array) -> None:

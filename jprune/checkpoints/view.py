@@ -1,0 +1,153 @@
+"""A part of a checkpoint as a checkpoint: some positions of some axes, some of the layers.
+
+Structured pruning changes no weight that stays, so its result is such a view: config and shapes of the smaller model,
+and every tensor cut out of the larger one when it is read.
+"""
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jprune.checkpoints.source import Source, StoredTensor
+from jprune.errors import JpruneError
+from jprune.models import families
+from jprune.models.config import DecoderConfig, LayerSizes, parameters, shapes
+
+if TYPE_CHECKING:
+    from jprune.checkpoints.checkpoint import Checkpoint
+
+Keep = Mapping[str, Mapping[int, Sequence[int] | np.ndarray]]
+"""The positions that stay, by path and axis; other axes stay whole."""
+
+_SELECTABLE = ("heads", "kv_heads", "d_ff", "d_model")
+
+
+def open_source(checkpoint: "Checkpoint", keep: Keep, layers: Sequence[int] | None) -> Source:
+    """The source behind `Checkpoint.select`, which says what is expected and what is raised."""
+    config = checkpoint.config
+    left = _checked_layers(config, layers)
+    positions = _checked_positions(config, keep)
+    whole = {new: path for path in checkpoint.shapes if (new := _renumbered(path, left)) is not None}
+
+    def read(old: str) -> np.ndarray:
+        return _cut(checkpoint.read(old), positions.get(old, {}))
+
+    tensors: dict[str, StoredTensor] = {}
+    for path, old in whole.items():
+        shape = list(checkpoint.shapes[old].shape)
+        for axis, kept in positions.get(old, {}).items():
+            shape[axis] = len(kept)
+        tensors[path] = StoredTensor(
+            shape=tuple(shape),
+            dtype=np.dtype(checkpoint.shapes[old].dtype),
+            where=checkpoint.source,
+            read=functools.partial(read, old),
+        )
+
+    def read_together(paths: list[str]) -> dict[str, np.ndarray]:
+        values: dict[str, np.ndarray] = {}
+        for _, part in itertools.groupby(paths, key=lambda path: path.split("/")[:2]):  # a block at a time
+            names = list(part)
+            block = checkpoint.read_many([whole[path] for path in names])
+            values |= {path: _cut(block.pop(whole[path]), positions.get(whole[path], {})) for path in names}
+        return values
+
+    return Source(
+        config=_config(checkpoint, {path: tensor.shape for path, tensor in tensors.items()}, left),
+        tensors=tensors,
+        layout="jprune",
+        read_together=read_together if checkpoint.reads_together else None,
+        side_files=lambda: checkpoint.side_files,
+        identity=functools.partial(_identity, checkpoint, left, positions),
+    )
+
+
+def _checked_layers(config: DecoderConfig, layers: Sequence[int] | None) -> list[int]:
+    left = list(range(config.layers)) if layers is None else [int(i) for i in layers]
+    if not left or left != sorted(set(left)) or left[0] < 0 or left[-1] >= config.layers:
+        raise JpruneError(
+            f"expected the numbers of at least one layer, each once and in order, between 0 and {config.layers - 1}; "
+            f"got {left}"
+        )
+    return left
+
+
+def _checked_positions(config: DecoderConfig, keep: Keep) -> dict[str, dict[int, np.ndarray]]:
+    names = parameters(config)
+    positions: dict[str, dict[int, np.ndarray]] = {}
+    for path, axes in keep.items():
+        if path not in names:
+            raise JpruneError(f"{path!r} is not a parameter of this model; there are {', '.join(list(names)[:3])}, ...")
+        for axis, kept in axes.items():
+            what = f"{path}, axis {axis}"
+            if not 0 <= axis < len(names[path]):
+                raise JpruneError(f"{what}: there are {len(names[path])} axes")
+            name = names[path][axis]
+            if name not in _SELECTABLE:
+                raise JpruneError(f"{what}: {name} cannot become smaller; only {', '.join(_SELECTABLE)} can")
+            indices = np.asarray(kept)
+            size = config.size(name, path)
+            if not indices.size:
+                raise JpruneError(f"{what} ({name}): no position is left; at least one must stay")
+            if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
+                raise JpruneError(f"{what} ({name}): expected a row of positions, got {kept!r}")
+            if (np.diff(indices) < 1).any() or indices[0] < 0 or indices[-1] >= size:
+                raise JpruneError(
+                    f"{what} ({name}): expected positions in order, each once, between 0 and {size - 1}; got {kept!r}"
+                )
+            positions.setdefault(path, {})[axis] = indices
+    return positions
+
+
+def _renumbered(path: str, left: list[int]) -> str | None:
+    """The path a parameter has when only these layers are left; None if its layer is gone."""
+    if not path.startswith("blocks/"):
+        return path
+    _, index, rest = path.split("/", 2)
+    return f"blocks/{left.index(int(index))}/{rest}" if int(index) in left else None
+
+
+def _config(checkpoint: "Checkpoint", found: Mapping[str, tuple[int, ...]], left: list[int]) -> dict:
+    """The config.json of the smaller model, from its shapes."""
+    sizes = [
+        LayerSizes(
+            heads=found[f"blocks/{i}/attn/q/kernel"][1],
+            kv_heads=found[f"blocks/{i}/attn/k/kernel"][1],
+            d_ff=found[f"blocks/{i}/mlp/gate/kernel"][1],
+        )
+        for i in range(len(left))
+    ]
+    d_model = found["embed/embedding"][1]
+    hf_config = families.resized(
+        checkpoint.hf_config, d_model=d_model, head_dim=checkpoint.config.head_dim, layers=left, sizes=sizes
+    )
+    config = families.config(hf_config)
+    names = parameters(config)
+    for path, shape in shapes(config).items():
+        for axis, (is_, should) in enumerate(zip(found[path], shape)):
+            if is_ != should:
+                name = names[path][axis]
+                raise JpruneError(
+                    f"{path}: {is_} positions of axis {axis} are kept, but {should} of {name} in the parameters that "
+                    f"belong with it; an axis must be cut alike wherever it occurs"
+                )
+    return hf_config
+
+
+def _cut(values: np.ndarray, positions: Mapping[int, np.ndarray]) -> np.ndarray:
+    for axis, kept in positions.items():
+        if len(kept) < values.shape[axis]:
+            values = np.take(values, kept, axis)
+    return values
+
+
+def _identity(checkpoint: "Checkpoint", left: list[int], positions: Mapping[str, Mapping[int, np.ndarray]]) -> str:
+    digest = hashlib.sha256(f"{checkpoint.fingerprint()}:{left}".encode())
+    for path in sorted(positions):
+        for axis in sorted(positions[path]):
+            digest.update(f"{path}:{axis}:".encode() + positions[path][axis].astype("<i8").tobytes())
+    return digest.hexdigest()
