@@ -34,7 +34,7 @@ def shrink(params: PyTree, keep: Keep) -> PyTree:
             near = difflib.get_close_matches(path, leaves, n=3, cutoff=0.0)
             raise JpruneError(f"positions to keep of {path!r}, but no such parameter; near misses: {', '.join(near)}")
         for axis, kept in axes.items():
-            leaves[path] = _take(leaves[path], _checked(kept, leaves[path].shape, axis, path), axis)
+            leaves[path] = _take(leaves[path], checked(kept, leaves[path].shape, axis, path), axis)
     return trees.replace(params, leaves)
 
 
@@ -60,7 +60,7 @@ def indices(groups: Iterable[Group], kept: Mapping[str, Positions]) -> dict[str,
         group = by_name[name]
         if group.frozen is not None:
             raise JpruneError(f"the group {name!r} is frozen: {group.frozen}")
-        gone = np.setdiff1d(np.arange(group.size), _checked(units, (group.size,), 0, f"group {name!r}"))
+        gone = np.setdiff1d(np.arange(group.size), checked(units, (group.size,), 0, f"group {name!r}"))
         for member in group.members:
             dropped.setdefault(member.path, {}).setdefault(member.axis, []).append(group.positions(member, gone))
     lengths: dict[tuple[str, int], int] = {}
@@ -74,7 +74,8 @@ def indices(groups: Iterable[Group], kept: Mapping[str, Positions]) -> dict[str,
     }
 
 
-def _checked(kept: Positions, shape: tuple[int, ...], axis: int, where: str) -> np.ndarray:
+def checked(kept: Positions, shape: tuple[int, ...], axis: int, where: str) -> np.ndarray:
+    """Positions to keep along an axis, as an array; an error that begins with `where` if they are none of it."""
     if not 0 <= axis < len(shape):
         raise JpruneError(f"{where}: there is no axis {axis} in shape {shape}; axes are counted from 0")
     positions = np.asarray(kept)

@@ -1,0 +1,101 @@
+"""Groups of coupled axes written down by hand, for tests of what is built on them."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Member:
+    path: str
+    axis: int
+    offset: int = 0
+    length: int
+    stride: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    name: str
+    size: int
+    members: tuple
+    frozen: str | None = None
+    renormalised: bool = False
+
+    def positions(self, member, units):
+        at = np.arange(member.length)
+        return member.offset + at[np.isin(at // member.stride % self.size, units)]
+
+
+def group(name, size, *places, frozen=None, renormalised=False):
+    """A place is (path, axis, length, stride = 1, offset = 0)."""
+    members = []
+    for path, axis, length, *more in places:
+        stride, offset = (*more, *(1, 0)[len(more) :])
+        members.append(Member(path=path, axis=axis, length=length, stride=stride, offset=offset))
+    return Group(name=name, size=size, members=tuple(members), frozen=frozen, renormalised=renormalised)
+
+
+def block(heads, kv, head_dim, d_model, d_ff):
+    """(groups, shapes, in_axes) of a decoder block of ours, with biases and QK-norm."""
+    shapes = {
+        "attn_norm/scale": (d_model,),
+        "attn/q/kernel": (d_model, heads, head_dim),
+        "attn/q/bias": (heads, head_dim),
+        "attn/k/kernel": (d_model, kv, head_dim),
+        "attn/v/kernel": (d_model, kv, head_dim),
+        "attn/o/kernel": (heads, head_dim, d_model),
+        "attn/q_norm/scale": (head_dim,),
+        "attn/k_norm/scale": (head_dim,),
+        "mlp/gate/kernel": (d_model, d_ff),
+        "mlp/up/kernel": (d_model, d_ff),
+        "mlp/up/bias": (d_ff,),
+        "mlp/down/kernel": (d_ff, d_model),
+    }
+    in_axes = {path: (0, 1) if "/o/" in path else (0,) for path in shapes if path.endswith("kernel")}
+    ranks = heads // kv
+    groups = [
+        group(
+            "attn/k/kernel:1",
+            kv,
+            ("attn/k/kernel", 1, kv),
+            ("attn/o/kernel", 0, heads, ranks),
+            ("attn/q/bias", 0, heads, ranks),
+            ("attn/q/kernel", 1, heads, ranks),
+            ("attn/v/kernel", 1, kv),
+        ),
+        group(
+            "attn/o/kernel:0",
+            ranks,
+            ("attn/o/kernel", 0, heads),
+            ("attn/q/bias", 0, heads),
+            ("attn/q/kernel", 1, heads),
+        ),
+        group(
+            "attn/k/kernel:2",
+            head_dim,
+            ("attn/k/kernel", 2, head_dim),
+            ("attn/q/bias", 1, head_dim),
+            ("attn/q/kernel", 2, head_dim),
+            ("attn/q_norm/scale", 0, head_dim),
+            ("attn/k_norm/scale", 0, head_dim),
+            frozen="its halves are turned into each other",
+        ),
+        group("attn/o/kernel:1", head_dim, ("attn/o/kernel", 1, head_dim), ("attn/v/kernel", 2, head_dim)),
+        group(
+            "mlp/down/kernel:0",
+            d_ff,
+            ("mlp/down/kernel", 0, d_ff),
+            ("mlp/gate/kernel", 1, d_ff),
+            ("mlp/up/bias", 0, d_ff),
+            ("mlp/up/kernel", 1, d_ff),
+        ),
+        group(
+            "attn/o/kernel:2",
+            d_model,
+            ("attn_norm/scale", 0, d_model),
+            *((path, shapes[path].index(d_model), d_model) for path in in_axes),
+            frozen="it is an axis of an argument",
+        ),
+    ]
+    return [g for g in groups if g.size > 1], shapes, in_axes
