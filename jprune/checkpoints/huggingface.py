@@ -6,7 +6,8 @@ Only safetensors are read. Pickled weights (pytorch_model.bin) can run code when
 import fnmatch
 import functools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -208,25 +209,44 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        file = safe_open(path, framework="numpy")  # maps the file, and checks its header against its size
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        with safe_open(path, framework="numpy") as file:  # checks the header, also against the file's size
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            info = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+        starts = _data_starts(path)
     except (SafetensorError, OSError) as error:
         raise JpruneError(f"{path}: truncated or damaged safetensors ({reason(error)}); download it again") from error
 
     def stored(key: str) -> StoredTensor:
-        dtype = _STORED_DTYPES.get(slices[key].get_dtype())
-        if dtype is None:
+        shape, stored_dtype = info[key]
+        if stored_dtype not in _STORED_DTYPES:
             raise JpruneError(
-                f"{path}: tensor {key!r} is stored as {slices[key].get_dtype()}; supported: {', '.join(_STORED_DTYPES)}"
+                f"{path}: tensor {key!r} is stored as {stored_dtype}; supported: {', '.join(_STORED_DTYPES)}"
             )
-        return StoredTensor(
-            shape=tuple(slices[key].get_shape()),
-            dtype=FLOAT_DTYPES[dtype],
-            where=path.name,
-            read=functools.partial(file.get_tensor, key),
-        )
+        dtype = FLOAT_DTYPES[_STORED_DTYPES[stored_dtype]]
+        read = functools.partial(_read_tensor, path, key, starts[key], shape, dtype)
+        return StoredTensor(shape=shape, dtype=dtype, where=path.name, read=read)
 
-    return {key: stored(key) for key in slices}
+    return {key: stored(key) for key in info}
+
+
+def _data_starts(path: Path) -> dict[str, int]:
+    """Where in the file each tensor's data begin; the header has been checked."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {key: 8 + length + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
+
+
+def _read_tensor(path: Path, key: str, start: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Reads instead of mapping: pages of a mapped file stay in this process's memory, more of them with every block."""
+    count = math.prod(shape)
+    try:
+        values = np.fromfile(path, dtype, count, offset=start)
+    except OSError as error:
+        raise JpruneError(f"{path}: {key!r} cannot be read ({reason(error)})") from error
+    if len(values) < count:
+        raise JpruneError(f"{path}: truncated since it was opened: {key!r} is not whole; download it again")
+    return values.reshape(shape)
 
 
 class Writer:
@@ -239,6 +259,7 @@ class Writer:
         checkpoint: where config, tokenizer and the names of the tensors come from.
         dtypes: the dtype of each parameter in the file, by path; those not named keep the dtype they are stored in.
         max_shard_bytes: a file holds at most this much (or one tensor, if that is larger).
+        reopen: the folder may hold what an earlier process wrote with the same arguments; see `keep`.
 
     Raises:
         JpruneError: the disk is full or cannot be written.
@@ -251,6 +272,7 @@ class Writer:
         dtypes: Mapping[str, Any] | None = None,
         *,
         max_shard_bytes: int | float = 5e9,
+        reopen: bool = False,
     ):
         self.folder = folder
         self._entries = families.table(checkpoint.config)
@@ -262,25 +284,50 @@ class Writer:
         sizes = {key: int(np.prod(shape)) * dtype.itemsize for key, (shape, dtype) in stored.items()}
         self._total = sum(sizes.values())
         with writing.explained(folder):
-            writing.require_space(folder, self._total)
+            there = sum(file.stat().st_blocks * 512 for file in folder.glob("*.safetensors")) if reopen else 0
+            writing.require_space(folder, self._total - there)
             write_side_files(folder, checkpoint, self._dtypes)
             self._shards: dict[str, writing.SafetensorsFile] = {}
             plan = _shards(sizes, max_shard_bytes)
             for i, keys in enumerate(plan):
                 name = f"model-{i + 1:05}-of-{len(plan):05}.safetensors" if len(plan) > 1 else "model.safetensors"
-                file = writing.SafetensorsFile(folder / name, {key: stored[key] for key in keys})
+                file = writing.SafetensorsFile(folder / name, {key: stored[key] for key in keys}, reopen=reopen)
                 self._shards |= dict.fromkeys(keys, file)
 
-    def write(self, path: str, array: np.ndarray | jax.Array) -> None:
-        """Writes one parameter, in our layout; it is cast to its dtype in the file. Each path is written once."""
+    def write(self, path: str, array: np.ndarray | jax.Array) -> int:
+        """Writes one parameter, in our layout, cast to its dtype in the file; returns the checksum of what is there.
+
+        Each path is written once.
+        """
         if path not in self._pending:
             raise JpruneError(f"{path!r} is not a parameter of this model, or was written before")
         entry, values = self._entries[path], np.asarray(array)
         if values.shape != entry.path_shape:
             raise JpruneError(f"{path}: expected shape {entry.path_shape}, got {values.shape}")
         with writing.explained(self.folder):
-            self._shards[entry.key].write(entry.key, entry.write(values.astype(self._dtypes[path], copy=False)))
+            in_file = entry.write(values.astype(self._dtypes[path], copy=False))
+            checksum = self._shards[entry.key].write(entry.key, in_file)
         del self._pending[path]
+        return checksum
+
+    def read(self, path: str) -> np.ndarray:
+        """A parameter that was written, in our layout."""
+        entry = self._entries[path]
+        return entry.read(self._shards[entry.key].read(entry.key))
+
+    def keep(self, path: str, checksum: int) -> bool:
+        """Whether the file holds what an earlier process wrote, by its checksum; it need not be written again then."""
+        entry = self._entries[path]
+        if writing.checksum(self._shards[entry.key].read(entry.key)) != checksum:
+            return False
+        self._pending.pop(path, None)
+        return True
+
+    def sync(self, paths: Iterable[str]) -> None:
+        """Returns when these parameters are on the disk, so that a power failure no longer takes them."""
+        with writing.explained(self.folder):
+            for file in dict.fromkeys(self._shards[self._entries[path].key] for path in paths):
+                file.sync()
 
     def close(self) -> None:
         """Writes the index.
