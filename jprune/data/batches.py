@@ -181,7 +181,7 @@ class BatchIterator(Iterator[Batch]):
         if batches.shuffle:
             numbers = numbers.shuffle(seed=batches.seed)
         numbers = numbers.batch(batches.batch_size, drop_remainder=batches.shuffle)
-        # No threads: a batch takes well under a millisecond to gather, while the device is busy with the one before.
+        # No threads: a batch is gathered in about a millisecond, while the device is busy with the one before.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         self._iterator = iter(numbers.map(batches._take).repeat(batches.epochs).to_iter_dataset(options))
 

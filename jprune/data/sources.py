@@ -5,6 +5,7 @@
 | `pydoc`                       | stream: Python's language reference        | 3/4 of it   | the other topics         |
 | a text file                   | stream: UTF-8                              | the file    | the same file            |
 | `.jsonl`, `.jsonl.gz`         | documents: field `text` of one JSON a line | the file    | the same file            |
+| `.json`                       | documents: field `text` of a list's items  | the file    | the same file            |
 | `.parquet`                    | documents: column `text`                   | the file    | the same file            |
 | `.npy`                        | token ids `[n, length]`, used as given     | the file    | the same file            |
 | `hf:wikitext`                 | stream: wikitext-2-raw-v1                  | train       | test                     |
@@ -16,9 +17,6 @@ A local file is not split: name two files to keep calibration and evaluation apa
 datasets are those of the SparseGPT and Wanda programs, so that numbers can be compared with published ones.
 """
 
-import gzip
-import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +26,15 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Integer
 
+from jprune.data import records
 from jprune.errors import JpruneError
 
 Split = Literal["calibration", "evaluation"]
 
-KINDS = "pydoc, a text file, .jsonl, .jsonl.gz, .parquet, .npy of token ids [n, length], or hf:DATASET[:CONFIG[:SPLIT]]"
+KINDS = (
+    "pydoc, a text file, .jsonl, .jsonl.gz, .json, .parquet, .npy of token ids [n, length], "
+    "or hf:DATASET[:CONFIG[:SPLIT]]"
+)
 
 # Fixed by name, so that the split is the same rule on every Python; about a quarter of the text on 3.11 to 3.13.
 # A topic that a Python lacks is skipped, and a new one goes to calibration.
@@ -88,10 +90,10 @@ def read(spec: str | Path, split: Split) -> Source:
     try:
         if name.endswith(".npy"):
             return TokenRows(rows=_npy(path))
-        if name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
-            return Documents(texts=_json_lines(path))
         if name.endswith(".parquet"):
             return Documents(texts=_parquet(path))
+        if name.endswith(records.ENDINGS):
+            return Documents(texts=[_text_field(*record) for record in records.read(path)])
         return Stream(text=path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise JpruneError(
@@ -145,27 +147,10 @@ def checked_rows(rows: np.ndarray, name: str) -> np.ndarray:
     return rows
 
 
-def _json_lines(path: Path) -> list[str]:
-    """Field `text` of each line; blank lines are skipped."""
-    texts = []
-    number = 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    texts.append(_text_field(json.loads(line), f"{path}, line {number}"))
-    except json.JSONDecodeError as error:
-        raise JpruneError(f"{path}, line {number}: not JSON ({error}). Expected one JSON object a line.") from error
-    except (EOFError, zlib.error) as error:
-        raise JpruneError(f"{path} is a damaged gzip file after line {number}: {error}.") from error
-    return texts
-
-
-def _text_field(row: Any, where: str) -> str:
+def _text_field(where: str, row: Any) -> str:
     """`row["text"]`, or an error that says what `row` has instead."""
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        came = f"fields {sorted(row)}" if isinstance(row, dict) else type(row).__name__
-        raise JpruneError(f"{where}: expected an object with a string in field 'text', found {came}.")
+        raise JpruneError(f"{where}: expected an object with a string in field 'text', found {records.found(row)}.")
     return row["text"]
 
 
@@ -204,8 +189,27 @@ class _Column(Sequence[str]):
         return iter(self._dataset["text"])  # read in batches: much faster than row by row
 
 
+def is_text_dataset(spec: str) -> bool:
+    """Whether an `hf:` spec names one of the datasets that are known to hold plain text."""
+    return _parse(spec)[0] in (WIKITEXT, C4)
+
+
 def _hugging_face(spec: str, split: Split) -> Stream | Documents:
-    """A dataset of the Hugging Face hub through the optional package `datasets`."""
+    """The texts of a dataset of the Hugging Face hub."""
+    name, dataset = hugging_face_dataset(spec, split)
+    if "text" not in dataset.column_names:
+        raise JpruneError(f"{spec!r} has no column 'text'; its columns are {', '.join(dataset.column_names)}.")
+    texts = _Column(dataset)
+    if name == WIKITEXT:
+        return Stream(text=(" " if split == "calibration" else "\n\n").join(dataset["text"]))
+    if name == C4 and split == "evaluation":
+        first = [texts[i] for i in range(min(C4_EVALUATION_DOCUMENTS, len(texts)))]
+        return Stream(text=" ".join(first), max_windows=C4_EVALUATION_WINDOWS)
+    return Documents(texts=texts)
+
+
+def hugging_face_dataset(spec: str, split: Split) -> tuple[str, Any]:
+    """The name of a dataset of the Hugging Face hub, and its rows through the optional package `datasets`."""
     name, config, chosen = _parse(spec)
     try:
         import datasets
@@ -220,16 +224,7 @@ def _hugging_face(spec: str, split: Split) -> Stream | Documents:
     else:
         chosen = chosen or _default_split(datasets, spec, name, config, split)
         options = {}
-    dataset = _reach(spec, lambda: datasets.load_dataset(name, config, split=chosen, **options))
-    if "text" not in dataset.column_names:
-        raise JpruneError(f"{spec!r} has no column 'text'; its columns are {', '.join(dataset.column_names)}.")
-    texts = _Column(dataset)
-    if name == WIKITEXT:
-        return Stream(text=(" " if split == "calibration" else "\n\n").join(dataset["text"]))
-    if name == C4 and split == "evaluation":
-        first = [texts[i] for i in range(min(C4_EVALUATION_DOCUMENTS, len(texts)))]
-        return Stream(text=" ".join(first), max_windows=C4_EVALUATION_WINDOWS)
-    return Documents(texts=texts)
+    return name, _reach(spec, lambda: datasets.load_dataset(name, config, split=chosen, **options))
 
 
 def _parse(spec: str) -> tuple[str, str | None, str | None]:

@@ -251,14 +251,19 @@ def check_ids(
 def window_length(length: int | None, context: int | None, source: sources.Source) -> tuple[int, tuple[str, ...]]:
     """The window length, and a notice when a default was cut to the model's context."""
     if length is not None:
-        check_count("sequence length", length)
-        if context is not None and length > context:
-            raise JpruneError(f"Sequence length {length} is more than the model's context of {context} tokens.")
-        return length, ()
+        return checked_length(length, context), ()
     length = max(1, source.rows.shape[1]) if isinstance(source, sources.TokenRows) else DEFAULT_LENGTH
     if context is not None and context < length:
         return context, (f"The default sequence length of {length} is cut to the model's context of {context} tokens.",)
     return length, ()
+
+
+def checked_length(length: int, context: int | None) -> int:
+    """The length, if it is one and the model takes it."""
+    check_count("sequence length", length)
+    if context is not None and length > context:
+        raise JpruneError(f"Sequence length {length} is more than the model's context of {context} tokens.")
+    return length
 
 
 def require_tokenizer(tokenizer: Tokenizer | None, spec: str | Path) -> Tokenizer:

@@ -134,8 +134,8 @@ def test_pydoc_trains_on_its_calibration_part():
 # --- the order --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 30), batch_size=st.integers(1, 8), epochs=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 30), batch_size=st.integers(1, 8), epochs=st.integers(1, 2), seed=st.integers(0, 2**32 - 1))
 def test_every_epoch_is_a_permutation(n, batch_size, epochs, seed):
     if n < batch_size:
         return
@@ -157,14 +157,13 @@ def test_the_order_is_fixed_by_the_seed_and_the_epoch():
     assert order(5) != order(6)
 
 
-def test_without_an_end(rng):
-    stream = iter(data.token_batches(rows(4), None, batch_size=3))
-    counts = np.bincount(list(chain.from_iterable(numbers(next(stream)) for _ in range(400))))
-    assert counts.sum() == 1200
-    assert counts.min() > 240
+def test_without_an_end():
+    stream = iter(data.token_batches(rows(40), None, batch_size=20))
+    counts = np.bincount(list(chain.from_iterable(numbers(next(stream)) for _ in range(40))))
+    assert counts.tolist() == [20] * 40
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(n=st.integers(4, 20), taken=st.integers(0, 12), seed=st.integers(0, 99))
 def test_resumed_in_the_middle_the_rest_comes(n, taken, seed):
     def make():

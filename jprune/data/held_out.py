@@ -1,0 +1,52 @@
+"""Whether a model is evaluated on text that it was trained on, found in the tokens themselves.
+
+Sources with splits keep the two apart; local files do only if the user names two files that share nothing. Every run of
+32 tokens in the training windows is hashed, and the runs of the evaluation windows are looked up.
+"""
+
+import numpy as np
+from jaxtyping import Integer
+
+from jprune.data.batches import Batches
+
+RUN = 32
+"""Tokens in a row that are no coincidence, about 25 words."""
+
+WINDOWS_AT_ONCE = 1024
+
+
+def overlap(training: Batches, evaluation: Batches | Integer[np.ndarray, "n length"]) -> float:
+    """The share of the evaluation windows, from 0 to 1, that have a run of 32 tokens in common with a training window.
+
+    Windows that are shorter than 32 tokens have no such runs, and so no overlap.
+    """
+    tokens = evaluation if isinstance(evaluation, np.ndarray) else _tokens(evaluation, 0, evaluation.windows)
+    if tokens.shape[1] < RUN or training.length < RUN:
+        return 0.0
+    wanted = _hashes(tokens)
+    found = np.zeros(wanted.shape, bool)
+    for start in range(0, training.windows, WINDOWS_AT_ONCE):
+        chunk = _hashes(_tokens(training, start, min(start + WINDOWS_AT_ONCE, training.windows)))
+        found |= np.isin(wanted, chunk)
+    # Runs of one token over and over are padding, or say nothing.
+    runs = np.lib.stride_tricks.sliding_window_view(tokens, RUN, axis=1)
+    found &= (runs != runs[..., :1]).any(-1)
+    return float(found.any(axis=1).mean())
+
+
+def _tokens(batches: Batches, start: int, stop: int) -> np.ndarray:
+    return batches.examples.take(np.arange(start, stop))["tokens"]
+
+
+def _hashes(tokens: Integer[np.ndarray, "n length"]) -> np.ndarray:
+    """A 64-bit hash of every run of `RUN` tokens, [n, length - RUN + 1]: of two halves, as often as it takes."""
+    hashes = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    hashes ^= hashes >> np.uint64(29)
+    width = 1
+    while width < RUN:
+        # Multiplied by another odd number at each level, so that the order of the halves counts.
+        factor = np.uint64(0xBF58476D1CE4E5B9 + 2 * width)
+        hashes = hashes[:, :-width] * factor + hashes[:, width:]
+        hashes ^= hashes >> np.uint64(31)
+        width *= 2
+    return hashes

@@ -1,0 +1,193 @@
+"""Training data of any kind for a model: one call chooses between text, token ids and instruction data."""
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from jprune.data import chat, instructions, records, sources, windows
+from jprune.data.batches import Batches, Rows, token_batches
+from jprune.data.windows import Spec, Tokenizer
+from jprune.models.config import DecoderConfig
+
+logger = logging.getLogger(__name__)
+
+INSTRUCTION_LENGTH = 256
+"""LLM-Pruner's cutoff for its recovery data."""
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What is needed of a model; `jprune.checkpoints.Checkpoint` has it."""
+
+    config: DecoderConfig
+    hf_config: dict
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None if the model comes without one."""
+        ...
+
+    @property
+    def side_files(self) -> dict[str, bytes]:
+        """The files beside the weights, by name: the chat template and the names of the special tokens are there."""
+        ...
+
+
+def training_batches(
+    spec: Spec,
+    model: Model,
+    *,
+    batch_size: int,
+    length: int | None = None,
+    windows_at_most: int | None = None,
+    epochs: int | None = None,
+    seed: int = 0,
+    train_on_prompt: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Shuffled, resumable batches to train `model` on.
+
+    Args:
+        spec: names a source (`jprune.data.sources`), or token ids [n, length]. Records of a `.jsonl`, `.jsonl.gz`,
+            `.json`, `.parquet` or `hf:` source are text or instructions, as the fields of the first one say
+            (`jprune.data.instructions`). Of a source with a split, the calibration (training) part.
+        model: a checkpoint: its tokenizer, its special tokens and its chat template.
+        batch_size: windows a batch, over all processes.
+        length: tokens a window. By default, of text 2048, of instruction data 256, both cut to the model's context;
+            of token ids, what the rows have.
+        windows_at_most: take only the first so many windows (of instruction data: records).
+        epochs: how often to go through the data; None for ever.
+        seed: of the order, from 0 to 2**32 - 1.
+        train_on_prompt: of instruction data, take the loss on the prompts too. Text has no prompts.
+        process_index, process_count: which equal part of each batch this process gets.
+
+    Raises:
+        JpruneError: a source that cannot be used, less of it than one batch, a record without an answer, ids outside
+            the model's vocabulary, or a length beyond its context.
+    """
+    order = {
+        "batch_size": batch_size,
+        "epochs": epochs,
+        "seed": seed,
+        "process_index": process_index,
+        "process_count": process_count,
+    }
+    found = _instructions(spec, "calibration")
+    if found is not None:
+        examples = _conversations(found, str(spec), model, length, windows_at_most, train_on_prompt)
+        return Batches(examples=examples, source=str(spec), notices=examples.notices, **order)  # type: ignore[arg-type]
+    return token_batches(
+        spec,
+        model.tokenizer,
+        length=length,
+        windows_at_most=windows_at_most,
+        vocab_size=model.config.vocab,
+        context=model.config.context,
+        eos_id=special_id(model, "eos"),
+        **order,  # type: ignore[arg-type]
+    )
+
+
+def evaluation_batches(
+    spec: Spec,
+    model: Model,
+    *,
+    batch_size: int,
+    length: int | None = None,
+    windows_at_most: int | None = None,
+    train_on_prompt: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Batches to measure a loss on: all windows once, in their order, of the evaluation part of a source.
+
+    The last batch is filled up with rows of weight 0. Text is cut as for perplexity (`jprune.data.evaluation`);
+    arguments and errors are those of `training_batches`.
+    """
+    found = _instructions(spec, "evaluation")
+    examples: Rows | instructions.Conversations
+    if found is not None:
+        examples = _conversations(found, str(spec), model, length, windows_at_most, train_on_prompt)
+        source, notices = str(spec), examples.notices
+    else:
+        text = windows.evaluation(
+            spec,
+            model.tokenizer,
+            length=length,
+            windows=windows_at_most,
+            vocab_size=model.config.vocab,
+            context=model.config.context,
+        )
+        examples, source, notices = Rows(text.tokens, text.source, None), text.source, text.notices
+    return Batches(
+        examples=examples,
+        source=source,
+        batch_size=batch_size,
+        epochs=1,
+        shuffle=False,
+        process_index=process_index,
+        process_count=process_count,
+        notices=notices,
+    )
+
+
+def special_id(model: Model, role: str) -> int | None:
+    """The id of the `bos`, `eos` or `pad` token: as the tokenizer's files say, else as config.json does; or None."""
+    token = chat.special_tokens(model.side_files).get(f"{role}_token")
+    if token is not None and model.tokenizer is not None:
+        ids = model.tokenizer.encode(token, add_special_tokens=False)
+        if len(ids) == 1:
+            return ids[0]
+    named = model.hf_config.get(f"{role}_token_id")
+    return (named[0] if named else None) if isinstance(named, list) else named
+
+
+def _instructions(spec: Spec, split: sources.Split) -> Iterator[records.Record] | None:
+    """The records of instruction data; None for everything else, which is read as text or token ids."""
+    if isinstance(spec, np.ndarray):
+        return None
+    name = str(spec)
+    if name.startswith("hf:"):
+        if sources.is_text_dataset(name):
+            return None
+        _, dataset = sources.hugging_face_dataset(name, split)
+        rows: Iterator[records.Record] = ((f"{name}, record {i}", row) for i, row in enumerate(dataset, start=1))
+    elif name.endswith(records.ENDINGS) and Path(name).is_file():
+        rows = records.read(Path(name))
+    else:
+        return None
+    kind, rows = instructions.first(rows, name)
+    return None if kind == "text" else rows
+
+
+def _conversations(
+    rows: Iterator[records.Record],
+    source: str,
+    model: Model,
+    length: int | None,
+    at_most: int | None,
+    train_on_prompt: bool,
+) -> instructions.Conversations:
+    context = model.config.context
+    length = min(INSTRUCTION_LENGTH, context) if length is None else windows.checked_length(length, context)
+    if at_most is not None:
+        windows.check_count("number of windows", at_most)
+    pad_id = special_id(model, "pad")
+    form = instructions.Format(
+        tokenizer=windows.require_tokenizer(model.tokenizer, source),
+        length=length,
+        template=chat.template(model.side_files),
+        eos_id=special_id(model, "eos"),
+        pad_id=pad_id if pad_id is not None and 0 <= pad_id < model.config.vocab else 0,
+        vocab_size=model.config.vocab,
+        train_on_prompt=train_on_prompt,
+    )
+    examples = instructions.Conversations(islice(rows, at_most), source, form)
+    for notice in examples.notices:
+        logger.info(notice)
+    return examples
