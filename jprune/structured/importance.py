@@ -127,13 +127,10 @@ def vectors(
     for i, member in enumerate(units.members):
         if not member.counted or member.path not in kernels:
             continue
-        kernel = jnp.asarray(kernels[member.path])
-        if kernel.shape != member.shape:
-            raise JpruneError(f"{member.path}: units were made for shape {member.shape}, the array's is {kernel.shape}")
-        given = [
-            None if leaves.get(member.path) is None else jnp.asarray(leaves[member.path]) for leaves in (first, second)
-        ]
-        flat = np.asarray(channels(criterion, member.side, kernel, *given), np.float64)
+        if (shape := kernels[member.path].shape) != member.shape:
+            raise JpruneError(f"{member.path}: the units are those of shape {member.shape}, the parameter's is {shape}")
+        given = jax.tree.map(jnp.asarray, [leaves.get(member.path) for leaves in by_path])
+        flat = np.asarray(channels(criterion, member.side, *given), np.float64)
         found[i] = flat[member.channels]
     return found
 
