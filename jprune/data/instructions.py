@@ -42,7 +42,8 @@ ALPACA = (
 )
 
 INPUT, RESPONSE = ("input", "context"), ("output", "response")
-EXPECTED = "'messages'; 'instruction' and 'output' (or 'response'); or 'text'"
+INSTRUCTIONS = "'messages', or 'instruction' with 'output' (or 'response')"
+EXPECTED = f"{INSTRUCTIONS}, or 'text'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +157,7 @@ def alpaca(record: Record) -> tuple[str, str]:
                 values[name] = ""
                 continue
             wanted = " or ".join(f"'{f}'" for f in fields)
-            raise JpruneError(f"{where}: expected {EXPECTED}; found {found(row)}, so the field {wanted} is missing.")
+            raise JpruneError(f"{where}: expected {INSTRUCTIONS}; found {found(row)}: the field {wanted} is missing.")
         if not isinstance(row[field], str):
             raise JpruneError(f"{where}: expected a string in field '{field}', found {type(row[field]).__name__}.")
         values[name] = row[field]
@@ -182,7 +183,7 @@ def _encode(record: Record, form: Format) -> tuple[np.ndarray, np.ndarray, int]:
 
         spans = [(token(start), token(end)) for start, end in places]
     else:
-        raise JpruneError(f"{record[0]}: expected {EXPECTED}, as in the first record; found {found(record[1])}.")
+        raise JpruneError(f"{record[0]}: expected {INSTRUCTIONS}, as in the first record; found {found(record[1])}.")
     outside = next((i for i in ids if form.vocab_size is not None and not 0 <= i < form.vocab_size), None)
     if outside is not None:
         raise JpruneError(
