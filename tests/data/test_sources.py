@@ -261,3 +261,12 @@ def hide(monkeypatch, package):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", fail)
+
+
+def test_a_json_list(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"},\n {"text": "b"}]')
+    assert list(sources.read(path, "calibration").texts) == ["a", "b"]
+    path.write_text('[{"text": "a"}, {"body": "b"}]')
+    with pytest.raises(JpruneError, match=r"record 2: expected an object with a string in field 'text'"):
+        sources.read(path, "calibration")
