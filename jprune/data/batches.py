@@ -85,7 +85,8 @@ class Batches(Iterable[Batch]):
         epochs: how often the windows are gone through; None for ever.
         seed: of the permutations, from 0 to 2**32 - 1.
         shuffle: whether each epoch is a new permutation.
-        process_index, process_count: which equal part of the rows of each batch this process gets.
+        process_index: which of the equal parts of each batch's rows this process gets, from 0.
+        process_count: how many parts there are.
         notices: what the user should know about how they were made, one sentence each.
 
     Raises:
@@ -234,7 +235,8 @@ def token_batches(
         vocab_size: ids from here on are refused.
         context: the longest sequence that the model takes.
         eos_id: ends every document; None if the model has no such token.
-        process_index, process_count: which equal part of each batch this process gets.
+        process_index: which of the equal parts of each batch this process gets, from 0.
+        process_count: how many parts there are.
 
     Raises:
         JpruneError: a source that cannot be used, less of it than one batch, ids outside the vocabulary, or a length

@@ -64,7 +64,8 @@ def training_batches(
         epochs: how often to go through the data; None for ever.
         seed: of the order, from 0 to 2**32 - 1.
         train_on_prompt: of instruction data, take the loss on the prompts too. Text has no prompts.
-        process_index, process_count: which equal part of each batch this process gets.
+        process_index: which of the equal parts of each batch this process gets, from 0.
+        process_count: how many parts there are.
 
     Raises:
         JpruneError: a source that cannot be used, less of it than one batch, a record without an answer, ids outside
