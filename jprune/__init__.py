@@ -24,6 +24,7 @@ from jprune.statistics import Gram as Gram
 from jprune.statistics import Moments as Moments
 from jprune.statistics import SquaredNorm as SquaredNorm
 from jprune.structured import shrink as shrink
+from jprune.trace import coupled_axes as coupled_axes
 from jprune.trace import matmuls as matmuls
 from jprune.trace import observe as observe
 from jprune.trace import stages as stages

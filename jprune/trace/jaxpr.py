@@ -146,6 +146,24 @@ def inlined(closed: Any) -> tuple[list[Equation], Sequence[Var]]:
     return flat.equations, inputs
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Body:
+    """A jaxpr inside an equation as a flat list of equations, with input variables of its own."""
+
+    equations: tuple[Equation, ...]
+    inputs: tuple[Var, ...]
+    outputs: tuple[Atom, ...]
+    constants: dict[Var, Any]
+
+
+def flat_body(closed: Any) -> Body:
+    """A jaxpr with calls replaced by their bodies; the same jaxpr gets other variables each time."""
+    flat = _Inliner()
+    inputs = tuple(jex.Var(x.aval) for x in getattr(closed, "jaxpr", closed).invars)
+    outputs = tuple(flat.run(closed, inputs))
+    return Body(equations=_live(flat.equations, outputs), inputs=inputs, outputs=outputs, constants=flat.constants)
+
+
 def variables(equation: Equation) -> list[Var]:
     """The operands of an equation that are not literals."""
     return [x for x in equation.invars if isinstance(x, jex.Var)]
