@@ -66,12 +66,24 @@ class Input:
         return matrix(x, self.columns)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Operand:
+    """The operand of a matmul that is a view of a parameter leaf."""
+
+    side: int
+    """0 or 1: its place among the equation's operands."""
+    axes: Axes
+    """What each of its axes is made of, as digits of the axes of the leaf."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Found:
     """Everything that the faces of `jprune.trace` need to know about the matmuls of a trace."""
 
     matmuls: dict[Var, ParamMatmul]
     """By the variable of their result."""
+    kernels: dict[Var, Operand]
+    """The operand that is the kernel, of each of these matmuls."""
     inputs: tuple[Input, ...]
     """By input_id."""
     depth: dict[Var, int]
@@ -119,11 +131,13 @@ def find(flat: Trace, where: Where = None) -> Found:
     depth = {x: 0 for x in flat.args}
     inputs: dict[Input, int] = {}
     chosen: dict[Var, ParamMatmul] = {}
+    kernels: dict[Var, Operand] = {}
     for equation in flat.equations:
         level = max((depth[x] for x in variables(equation) if x in depth), default=0)
         for result in equation.outvars:
             product = values.products.get(result)
             if product is not None and product.path in wanted:
+                kernels[result] = product.kernel
                 chosen[result] = ParamMatmul(
                     path=product.path,
                     in_axes=product.in_axes,
@@ -134,7 +148,12 @@ def find(flat: Trace, where: Where = None) -> Found:
             if result not in values.origins:
                 depth[result] = level + (result in chosen)
     return Found(
-        matmuls=chosen, inputs=tuple(inputs), depth=depth, origins=values.origins, skipped=tuple(values.skipped)
+        matmuls=chosen,
+        kernels=kernels,
+        inputs=tuple(inputs),
+        depth=depth,
+        origins=values.origins,
+        skipped=tuple(values.skipped),
     )
 
 
@@ -145,6 +164,7 @@ class _Product:
     path: str
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
+    kernel: Operand
     input: Input
 
 
@@ -223,6 +243,7 @@ def _product(
         path=paths[kernel],
         in_axes=tuple(sorted(in_axes)),
         out_axes=tuple(i for i in range(kernel.aval.ndim) if i not in in_axes),
+        kernel=Operand(side=side, axes=axes),
         input=_input(values, equation.invars[1 - side], contracted[1 - side], [axes[i] for i in contracted[side]]),
     )
 

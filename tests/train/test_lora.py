@@ -1,0 +1,160 @@
+"""LoRA against dense algebra: adapted == merged, gradients by the chain rule, and what PEFT's formula gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core as jex
+
+from jprune import trees
+from jprune.errors import JpruneError
+from jprune.trace import matmuls
+from jprune.train import lora
+
+
+def network(p, x):
+    """Matmuls in many layouts: heads, transposed kernels, a kernel on the left, reshaped and reused ones."""
+    q = jnp.einsum("btd,dhk->bthk", x, p["q"])
+    y = jnp.einsum("bthk,hkd->btd", jnp.tanh(q), p["o"])
+    y = y @ p["reshaped"].reshape(6, 6) + jnp.einsum("ed,btd->bte", p["turned"], y)
+    z = jnp.einsum("oi,ib->ob", p["left"], y.reshape(-1, 6).T)
+    return jax.nn.relu(y) @ p["twice"], jnp.sin(z) @ p["last"], x @ p["twice"]
+
+
+SHAPES = {
+    "q": (6, 2, 4), "o": (2, 4, 6), "reshaped": (2, 3, 6), "turned": (6, 6), "left": (5, 6), "twice": (6, 6),
+    "last": (6, 3),
+}  # fmt: skip
+
+
+@pytest.fixture
+def params(getkey):
+    return {name: jax.random.normal(getkey(), shape) for name, shape in SHAPES.items()}
+
+
+@pytest.fixture
+def x(getkey):
+    return jax.random.normal(getkey(), (2, 3, 6))
+
+
+def axes_of(params, x):
+    return {m.path: m.in_axes for m in matmuls(network, params, x)}
+
+
+def trained(params, x, getkey, **options):
+    """Adapters with random B, as after some training."""
+    adapters = lora.init(params, axes_of(params, x), rank=2, key=getkey(), **options)
+    return jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(getkey(), leaf.shape), adapters)
+
+
+def close(a, b, **options):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **options), a, b)
+
+
+def test_starts_as_the_function_itself(params, x, getkey):
+    adapters = lora.init(params, axes_of(params, x), rank=3, key=getkey())
+    close(lora.adapt(network, alpha=16)(params, adapters, None, x), network(params, x), rtol=1e-6)
+    flat = trees.flatten(adapters)
+    assert flat["q/a"].shape == (6, 3)
+    assert flat["q/b"].shape == (3, 2, 4)
+    assert flat["o/a"].shape == (2, 4, 3)
+    assert flat["turned/a"].shape == (6, 3)
+    a = np.asarray(lora.init({"w": jnp.zeros((100, 50))}, {"w": (0,)}, rank=64, key=getkey())["w"]["a"])
+    assert 0.095 < abs(a).max() <= 0.1  # U(-1/sqrt(d_in), 1/sqrt(d_in))
+    np.testing.assert_allclose(a.std(), 0.1 / np.sqrt(3), rtol=0.03)
+
+
+def test_adapted_is_merged(params, x, getkey):
+    adapters = trained(params, x, getkey)
+    assert {path for path in lora.by_path(adapters)} == set(SHAPES)
+    merged = lora.merge(params, adapters, alpha=5.0, in_axes=axes_of(params, x))
+    got = jax.jit(lora.adapt(network, alpha=5.0))(params, adapters, None, x)
+    close(got, network(merged, x), rtol=1e-4, atol=1e-4)
+    w = params["turned"] + 2.5 * np.einsum("ir,ro->oi", adapters["turned"]["a"], adapters["turned"]["b"])
+    np.testing.assert_allclose(merged["turned"], w, rtol=1e-5)
+
+
+def test_gradients_are_those_of_the_merged_kernels(params, x, getkey):
+    adapters, axes = trained(params, x, getkey), axes_of(params, x)
+
+    def total(outputs):
+        return sum(jnp.sum(jnp.cos(y)) for y in outputs)
+
+    got = jax.jit(jax.grad(lambda ad: total(lora.adapt(network, alpha=5.0)(params, ad, None, x))))(adapters)
+    want = jax.jit(jax.grad(lambda ad: total(network(lora.merge(params, ad, alpha=5.0, in_axes=axes), x))))(adapters)
+    close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_no_gradient_and_no_product_of_kernel_size(getkey):
+    """Nothing as large as the kernel is computed, forward or backward, but the kernel's own casts: counted."""
+    params, x = {"w": jnp.ones((40, 50))}, jnp.ones((3, 40))
+    adapters = lora.init(params, {"w": (0,)}, rank=2, key=getkey())
+
+    def loss(adapters, params, x):
+        return jnp.sum(lora.adapt(lambda p, x: x @ p["w"], alpha=1.0)(params, adapters, None, x) ** 2)
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            for inner in jex.jaxprs_in_params(equation.params):
+                yield from sizes(getattr(inner, "jaxpr", inner))
+            yield from (v.aval.size for v in equation.outvars)
+
+    closed = jax.make_jaxpr(jax.grad(loss))(adapters, params, x)
+    assert max(sizes(closed.jaxpr)) < 40 * 50
+
+
+def test_targets(params, x, getkey):
+    adapters = lora.init(params, axes_of(params, x), rank=2, key=getkey(), targets=["^q$", "left"])
+    assert set(adapters) == {"q", "left"}
+    same = lora.init(params, axes_of(params, x), rank=2, key=jax.random.key(3), targets="^q$")["q"]["a"]
+    other = lora.init(params, axes_of(params, x), rank=2, key=jax.random.key(3))["q"]["a"]
+    np.testing.assert_array_equal(same, other)
+    with pytest.raises(JpruneError, match="'nothing' matches none of the 7 kernels"):
+        lora.init(params, axes_of(params, x), rank=2, key=getkey(), targets="nothing")
+    with pytest.raises(JpruneError, match="rank of adapters must be at least 1"):
+        lora.init(params, axes_of(params, x), rank=0, key=getkey())
+    with pytest.raises(JpruneError, match="adapter for 'nowhere', but no matmul"):
+        lora.adapt(network, alpha=1)(params | {"nowhere": jnp.ones((2, 2))}, {"nowhere": adapters["q"]}, None, x)
+    with pytest.raises(JpruneError, match=r"q: expected adapters a \(6,\) x r and b r x \(2, 4\)"):
+        lora.adapt(network, alpha=1)(params, {"q": adapters["left"]}, None, x)
+
+
+def test_dropout(getkey):
+    """The kernel sees everything, the adapter a rescaled part: the mean is right and the rate too."""
+    params, x = {"w": jnp.zeros((500, 2)), "v": jnp.zeros((500, 2))}, jnp.ones((40, 500))
+    one = {"a": jnp.ones((500, 1)), "b": jnp.ones((1, 2))}
+    f = lora.adapt(lambda p, x: (x @ p["w"], x @ p["v"]), alpha=1.0, dropout=0.1)
+    whole, _ = f(params, {"w": one, "v": one}, None, x)
+    np.testing.assert_array_equal(whole, 500)
+    dropped, again = f(params, {"w": one, "v": one}, getkey(), x)
+    np.testing.assert_array_equal(dropped, again)  # what reads the same value shares its dropout
+    kept = np.asarray(dropped[:, 0]) * 0.9
+    assert len(set(kept)) > 5
+    np.testing.assert_allclose(kept.mean(), 450, rtol=0.01)
+    np.testing.assert_allclose(kept.std(), np.sqrt(500 * 0.1 * 0.9), rtol=0.35)
+    assert (np.asarray(f(params, {"w": one, "v": one}, getkey(), x)[0]) != np.asarray(dropped)).any()
+    with pytest.raises(JpruneError, match=r"probability is in \[0, 1\), got 1"):
+        lora.adapt(network, alpha=1.0, dropout=1.0)
+
+
+def test_merge_keeps_zeros_and_dtypes(getkey):
+    w = jnp.where(jax.random.bernoulli(getkey(), 0.5, (6, 4)), 1.5, 0.0).astype(jnp.bfloat16)
+    adapters = {"w": {"a": jnp.ones((6, 2)), "b": jnp.ones((2, 4))}}
+    merged = lora.merge({"w": w, "norm": jnp.ones(3)}, adapters, alpha=1.0, masks={"w": w != 0})
+    assert merged["w"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(merged["w"], jnp.where(w != 0, 2.5, 0).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(merged["norm"], 1)
+    with pytest.raises(JpruneError, match=r"w: the adapter's product is \(6, 4\), the kernel \(4, 6\)"):
+        lora.merge({"w": w.T}, adapters, alpha=1.0)
+
+
+def test_bfloat16_base(getkey, x):
+    """The base computes in bfloat16, the adapters in float32, the result is bfloat16."""
+    params = {"w": jax.random.normal(getkey(), (6, 5), jnp.bfloat16)}
+    adapters = {"w": {"a": jax.random.normal(getkey(), (6, 2)), "b": jax.random.normal(getkey(), (2, 5))}}
+    x = x.astype(jnp.bfloat16)
+    got = lora.adapt(lambda p, x: x @ p["w"], alpha=2.0)(params, adapters, None, x)
+    assert got.dtype == jnp.bfloat16
+    wide = x.astype(jnp.float32)
+    want = wide @ params["w"].astype(jnp.float32) + wide @ adapters["w"]["a"] @ adapters["w"]["b"]
+    np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=0.02, atol=0.05)
