@@ -134,6 +134,11 @@ def merge(keeps: Iterable[Mapping[str, Mapping[int, Positions]]]) -> dict[str, d
     return merged
 
 
+def positions(units: Iterable[Units], kept: Mapping[str, Positions]) -> dict[str, dict[int, np.ndarray]]:
+    """What `shrink` takes, when only the `kept` of each of these units stay; all of those that are not named do."""
+    return merge(u.keep(kept[u.name]) for u in units if u.name in kept)
+
+
 def block_units(
     groups: Sequence[Group],
     params: PyTree,

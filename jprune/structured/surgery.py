@@ -1,6 +1,7 @@
 """Surgery: the kept rows, columns and heads are copied out. No weight changes its value."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,15 @@ def shrink(params: PyTree, keep: Keep) -> PyTree:
         for axis, kept in axes.items():
             leaves[path] = _take(leaves[path], checked(kept, leaves[path].shape, axis, path), axis)
     return trees.replace(params, leaves)
+
+
+def size(params: PyTree, keep: Keep | None = None) -> int:
+    """How many parameters there are, or would be after `shrink`; any leaves that have a shape."""
+    total = 0
+    for path, leaf in trees.flatten(params).items():
+        kept = (keep or {}).get(path, {})
+        total += math.prod(len(kept[axis]) if axis in kept else n for axis, n in enumerate(leaf.shape))
+    return total
 
 
 def indices(groups: Iterable[Group], kept: Mapping[str, Positions]) -> dict[str, dict[int, np.ndarray]]:
