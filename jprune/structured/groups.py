@@ -28,11 +28,11 @@ from jaxtyping import Int
 from jprune import trees
 from jprune.errors import JpruneError
 from jprune.structured.surgery import Positions, checked
+from jprune.trace.axes import Group
 from jprune.trace.matmuls import ParamMatmul
 
 PyTree = Any
 Kind = Literal["attention", "query", "mlp", "expert", "hidden"]
-Group = Any  # jprune.trace.axes.Group
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,6 +121,23 @@ class Units:
             {member.path: {member.axis: np.flatnonzero((member.units < 0) | np.isin(member.units, kept))}}
             for member in self.members
         )
+
+    def after(self, kept: Positions, keep: Mapping[str, Mapping[int, Positions]]) -> "Units":
+        """The units that stayed, numbered anew, in parameters that `shrink(params, keep)` made.
+
+        Args:
+          kept: which stayed; all, if these units were not pruned.
+          keep: everything that `shrink` was given, for other units too.
+        """
+        kept = checked(kept, (self.count,), 0, self.name)
+        members = []
+        for member in self.members:
+            axes = keep.get(member.path, {})
+            units = np.asarray(member.units[np.asarray(axes[member.axis])] if member.axis in axes else member.units)
+            shape = tuple(len(axes[axis]) if axis in axes else n for axis, n in enumerate(member.shape))
+            number = np.where(units < 0, -1, np.searchsorted(kept, units))
+            members.append(dataclasses.replace(member, shape=shape, units=number))
+        return dataclasses.replace(self, count=len(kept), members=tuple(members))
 
 
 def merge(keeps: Iterable[Mapping[str, Mapping[int, Positions]]]) -> dict[str, dict[int, np.ndarray]]:

@@ -11,9 +11,9 @@ import numpy as np
 
 from jprune import trees
 from jprune.errors import JpruneError
+from jprune.trace.axes import Group
 
 PyTree = Any
-Group = Any  # jprune.trace.axes.Group
 Positions = np.ndarray | Sequence[int]
 Keep = Mapping[str, Mapping[int, Positions]]
 """{path: {axis: the positions along it that are kept, ascending}}; what is not named is kept whole."""
@@ -48,21 +48,23 @@ def size(params: PyTree, keep: Keep | None = None) -> int:
     return total
 
 
-def indices(groups: Iterable[Group], kept: Mapping[str, Positions]) -> dict[str, dict[int, np.ndarray]]:
+def indices(groups: Iterable[Group], params: PyTree, kept: Mapping[str, Positions]) -> dict[str, dict[int, np.ndarray]]:
     """What `shrink` takes, from the kept units of groups by name.
 
     Where several groups share an axis (KV heads and their query heads on the one axis of q), a position is kept if all
     of them keep it.
 
     Args:
-      groups: all of them, as `jprune.coupled_axes` returns them: those that are not named tell how long an axis is.
-      kept: units of some of them, ascending.
+      groups: as `jprune.coupled_axes` returns them.
+      params: the parameters; only shapes are read.
+      kept: units of some of the groups, ascending.
 
     Raises:
       JpruneError: no group of that name, a frozen group, or units that are not ascending numbers below its size.
     """
     by_name = {group.name: group for group in groups}
-    dropped: dict[str, dict[int, list[np.ndarray]]] = {}
+    shapes = {path: leaf.shape for path, leaf in trees.flatten(params).items()}
+    keep: dict[str, dict[int, np.ndarray]] = {}
     for name, units in kept.items():
         if name not in by_name:
             near = difflib.get_close_matches(name, by_name, n=3, cutoff=0.0)
@@ -72,16 +74,10 @@ def indices(groups: Iterable[Group], kept: Mapping[str, Positions]) -> dict[str,
             raise JpruneError(f"the group {name!r} is frozen: {group.frozen}")
         gone = np.setdiff1d(np.arange(group.size), checked(units, (group.size,), 0, f"group {name!r}"))
         for member in group.members:
-            dropped.setdefault(member.path, {}).setdefault(member.axis, []).append(group.positions(member, gone))
-    lengths: dict[tuple[str, int], int] = {}
-    for group in by_name.values():
-        for member in group.members:
-            place, end = (member.path, member.axis), member.offset + member.length
-            lengths[place] = max(lengths.get(place, 0), end)
-    return {
-        path: {axis: np.setdiff1d(np.arange(lengths[path, axis]), np.concatenate(gone)) for axis, gone in axes.items()}
-        for path, axes in dropped.items()
-    }
+            axes = keep.setdefault(member.path, {})
+            before = axes.get(member.axis, np.arange(shapes[member.path][member.axis]))
+            axes[member.axis] = np.setdiff1d(before, group.positions(member, gone))
+    return keep
 
 
 def checked(kept: Positions, shape: tuple[int, ...], axis: int, where: str) -> np.ndarray:

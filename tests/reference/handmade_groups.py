@@ -1,30 +1,6 @@
 """Groups of coupled axes written down by hand, for tests of what is built on them."""
 
-import dataclasses
-
-import numpy as np
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Member:
-    path: str
-    axis: int
-    offset: int = 0
-    length: int
-    stride: int = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Group:
-    name: str
-    size: int
-    members: tuple
-    frozen: str | None = None
-    renormalised: bool = False
-
-    def positions(self, member, units):
-        at = np.arange(member.length)
-        return member.offset + at[np.isin(at // member.stride % self.size, units)]
+from jprune.trace.axes import Group, Member
 
 
 def group(name, size, *places, frozen=None, renormalised=False):

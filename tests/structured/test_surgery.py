@@ -1,18 +1,16 @@
 """Cutting out kept positions: every container and kind of leaf, several groups on one axis, and every refusal."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from handmade_groups import group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jprune import trees
 from jprune.errors import JpruneError
-from jprune.structured import indices, shrink
+from jprune.structured import indices, shrink, size
 
 
 def params(make=np.asarray):
@@ -85,55 +83,26 @@ def test_refusals(keep, message):
         shrink(params(), keep)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Member:
-    path: str
-    axis: int
-    offset: int = 0
-    length: int
-    stride: int = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Group:
-    name: str
-    size: int
-    members: tuple
-    frozen: str | None = None
-
-    def positions(self, member, units):
-        at = np.arange(member.length)
-        return member.offset + at[np.isin(at // member.stride % self.size, units)]
-
-
-# 2 KV heads (K) of 3 query heads (G) on one axis of q; up and gate fused on one axis.
-K = Group(
-    name="K",
-    size=2,
-    members=(Member(path="q", axis=1, length=6, stride=3), Member(path="k", axis=1, length=2)),
-)
-G = Group(name="G", size=3, members=(Member(path="q", axis=1, length=6),))
-FF = Group(
-    name="FF", size=2, members=(Member(path="up", axis=0, length=2), Member(path="up", axis=0, offset=2, length=2))
-)
-D = Group(name="D", size=4, members=(Member(path="k", axis=0, length=4),), frozen="an argument's axis, at f.py:3")
+# 2 KV heads (K) of 3 query heads (G) on one axis of q; up and gate fused on one axis, and one position more.
+K = group("K", 2, ("q", 1, 6, 3), ("k", 1, 2))
+G = group("G", 3, ("q", 1, 6))
+FF = group("FF", 2, ("up", 0, 2), ("up", 0, 2, 1, 2))
+DIMS = group("D", 4, ("k", 0, 4), frozen="an argument's axis, at f.py:3")
+SHAPES = {"q": np.zeros((4, 6)), "k": np.zeros((4, 2)), "up": np.zeros(5)}
 
 
 def test_indices():
-    groups = (K, G, FF, D)
-    found = indices(groups, {"K": [1], "G": [0, 2], "FF": [1]})
-    plain = trees.flatten(jax.tree.map(np.ndarray.tolist, found))
-    assert found["q"][1].tolist() == [3, 5]
-    assert found["k"][1].tolist() == [1]
-    assert found["up"][0].tolist() == [1, 3]
-    assert len(trees.flatten(plain)) == 5
-    assert indices(groups, {"K": [0, 1]})["q"][1].tolist() == list(range(6))
+    found = indices((K, G, FF, DIMS), SHAPES, {"K": [1], "G": [0, 2], "FF": [1]})
+    assert jax.tree.map(np.ndarray.tolist, found) == {"q": {1: [3, 5]}, "k": {1: [1]}, "up": {0: [1, 3, 4]}}
+    assert indices((K, DIMS), SHAPES, {"K": [0, 1]})["q"][1].tolist() == list(range(6))
+    assert size(SHAPES) == 24 + 8 + 5
+    assert size(SHAPES, found) == size(shrink(SHAPES, found)) == 8 + 4 + 3
 
 
 def test_indices_refuses():
     with pytest.raises(JpruneError, match=r"the group 'D' is frozen: an argument's axis, at f\.py:3"):
-        indices((K, D), {"D": [0]})
+        indices((K, DIMS), SHAPES, {"D": [0]})
     with pytest.raises(JpruneError, match="there is no group 'k'"):
-        indices((K, D), {"k": [0]})
+        indices((K, DIMS), SHAPES, {"k": [0]})
     with pytest.raises(JpruneError, match="group 'K': positions 0 to 2 do not lie"):
-        indices((K, D), {"K": [0, 2]})
+        indices((K, DIMS), SHAPES, {"K": [0, 2]})
