@@ -36,12 +36,14 @@ if TYPE_CHECKING:
     from jprune.pipeline import Recipe as Recipe
     from jprune.pipeline import plan_run as plan_run
     from jprune.pipeline import prune_model as prune_model
+    from jprune.train.keep_masked import keep_masked as keep_masked
 
 _LAZY = {
     "load": "jprune.checkpoints",
     "Recipe": "jprune.pipeline",
     "plan_run": "jprune.pipeline",
     "prune_model": "jprune.pipeline",
+    "keep_masked": "jprune.train.keep_masked",
 }
 
 
