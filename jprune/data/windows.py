@@ -15,7 +15,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Integer
@@ -58,6 +58,17 @@ class Windows:
     seed: int | None
     sha256: str
     notices: tuple[str, ...] = ()
+
+    def described(self) -> dict[str, Any]:
+        """What the record of a result says of them."""
+        n, length = self.tokens.shape
+        return {
+            "source": self.source,
+            "windows": n,
+            "sequence_length": length,
+            "seed": self.seed,
+            "sha256": self.sha256,
+        }
 
 
 def calibration(

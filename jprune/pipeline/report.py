@@ -1,10 +1,16 @@
 """What a run tells: while it goes on, and when it is done."""
 
 import dataclasses
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
 from jprune.evaluate.perplexity import Perplexity
+from jprune.pipeline.stopwatch import peak_device_memory_bytes
 from jprune.trees import Sparsity
 
 
@@ -72,3 +78,13 @@ class Report:
             "peak_memory_bytes": self.peak_memory_bytes,
             "out": str(self.out),
         }
+
+
+def environment(dtype: DTypeLike) -> dict[str, Any]:
+    """What a result may depend on besides its recipe: dtype of the activations, versions, device."""
+    return {
+        "dtype": jnp.dtype(dtype).name,
+        "versions": {name: importlib.metadata.version(name) for name in ("jprune", "jax", "jaxlib", "flax", "numpy")},
+        "device": jax.devices()[0].device_kind,
+        "peak_device_memory_bytes": peak_device_memory_bytes(),
+    }
