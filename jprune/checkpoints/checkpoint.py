@@ -1,11 +1,14 @@
 """A checkpoint: a model's config, its weights by path (read when asked for), and its tokenizer."""
 
+import copy
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import numpy as np
@@ -97,6 +100,13 @@ class Checkpoint:
             JpruneError: positions or layers that there are not, or that do not make a model.
         """
         return Checkpoint(self.source, view.open_source(self, keep, layers))
+
+    def restated(self, hf_config: dict[str, Any], files: Mapping[str, bytes] = MappingProxyType({})) -> "Checkpoint":
+        """The same model with another config.json and more files beside it, for formats that say it otherwise."""
+        other = copy.copy(self)
+        other.hf_config = hf_config
+        other.side_files = {**self.side_files, **files}
+        return other
 
     @functools.cached_property
     def side_files(self) -> dict[str, bytes]:

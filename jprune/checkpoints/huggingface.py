@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jprune.checkpoints import writing
+from jprune.checkpoints import decilm, writing
 from jprune.checkpoints.source import FLOAT_DTYPES, Source, StoredTensor, identify, reason
 from jprune.errors import JpruneError
 from jprune.models import families
@@ -137,7 +137,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise JpruneError(
             f"{folder}: the weights are quantised ({method}); give the unquantised model, or a GGUF of it"
         )
-    return config
+    return decilm.plain(config)
 
 
 def read_json(path: Path) -> dict[str, Any]:

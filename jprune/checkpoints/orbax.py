@@ -10,8 +10,10 @@ Orbax's v1 API is young; everything that touches it is here.
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from jprune import trees
@@ -31,14 +33,16 @@ def is_orbax(folder: Path) -> bool:
     return (folder / _PARAMS / _MARK).exists() or (folder / _MARK).exists()
 
 
-def save(folder: Path, checkpoint: "Checkpoint", params: Mapping[str, Any], contents: Mapping[str, Any]) -> None:
-    """Writes parameters, the config and tokenizer of `checkpoint`, and the record into an empty folder.
+def save(
+    folder: Path, checkpoint: "Checkpoint", params: Mapping[str, Any], contents: Mapping[str, Any] | None = None
+) -> None:
+    """Writes parameters and the config and tokenizer of `checkpoint` into an empty folder.
 
     Args:
         folder: an empty folder.
         checkpoint: where config and tokenizer come from, and which parameters there must be.
         params: nested dicts of arrays, NumPy's or JAX's, whatever their dtypes.
-        contents: the record (`jprune.checkpoints.record`).
+        contents: the record (`jprune.checkpoints.record`), written as well where given.
 
     Raises:
         JpruneError: parameters do not fit the model, or the disk is full.
@@ -56,7 +60,40 @@ def save(folder: Path, checkpoint: "Checkpoint", params: Mapping[str, Any], cont
         writing.require_space(folder, sum(leaf.nbytes for leaf in leaves.values()))
         huggingface.write_side_files(folder, checkpoint, {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()})
         ocp.save((folder / _PARAMS).resolve(), trees.unflatten(leaves))
-        record.write(folder, contents)
+        if contents is not None:
+            record.write(folder, contents)
+
+
+class Writer:
+    """Takes parameters one by one, as `huggingface.Writer` does, and saves them all at the end: Orbax saves trees.
+
+    Args:
+        folder: an empty folder.
+        checkpoint: where config and tokenizer come from, and which parameters there must be.
+        dtypes: the dtype of each parameter in the file, by path; those not named keep what they come in.
+    """
+
+    def __init__(self, folder: Path, checkpoint: "Checkpoint", dtypes: Mapping[str, Any] | None = None):
+        self._folder, self._checkpoint, self._dtypes = folder, checkpoint, dtypes or {}
+        self._values: dict[str, np.ndarray] = {}
+
+    def write(self, path: str, array: np.ndarray | jax.Array) -> None:
+        """Keeps one parameter, in our layout."""
+        values = np.asarray(array)
+        self._values[path] = values.astype(self._dtypes.get(path, values.dtype), copy=False)
+
+    def close(self) -> None:
+        """Saves; arguments, errors and what is written are those of `save`."""
+        save(self._folder, self._checkpoint, trees.unflatten(self._values))
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
 
 
 def open_source(folder: Path) -> Source:

@@ -117,7 +117,7 @@ def _config(checkpoint: "Checkpoint", found: Mapping[str, tuple[int, ...]], left
         LayerSizes(
             heads=found[f"blocks/{i}/attn/q/kernel"][1],
             kv_heads=found[f"blocks/{i}/attn/k/kernel"][1],
-            d_ff=found[f"blocks/{i}/mlp/gate/kernel"][1],
+            d_ff=found[f"blocks/{i}/mlp/down/kernel"][0],
         )
         for i in range(len(left))
     ]
@@ -126,6 +126,9 @@ def _config(checkpoint: "Checkpoint", found: Mapping[str, tuple[int, ...]], left
         checkpoint.hf_config, d_model=d_model, head_dim=checkpoint.config.head_dim, layers=left, sizes=sizes
     )
     config = families.config(hf_config)
+    said = (config.d_model, [config.layer(i) for i in range(config.layers)])
+    if said != (d_model, sizes):
+        raise JpruneError(f"{config.architecture}: no form of its config.json is known that says the sizes of a part")
     names = parameters(config)
     for path, shape in shapes(config).items():
         for axis, (is_, should) in enumerate(zip(found[path], shape)):

@@ -14,7 +14,7 @@ FAMILIES = (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
 ARCHITECTURES: dict[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
-__all__ = ["ARCHITECTURES", "Entry", "Family", "config", "resized", "table"]
+__all__ = ["ARCHITECTURES", "Entry", "Family", "config", "explicit", "resized", "table"]
 
 
 def config(hf_config: Mapping[str, Any]) -> DecoderConfig:
@@ -49,6 +49,11 @@ def _architecture(hf_config: Mapping[str, Any]) -> str:
     nearest = difflib.get_close_matches(name.lower(), by_lower, n=1)
     hint = f"; the nearest is {by_lower[nearest[0]]}" if nearest else ""
     raise JpruneError(f"unsupported architecture {name!r} in config.json; supported: {', '.join(ARCHITECTURES)}{hint}")
+
+
+def explicit(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with Hugging Face's defaults for the keys that it lacks (those that `config` reads)."""
+    return {**ARCHITECTURES[_architecture(hf_config)].defaults, **hf_config}
 
 
 def resized(hf_config: Mapping[str, Any], **options: Any) -> dict[str, Any]:

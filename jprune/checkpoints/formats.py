@@ -1,0 +1,139 @@
+"""The formats a checkpoint can be written in, and which loader takes which.
+
+    hf        a plain Hugging Face folder; transformers, vLLM and llama.cpp's converter load it. All layers equal.
+    jprune    the same, with `per_layer_config` in config.json where layers differ; transformers refuses those
+    decilm    `DeciLMForCausalLM`, for vLLM; feed-forward widths and key/value heads may differ between layers
+    orbax     an Orbax pytree in jprune's layout; layers may differ
+
+What a format cannot hold is refused before anything is written.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from jprune.checkpoints import decilm, huggingface, orbax
+from jprune.checkpoints.checkpoint import Checkpoint
+from jprune.errors import JpruneError
+from jprune.models import families
+from jprune.models.config import DecoderConfig
+
+Format = Literal["hf", "jprune", "decilm", "orbax"]
+
+
+Writer = huggingface.Writer | orbax.Writer
+"""Takes parameters one by one, in any order: `write(path, array)`; `close`, or the end of a `with`, completes it."""
+
+
+def write(
+    folder: Path, checkpoint: Checkpoint, *, format: Format = "hf", dtypes: Mapping[str, Any] | None = None
+) -> tuple[str, ...]:
+    """Writes a whole checkpoint, such as a view, tensor by tensor (orbax: all at once).
+
+    Args:
+        folder: an empty folder.
+        checkpoint: what to write.
+        format: one of `Format`.
+        dtypes: the dtype of each parameter in the file, by path; those not named keep theirs.
+
+    Returns:
+        What a user should know of the result (see `notices`).
+
+    Raises:
+        JpruneError: the format cannot hold this model, or the folder cannot be written.
+    """
+    with writer(folder, checkpoint, format=format, dtypes=dtypes) as out:
+        for path in checkpoint.shapes:
+            out.write(path, checkpoint.read(path))
+    return notices(checkpoint, format)
+
+
+def writer(
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    format: Format = "hf",
+    dtypes: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Writer:
+    """A writer for parameters of `checkpoint`'s shapes; arguments and errors are those of `write`.
+
+    `options` are those of `huggingface.Writer`, and go to it.
+    """
+    restated = _restated(checkpoint, format)
+    if format == "orbax":
+        return orbax.Writer(folder, restated, dtypes)
+    return huggingface.Writer(folder, restated, dtypes, **options)
+
+
+def check(checkpoint: Checkpoint, format: Format) -> None:
+    """Raises JpruneError, with what to do instead, if the format cannot hold this model."""
+    _restated(checkpoint, format)
+
+
+def notices(checkpoint: Checkpoint, format: Format) -> tuple[str, ...]:
+    """What a user should know of a model in this format: a line each."""
+    if format == "decilm":
+        return ("vLLM loads this folder with --trust-remote-code, which runs its configuration_decilm.py",)
+    if format == "jprune" and not checkpoint.config.uniform:
+        return ("layers differ in size, so only jprune loads this folder",)
+    if format == "hf" and _is_llama_in_name_only(checkpoint.config):
+        return (
+            "written as MistralForCausalLM, which computes the same: transformers wants a Llama's num_attention_heads "
+            f"({checkpoint.config.heads}) to divide its hidden_size ({checkpoint.config.d_model})",
+        )
+    return ()
+
+
+def _restated(checkpoint: Checkpoint, format: Format) -> Checkpoint:
+    """The checkpoint with the config.json and files that the format has."""
+    if format not in get_args(Format):
+        raise JpruneError(f"unknown format {format!r}; there are {', '.join(get_args(Format))}")
+    config = checkpoint.config
+    if format == "decilm":
+        return checkpoint.restated(decilm.stated(checkpoint.hf_config, config), decilm.files())
+    if format == "hf" and not config.uniform:
+        raise JpruneError(
+            f"a plain Hugging Face folder has one size for all layers, and these differ: {_differences(config)}. "
+            "Prune with --uniform for equal sizes in all layers, or write --format jprune, which jprune loads, or "
+            "--format decilm, which vLLM loads"
+        )
+    if format == "hf" and _is_llama_in_name_only(config):
+        return checkpoint.restated(_as_mistral(checkpoint.hf_config, config))
+    return checkpoint
+
+
+def _differences(config: DecoderConfig) -> str:
+    first = config.layer(0)
+    other = next(i for i in range(config.layers) if config.layer(i) != first)
+
+    def said(index: int) -> str:
+        sizes = config.layer(index)
+        return f"layer {index} has {sizes.heads} query heads, {sizes.kv_heads} key/value heads and d_ff {sizes.d_ff}"
+
+    return f"{said(0)}, {said(other)}"
+
+
+def _is_llama_in_name_only(config: DecoderConfig) -> bool:
+    """Whether transformers' Llama refuses this model: it wants the heads to divide the hidden size even where head_dim
+    says how large a head is (5.23, `LlamaConfig.validate_architecture`)."""
+    return config.architecture == "LlamaForCausalLM" and config.d_model % config.heads != 0
+
+
+def _as_mistral(hf_config: Mapping[str, Any], config: DecoderConfig) -> dict[str, Any]:
+    """The same model as a Mistral without sliding window, where no such rule holds."""
+    if config.qkv_bias or config.o_bias or config.mlp_bias:
+        raise JpruneError(
+            f"transformers wants a Llama's hidden_size ({config.d_model}) to be a multiple of its num_attention_heads "
+            f"({config.heads}), and Mistral, which has no such rule, has no biases. Keep a number of heads that "
+            "divides hidden_size, or write --format jprune, which jprune loads"
+        )
+    hf = families.explicit(hf_config)
+    hf = {key: value for key, value in hf.items() if key not in ("attention_bias", "mlp_bias", "pretraining_tp")}
+    return hf | {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "sliding_window": None,
+    }
