@@ -64,8 +64,10 @@ def state_tree(mesh: Mesh | None, tree: PyTree) -> PyTree | None:
     return None if mesh is None else jax.tree.map(lambda leaf: state(mesh, leaf), tree)
 
 
-def put(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """The tree on the devices, leaf by leaf where `state` says."""
-    if mesh is None:
-        return jax.tree.map(jax.numpy.asarray, tree)
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, state(mesh, leaf)), tree)
+def put(tree: PyTree, mesh: Mesh | None, *, copy: bool = False) -> PyTree:
+    """The tree on the devices, leaf by leaf where `state` says; as arrays of its own with `copy`."""
+
+    def one(leaf: Any) -> jax.Array:
+        return jax.device_put(leaf, None if mesh is None else state(mesh, leaf), may_alias=False if copy else None)
+
+    return jax.tree.map(one, tree)
