@@ -12,9 +12,12 @@ from pallas_kernels.formats import Bitmap as Bitmap
 from pallas_kernels.formats import Capped as Capped
 from pallas_kernels.formats import Packed as Packed
 from pallas_kernels.formats import TiledCSL as TiledCSL
+from pallas_kernels.matmul import matmul as matmul
 from pallas_kernels.packing import pack as pack
 from pallas_kernels.packing import unpack as unpack
 from pallas_kernels.packing import values as values
 from pallas_kernels.packing import with_values as with_values
+from pallas_kernels.shards import matmul_shards as matmul_shards
+from pallas_kernels.shards import pack_shards as pack_shards
 from pallas_kernels.storage import from_arrays as from_arrays
 from pallas_kernels.storage import to_arrays as to_arrays

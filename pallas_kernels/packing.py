@@ -151,11 +151,16 @@ def quantise(
     return scaled.astype(dtype_of(values)), scale
 
 
-def _module(packed: Packed):
+def check_version(packed: Packed) -> None:
+    """Raises a FormatError for packed data of a newer version."""
     if packed.version > VERSION:
         raise FormatError(
             f"packed data of version {packed.version}, newer than {VERSION}, the newest known here: update jprune"
         )
+
+
+def _module(packed: Packed):
+    check_version(packed)
     return capped if isinstance(packed, Capped) else bitmap
 
 
