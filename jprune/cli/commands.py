@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jprune import trees
-from jprune.checkpoints import Checkpoint, huggingface, load, orbax, record
+from jprune.checkpoints import Checkpoint, formats, load, record
 from jprune.cli import display
-from jprune.cli.command import Command, Format
+from jprune.cli.command import Command
 from jprune.errors import JpruneError
+from jprune.models.config import LAYER_SIZES, describe
 from jprune.pipeline.output import new_folder
 from jprune.pipeline.plan import matmul_kernels, prunable
 from jprune.pipeline.report import Progress
@@ -119,8 +120,9 @@ class Convert(Command):
 
     out: Path
     """Folder of the result."""
-    format: Format = "hf"
-    """hf (safetensors) or orbax."""
+    format: formats.Format = "hf"
+    """hf (safetensors, for every Hugging Face loader), jprune (the same, also where layers differ in size, for jprune),
+    decilm (DeciLMForCausalLM, for vLLM, with key/value heads and feed-forward widths by layer), or orbax."""
     dtype: str | None = None
     """Of the weights: float32, bfloat16 or float16. By default what they have."""
     overwrite: bool = False
@@ -131,19 +133,21 @@ class Convert(Command):
         checkpoint = load(self.model)
         dtype = None if self.dtype is None else parse_dtype(self.dtype)
         dtypes = {path: dtype or shape.dtype for path, shape in checkpoint.shapes.items()}
+        formats.check(checkpoint, self.format)
         with new_folder(self.out, overwrite=self.overwrite, source=checkpoint.source) as folder:
+            notices = formats.write(folder, checkpoint, format=self.format, dtypes=dtypes)
             contents = {"converted_from": checkpoint.source, "fingerprint": checkpoint.fingerprint()}
-            if self.format == "hf":
-                with huggingface.Writer(folder, checkpoint, dtypes) as writer:
-                    for path in checkpoint.shapes:
-                        writer.write(path, checkpoint.read(path))
-                record.write(folder, contents)
-            else:
-                params = {path: checkpoint.read(path).astype(dtypes[path], copy=False) for path in checkpoint.shapes}
-                orbax.save(folder, checkpoint, trees.unflatten(params), contents)
+            record.write(folder, contents)
+        for notice in notices:
+            print(notice, file=sys.stderr)
         if not self.json:
             print(f"written to {self.out}")
-        return {"out": str(self.out), "format": self.format, "parameters": _parameters(checkpoint)}
+        return {
+            "out": str(self.out),
+            "format": self.format,
+            "parameters": _parameters(checkpoint),
+            "notices": list(notices),
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,10 +183,8 @@ class Info(Command):
             "prunable_parameters": sparsity.prunable_parameters,
             "zeros": sparsity.zeros,
             "sparsity": sparsity.achieved,
-            "config": {
-                k: config[k]
-                for k in ("vocab", "d_model", "layers", "heads", "kv_heads", "head_dim", "d_ff", "context", "tied")
-            },
+            "config": {name: config[name] for name in _SIZES},
+            "layers": describe(checkpoint.config)["layers"],
             "dtypes": sorted({s.dtype.name for s in checkpoint.shapes.values()}),
             "kernels": rows,
         }
@@ -192,7 +194,12 @@ class Info(Command):
 
     def _show(self, result: dict[str, Any], sparsity: trees.Sparsity) -> None:
         print(f"{result['architecture']} ({result['family']}), {', '.join(result['dtypes'])}")
-        print(", ".join(f"{name} {value}" for name, value in result["config"].items()))
+        differ = LAYER_SIZES if any(layer != result["layers"][0] for layer in result["layers"]) else ()
+        print(", ".join(f"{name} {value}" for name, value in result["config"].items() if name not in differ))
+        if differ:
+            for first, last, layer in _runs(result["layers"]):
+                here = f"layers {first} to {last}" if last > first else f"layer {first}"
+                print(f"{here}: {', '.join(f'{name} {value}' for name, value in layer.items())}")
         print(f"{sparsity.total_parameters:,} parameters, {sparsity.prunable_parameters:,} prunable")
         print(f"zeros: {sparsity}\n")
         kinds = collections.defaultdict(list)
@@ -211,6 +218,17 @@ class Info(Command):
                 for (name, shape), rows in kinds.items()
             ],
         )
+
+
+def _runs(layers: list[dict[str, int]]) -> list[tuple[int, int, dict[str, int]]]:
+    """Consecutive layers of equal sizes: (first, last, sizes)."""
+    runs: list[tuple[int, int, dict[str, int]]] = []
+    for i, layer in enumerate(layers):
+        if runs and runs[-1][2] == layer:
+            runs[-1] = (runs[-1][0], i, layer)
+        else:
+            runs.append((i, i, layer))
+    return runs
 
 
 def satisfied(matrix: np.ndarray) -> list[str]:
