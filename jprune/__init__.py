@@ -23,6 +23,8 @@ from jprune.solvers import Pruned as Pruned
 from jprune.statistics import Gram as Gram
 from jprune.statistics import Moments as Moments
 from jprune.statistics import SquaredNorm as SquaredNorm
+from jprune.structured import DropLayers as DropLayers
+from jprune.structured import LLMPruner as LLMPruner
 from jprune.structured import shrink as shrink
 from jprune.trace import coupled_axes as coupled_axes
 from jprune.trace import matmuls as matmuls

@@ -1,0 +1,168 @@
+"""Structured methods as frozen configs: LLM-Pruner and layer dropping. One definition serves Python and command line.
+
+They hold what is decided before a model is seen; `jprune.pipeline` runs them over models, with gradients one block at a
+time. How small the model is to be is no part of the method: see `selection.Target`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from jprune.errors import JpruneError
+from jprune.structured import importance, selection
+from jprune.structured.groups import Kind, Units
+
+Heads = Literal["kv_head", "query_head"]
+Mode = Literal["block", "channel", "layer"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LLMPruner:
+    """Remove the heads and feed-forward channels that change the loss least (Ma, Fang and Wang 2023)."""
+
+    mode: Mode = "block"
+    """What goes: block (heads and feed-forward channels of the layers that are not protected), channel (hidden
+    dimensions, in the whole model) or layer (all but the first --layers)."""
+    importance: Literal["param_first", "param_second", "param_mix", "vectorize", "l1", "l2", "random"] = "param_first"
+    """How units are scored: by the change of the loss to first order, second order or both (param_first, param_second,
+    param_mix), to first order channel by channel (vectorize), by weights alone (l1, l2), or not at all (random)."""
+    reduction: Literal["sum", "mean", "max", "prod", "first", "last"] | None = None
+    """How the kernels of a unit are put together. By default sum, and mean for l1 and l2."""
+    heads: Heads = "kv_head"
+    """What goes of attention: a KV head with its query heads (kv_head), or one query head of every KV head
+    (query_head)."""
+    ranking: Literal["local", "global"] = "local"
+    """local removes the same share everywhere; global ranks heads and channels of all layers together."""
+    normalise: Literal["none", "mean", "max", "sum"] = "none"
+    """Of global ranking: what the scores of heads, and those of channels, are divided by to be comparable."""
+    uniform: bool = False
+    """The same sizes in every pruned layer."""
+    round_to: int = 1
+    """Feed-forward channels and hidden dimensions that stay are a multiple of this; heads are as wide as they are."""
+    steps: int = 1
+    """Prune in so many equal steps, with new gradients for each."""
+    protect_first: int = 4
+    """First layers that are left alone. Of mode block."""
+    protect_last: int = 2
+    """Last layers that are left alone. Of mode block."""
+    layers: int | None = None
+    """Of mode layer: how many layers stay, the first ones."""
+    examples: int = 10
+    """Calibration texts for gradients."""
+    sequence_length: int = 64
+    """Tokens of each."""
+    seed: int = 42
+    """Of the choice of texts, and of random importance."""
+
+    def __post_init__(self):
+        for name in ("round_to", "steps", "examples"):
+            if getattr(self, name) < 1:
+                raise JpruneError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("protect_first", "protect_last"):
+            if getattr(self, name) < 0:
+                raise JpruneError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.sequence_length < 2:
+            raise JpruneError(f"a text needs 2 tokens to have a loss, got a sequence_length of {self.sequence_length}")
+        if self.seed < 0:
+            raise JpruneError(f"seed must not be negative, got {self.seed}")
+        if (self.mode == "layer") != (self.layers is not None):
+            raise JpruneError("give layers, how many stay, with mode layer and only there")
+        if self.layers is not None and self.layers < 1:
+            raise JpruneError(f"at least one layer must stay, got {self.layers}")
+        if self.normalise != "none" and self.ranking != "global":
+            raise JpruneError(f"normalise {self.normalise} compares kinds of units; it goes with the ranking global")
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of units that go; none for mode layer."""
+        attention: Kind = "attention" if self.heads == "kv_head" else "query"
+        return {"block": (attention, "mlp"), "channel": ("hidden",), "layer": ()}[self.mode]  # type: ignore[return-value]
+
+    @property
+    def gradients(self) -> bool:
+        """Whether scores need the gradient of the mean loss."""
+        return self.mode != "layer" and self.importance in importance.NEEDS_GRADIENT
+
+    @property
+    def squares(self) -> bool:
+        """Whether scores need the mean of squared gradients of single examples."""
+        return self.mode != "layer" and self.importance in importance.NEEDS_SQUARE
+
+    def prunable(self, units: Sequence[Units], layers: int) -> tuple[Units, ...]:
+        """The units that are not protected, of a model of so many layers."""
+        if self.mode != "block":
+            return tuple(units)
+        return selection.unprotected(units, layers, first=self.protect_first, last=self.protect_last)
+
+    def kept_layers(self, layers: int) -> tuple[int, ...]:
+        """The layers that stay, of so many.
+
+        Raises:
+          JpruneError: the model has no more than are to stay.
+        """
+        if self.layers is not None and self.layers >= layers:
+            raise JpruneError(f"the first {self.layers} layers are to stay of {layers}: nothing to prune")
+        return tuple(range(layers if self.layers is None else self.layers))
+
+    def score(
+        self, units: Units, vectors: Mapping[int, np.ndarray] | None = None, step: int = 1
+    ) -> Float[np.ndarray, " count"]:
+        """The importance of each unit, from what `importance.vectors` collected (nothing, for random)."""
+        if self.importance == "random":
+            return importance.random(units, self.seed + step - 1)
+        reduction = self.reduction or ("mean" if self.importance in ("l1", "l2") else "sum")
+        return importance.combine(units, vectors or {}, reduction)  # type: ignore[arg-type]
+
+    def select(
+        self,
+        units: Sequence[Units],
+        scores: Mapping[str, Float[np.ndarray, " count"]],
+        ratio: float,
+        *,
+        initial: Mapping[str, int] | None = None,
+    ) -> selection.Kept:
+        """`selection.select` as configured here."""
+        return selection.select(
+            units,
+            scores,
+            ratio,
+            ranking=self.ranking,
+            normalise=self.normalise,
+            uniform=self.uniform,
+            round_to=self.round_to,
+            initial=initial,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DropLayers:
+    """Remove the layers that turn the hidden states least: 1 - cosine similarity of input and output (ShortGPT)."""
+
+    drop: int
+    """How many layers go."""
+    examples: int = 10
+    """Calibration texts."""
+    sequence_length: int = 512
+    """Tokens of each."""
+    seed: int = 0
+    """Of the choice of texts."""
+
+    def __post_init__(self):
+        for name in ("drop", "examples", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise JpruneError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def kept(self, influences: Float[np.ndarray, " layers"]) -> tuple[int, ...]:
+        """The layers that stay, ascending; of equal influence the first go first.
+
+        Raises:
+          JpruneError: no layer would stay.
+        """
+        if self.drop >= len(influences):
+            raise JpruneError(f"cannot drop {self.drop} of {len(influences)} layers: at least one must stay")
+        if not np.all(np.isfinite(influences)):
+            raise JpruneError("block influences must be finite numbers; do the hidden states overflow?")
+        return tuple(int(i) for i in np.sort(np.argsort(influences, kind="stable")[self.drop :]))
