@@ -280,7 +280,14 @@ class Writer:
             path: np.dtype((dtypes or {}).get(path, leaf.dtype)) for path, leaf in checkpoint.shapes.items()
         }
         self._pending = dict.fromkeys(self._entries)
-        stored = {entry.key: (entry.shape, self._dtypes[path]) for path, entry in self._entries.items()}
+        stored: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        for path, entry in self._entries.items():
+            for key in entry.keys:
+                if stored.setdefault(key, (entry.shape, self._dtypes[path]))[1] != self._dtypes[path]:
+                    raise JpruneError(
+                        f"{path}: cannot be {self._dtypes[path].name} in the file, where it shares {key} with "
+                        f"parameters that are to be {stored[key][1].name}"
+                    )
         sizes = {key: int(np.prod(shape)) * dtype.itemsize for key, (shape, dtype) in stored.items()}
         self._total = sum(sizes.values())
         with writing.explained(folder):
@@ -305,20 +312,33 @@ class Writer:
         if values.shape != entry.path_shape:
             raise JpruneError(f"{path}: expected shape {entry.path_shape}, got {values.shape}")
         with writing.explained(self.folder):
-            in_file = entry.write(values.astype(self._dtypes[path], copy=False))
-            checksum = self._shards[entry.key].write(entry.key, in_file)
+            values = values.astype(self._dtypes[path], copy=False)
+            if _plain(entry):
+                checksum = self._shards[entry.key].write(entry.key, entry.write(values))
+            else:
+                checksum = self._write_parts(entry, values)
         del self._pending[path]
         return checksum
+
+    def _write_parts(self, entry: families.Entry, values: np.ndarray) -> int:
+        """Writes a parameter that shares its tensor with others, or takes several tensors."""
+        for index, key in enumerate(entry.keys):
+            file = self._shards[key]
+            tensor = np.empty(entry.shape, values.dtype) if entry.whole else file.read(key)
+            entry.write_to(index, values, tensor)
+            file.write(key, tensor)
+        return writing.checksum(values)
 
     def read(self, path: str) -> np.ndarray:
         """A parameter that was written, in our layout."""
         entry = self._entries[path]
-        return entry.read(self._shards[entry.key].read(entry.key))
+        return entry.read(*(self._shards[key].read(key) for key in entry.keys))
 
     def keep(self, path: str, checksum: int) -> bool:
         """Whether the file holds what an earlier process wrote, by its checksum; it need not be written again then."""
         entry = self._entries[path]
-        if writing.checksum(self._shards[entry.key].read(entry.key)) != checksum:
+        there = self._shards[entry.key].read(entry.key) if _plain(entry) else self.read(path)
+        if writing.checksum(there) != checksum:
             return False
         self._pending.pop(path, None)
         return True
@@ -326,7 +346,7 @@ class Writer:
     def sync(self, paths: Iterable[str]) -> None:
         """Returns when these parameters are on the disk, so that a power failure no longer takes them."""
         with writing.explained(self.folder):
-            for file in dict.fromkeys(self._shards[self._entries[path].key] for path in paths):
+            for file in dict.fromkeys(self._shards[key] for path in paths for key in self._entries[path].keys):
                 file.sync()
 
     def close(self) -> None:
@@ -350,6 +370,16 @@ class Writer:
     ) -> None:
         if kind is None:
             self.close()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold its weights, and their index."""
+    return [*sorted(folder.glob("*.safetensors")), *folder.glob(_INDEX)]
+
+
+def _plain(entry: families.Entry) -> bool:
+    """Whether a parameter is one whole tensor."""
+    return entry.whole and not entry.stacked
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

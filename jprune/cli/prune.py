@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -13,8 +13,8 @@ from jprune.cli.command import Command, Format
 from jprune.errors import JpruneError, UsageError
 from jprune.methods import Method
 from jprune.patterns import NM, Pattern, Scope, Unstructured
-from jprune.pipeline import plan_run, prune_model
-from jprune.pipeline.plan import Plan
+from jprune.pipeline import memory, plan_run, prune_model
+from jprune.pipeline.forecast import Plan
 from jprune.pipeline.report import Report
 from jprune.pipeline.run import method_name
 
@@ -54,9 +54,15 @@ class Prune(Command):
     evaluate: str | None = None
     """Text whose perplexity is measured before and after, named as for --calibration."""
     plan: bool = False
-    """Print what would be done, and touch nothing."""
+    """Print what would be done, what it takes and how long, and touch nothing."""
+    memory: str | None = None
+    """Memory that may be taken, such as 6GB. By default what the process has and three quarters of what is free."""
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
+    """Folder of what the run needs to be resumed, and of what does not fit into memory. By default OUT.run."""
+    resume: bool = False
+    """Go on with a run that was interrupted, to the same result; begin if there is none."""
     overwrite: bool = False
-    """Replace --out if an earlier run wrote it."""
+    """Replace --out if an earlier run wrote it; without --resume, drop a run that was interrupted."""
     recipe: Path | None = None
     """TOML or JSON file with options, or the jprune.json of an earlier run; the command line counts more."""
 
@@ -74,8 +80,9 @@ class Prune(Command):
             "overrides": dict(_override(text) for text in self.override),
             "dtype": self.dtype,
         }
+        options["memory"] = None if self.memory is None else memory.parse(self.memory)
         if self.plan:
-            return self._show_plan(plan_run(self.model, **options))
+            return self._show_plan(plan_run(self.model, out=self.run_folder or self.out or ".", **options))
         if self.out is None:
             raise UsageError("give --out DIR for the result (or --plan to see what would be done)")
         with display.progress() as progress:
@@ -85,6 +92,8 @@ class Prune(Command):
                 format=self.format,
                 evaluate=self.evaluate,
                 overwrite=self.overwrite,
+                resume=self.resume,
+                run=self.run_folder,
                 progress=progress,
                 **options,
             )

@@ -4,12 +4,15 @@ For every block: read its weights; for every stage of it (q, k, v; then o; then 
 micro-batch of calibration tokens up to the inputs of the stage's matmuls, gather the method's statistic of each
 distinct input, prune, and go on with the pruned weights. What leaves the last stage is the next block's input. The
 originals run every block twice: once to gather statistics with its weights still dense, once more with them pruned.
+
+While a block computes, one thread reads the weights of the next and another writes those of the last. Three blocks'
+weights are in memory at most, however many there are.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +21,16 @@ from jax.typing import DTypeLike
 
 from jprune import trees
 from jprune.checkpoints import Checkpoint
-from jprune.errors import JpruneError
 from jprune.methods import Method
 from jprune.models import decoder
-from jprune.models.batching import windows_at_once
-from jprune.pipeline.plan import Kernel, Unit, carry_allowance, units
+from jprune.pipeline.background import Background
+from jprune.pipeline.journal import Journal, Step, route
+from jprune.pipeline.layout import Layout
+from jprune.pipeline.plan import Kernel, Unit, units
 from jprune.pipeline.report import KernelReport, Progress
+from jprune.pipeline.spill import Batches, Specs
+from jprune.pipeline.stagewise import UnitRun, check_finite, forward
 from jprune.pipeline.stopwatch import Stopwatch
-from jprune.statistics import Statistic
-from jprune.trace import Stages, stages
-
-PyTree = Any
 
 
 def prune_blocks(
@@ -36,297 +38,185 @@ def prune_blocks(
     kernels: Iterable[Kernel],
     method: Method,
     tokens: np.ndarray | None,
-    write: Callable[[str, np.ndarray], None],
+    journal: Journal,
     *,
+    layout: Layout,
     dtype: DTypeLike = jnp.float32,
     progress: Callable[[Progress], None] = lambda _: None,
     stopwatch: Stopwatch | None = None,
 ) -> list[KernelReport]:
-    """Prunes `kernels` and hands every parameter of the model to `write`, once, as (path, array).
+    """Prunes `kernels` and writes every parameter of the model to the journal's result; goes on with what is done.
 
     Args:
       checkpoint: the model; its weights are read unit by unit and keep their dtype.
       kernels: what to prune and how, see `plan.choose_kernels`.
       method: how.
       tokens: calibration windows [n, length]; None if the method needs no statistic.
-      write: called with parameters in our layout; unpruned ones exactly as they were read.
+      journal: knows what is done, and takes what is.
+      layout: how calibration is cut up.
       dtype: of the activations. Statistics and solvers are float32 in any case.
       progress: called often.
-      stopwatch: gets the phases "calibration", "solve" and "io".
+      stopwatch: gets the phases "calibration", "solve" and "io" (waiting for what runs in the background).
 
     Returns:
-      One report per pruned kernel, in the order in which they were pruned.
+      One report per pruned kernel, in the order of the units.
 
     Raises:
-      JpruneError: weights or activations that are not finite, a Gram matrix that cannot be factorised.
+      JpruneError: weights or activations that are not finite, a Gram matrix that cannot be factorised, a full disk.
     """
-    stopwatch = stopwatch or Stopwatch()
+    run = _Blocks(checkpoint, kernels, method, tokens, journal, layout, dtype, progress, stopwatch or Stopwatch())
     with jax.default_matmul_precision("highest"):  # float32 means float32: no TF32, no bfloat16 passes
-        return _prune_blocks(checkpoint, tuple(kernels), method, tokens, write, dtype, progress, stopwatch)
+        return run.all()
 
 
-def _prune_blocks(
-    checkpoint: Checkpoint,
-    kernels: tuple[Kernel, ...],
-    method: Method,
-    tokens: np.ndarray | None,
-    write: Callable[[str, np.ndarray], None],
-    dtype: DTypeLike,
-    progress: Callable[[Progress], None],
-    stopwatch: Stopwatch,
-) -> list[KernelReport]:
-    by_unit: dict[str, list[Kernel]] = {}
-    for kernel in kernels:
-        by_unit.setdefault(kernel.unit, []).append(kernel)
-    todo = units(checkpoint)
-    last = max(i for i, unit in enumerate(todo) if unit.name in by_unit)
-    written: set[str] = set()
-    reports: list[KernelReport] = []
-
-    hidden: list[jax.Array] = []
-    if method.statistic is not None:
-        assert tokens is not None
-        with stopwatch.phase("calibration"):
-            hidden = _embed(checkpoint, tokens, dtype)
-    for i, unit in enumerate(todo[: last + 1]):
-        with stopwatch.phase("io"):
-            stored = {path: checkpoint.read(unit.path(path)) for path, _, _ in unit.shapes}
-            params = {path: jnp.asarray(value) for path, value in stored.items()}
-            _check_finite({unit.path(path): value for path, value in params.items()})
-        run = _Run(unit, method, stopwatch, functools.partial(_report, progress, i, last + 1))
-        here = by_unit.get(unit.name, [])
-        if method.statistic is None:
-            pruned = run.without_data(params, here)
-        else:
-            pruned, hidden = run.with_data(params, here, hidden, go_on=i < last)
-        reports += run.reports
-        with stopwatch.phase("io"):
-            for path, value in stored.items():
-                write(unit.path(path), np.asarray(pruned[path]) if path in pruned else value)
-                written.add(unit.path(path))
-    with stopwatch.phase("io"):
-        for path in checkpoint.shapes:
-            if path not in written:
-                write(path, checkpoint.read(path))
-    return reports
-
-
-def _report(
-    progress: Callable[[Progress], None], unit: int, total: int, done: float, text: str, loss: float | None
-) -> None:
-    progress(Progress(unit + done, total, f"block {unit}: {text}", loss=loss))
-
-
-class _Run:
-    """One unit of one run."""
+class _Blocks:
+    """One pass over a model."""
 
     def __init__(
-        self, unit: Unit, method: Method, stopwatch: Stopwatch, progress: Callable[[float, str, float | None], None]
-    ) -> None:
-        self.unit = unit
-        self.method = method
-        self.stopwatch = stopwatch
-        self._progress = progress
-        self.reports: list[KernelReport] = []
+        self,
+        checkpoint: Checkpoint,
+        kernels: Iterable[Kernel],
+        method: Method,
+        tokens: np.ndarray | None,
+        journal: Journal,
+        layout: Layout,
+        dtype: DTypeLike,
+        progress: Callable[[Progress], None],
+        stopwatch: Stopwatch,
+    ):
+        self.checkpoint, self.method, self.tokens, self.journal = checkpoint, method, tokens, journal
+        self.layout, self.dtype, self.progress, self.stopwatch = layout, dtype, progress, stopwatch
+        self.kernels: dict[str, list[Kernel]] = {}
+        for kernel in kernels:
+            self.kernels.setdefault(kernel.unit, []).append(kernel)
+        todo = units(checkpoint)
+        self.units = todo[: max(i for i, unit in enumerate(todo) if unit.name in self.kernels) + 1]
+        """Those up to the last in which a kernel is pruned."""
+        self.specs = [] if tokens is None else hidden_specs(checkpoint, tokens.shape, layout, dtype)
 
-    def without_data(self, params: dict[str, jax.Array], kernels: list[Kernel]) -> dict[str, jax.Array]:
-        """The pruned kernels of the unit, by path in it."""
-        pruned: dict[str, jax.Array] = {}
-        for i, kernel in enumerate(kernels):
-            self.progress(i / len(kernels), kernel.path)
-            path = self._relative(kernel)
-            pruned |= self._solve(params, {path: kernel}, None)
-        self.progress(1.0, "done")
-        return pruned
+    def all(self) -> list[KernelReport]:
+        """Does what is not done; returns the reports of all."""
+        with self.stopwatch.phase("io"):
+            done = [self.journal.done(unit.name, self._paths(unit)) for unit in self.units]
+        missing = [i for i, finished in enumerate(done) if not finished]
+        largest = max(sum(math.prod(shape) * np.dtype(d).itemsize for _, shape, d in u.shapes) for u in self.units)
+        with Background() as reading, Background(limit=largest) as writing:
+            if self.method.statistic is None:
+                steps = [Step(i, True, False) for i in missing]
+            else:
+                saved = self._load(missing)
+                steps = route(missing, saved)
+            self._walk(steps, saved if self.method.statistic else {}, reading, writing)
+            self._rest(writing)
+            with self.stopwatch.phase("io"):
+                writing.wait()
+        return [report for unit in self.units for report in self.journal.reports(unit.name)]
 
-    def with_data(
-        self, params: dict[str, jax.Array], kernels: list[Kernel], hidden: list[jax.Array], *, go_on: bool
-    ) -> tuple[dict[str, jax.Array], list[jax.Array]]:
-        """The pruned kernels of the unit, by path in it, and the hidden states after it (if they are to go on).
+    def _load(self, missing: Sequence[int]) -> dict[int, Batches]:
+        """The saved activations from which some missing unit can start."""
+        found = {}
+        with self.stopwatch.phase("io"):
+            for i in range(1, max(missing, default=-1) + 1):
+                if (batches := self.journal.load(i, self.units[i - 1].name, self.specs)) is not None:
+                    found[i] = batches
+        return found
 
-        The list `hidden` is emptied on the way, so that no micro-batch is held twice.
-        """
-        wanted = {self._relative(kernel): kernel for kernel in kernels}
-        specs = [_Spec(self.unit.function, self.unit.shapes, frozenset(wanted), (x.shape, x.dtype)) for x in hidden]
-        if not wanted:
-            with self.stopwatch.phase("calibration"):
-                for j, x in enumerate(hidden):
-                    hidden[j] = jax.block_until_ready(_forward(self.unit.function)(trees.unflatten(params), x))
-                    self.progress(j / len(hidden), "nothing to prune here")
-            return {}, hidden
-        plan = specs[0].stages()
-        carries: list[Any] = [spec.stages().start(x) for spec, x in zip(specs, hidden)]
-        activation_bytes = sum(x.nbytes for x in hidden)
-        hidden.clear()
-        pruned: dict[str, jax.Array] = {}
-        steps = len(plan.matmuls) + 1
-        first = 0  # the first segment whose result has not been kept
-        for stage, matmuls in enumerate(plan.matmuls):
-            inputs = _inputs_of(matmuls, self.unit)
-            text = ", ".join(m.path.removesuffix("/kernel") for m in matmuls)
-            keep = _carry_bytes(plan, stage + 1) * len(carries) <= carry_allowance(activation_bytes)
-            with self.stopwatch.phase("calibration"):
-                tree = trees.unflatten(params)
-                # Two sums, so that two micro-batches can be computed side by side.
-                streams = [self._zeros(inputs, wanted) for _ in range(2)]
-                for j, spec in enumerate(specs):
-                    carry, streams[j % 2] = _observe(spec, first, stage, keep)(tree, carries[j], streams[j % 2])
-                    if keep:
-                        carries[j] = carry
-                    _wait_for_all_but(2, carries[: j + 1])
-                    self.progress((stage + (j + 1) / (len(specs) + 1)) / steps, text)
-                statistics = {i: streams[0][i].merge(streams[1][i]) for i in streams[0]}
-                jax.block_until_ready(statistics)
-                first = stage + 1 if keep else first
-            for ids in dict.fromkeys(inputs.values()):
-                together = {path: wanted[path] for path in inputs if inputs[path] == ids}
-                statistic = functools.reduce(lambda a, b: a.merge(b), (statistics[k] for k in ids))
-                new = self._solve(params, together, statistic)
-                params, pruned = params | new, pruned | new
-            del statistics
-        if not go_on:
-            self.progress(1.0, "done")
-            return pruned, []
-        with self.stopwatch.phase("calibration"):
-            tree = trees.unflatten(params)
-            for j, spec in enumerate(specs):
-                hidden.append(_finish(spec, first)(tree, carries[j]))
-                carries[j] = None
-                _wait_for_all_but(2, hidden)
-            jax.block_until_ready(hidden)
-        self.progress(1.0, "done")
-        return pruned, hidden
+    def _walk(self, steps: Sequence[Step], saved: dict[int, Batches], reading: Background, writing: Background) -> None:
+        ahead: dict[int, Future] = {}
+        hidden: Batches | None = None
 
-    def progress(self, done: float, text: str) -> None:
-        """Tells how far the unit is, with the loss of the kernel last solved for."""
-        self._progress(done, text, self.reports[-1].loss if self.reports else None)
+        def read(at: int) -> None:
+            if at < len(steps):
+                ahead[at] = reading.submit(functools.partial(self._read, self.units[steps[at].unit], steps[at].prune))
 
-    def _solve(
-        self, params: Mapping[str, jax.Array], kernels: Mapping[str, Kernel], statistic: Statistic | None
-    ) -> dict[str, jax.Array]:
-        """Prunes kernels that read one input; reports on each."""
-        with self.stopwatch.phase("solve"):
-            matrices = {k.path: trees.to_matrix(params[path], k.in_axes) for path, k in kernels.items()}
-            patterns = {k.path: k.pattern for k in kernels.values()}
-            results = jax.block_until_ready(self.method.together(matrices, statistic, patterns, {}))
-        pruned = {}
-        for path, kernel in kernels.items():
-            result = results[kernel.path]
-            zeros = int(result.kernel.size - jnp.count_nonzero(result.kernel))
-            loss = None if result.loss is None else float(result.loss)
-            if loss is not None and not math.isfinite(loss):
-                raise JpruneError(f"{kernel.path}: pruning it gave weights that are not finite (loss {loss})")
-            self.reports.append(
-                KernelReport(
-                    path=kernel.path,
-                    shape=kernel.shape,
-                    pattern=str(kernel.pattern),
-                    zeros=zeros,
-                    size=kernel.size,
-                    loss=loss,
-                )
+        read(0)
+        for at, step in enumerate(steps):
+            i, unit = step.unit, self.units[step.unit]
+            with self.stopwatch.phase("io"):
+                values = ahead.pop(at).result()
+                # Emptied on the way, so that no array is held twice.
+                params = {path: jnp.asarray(values.pop(path)) for path, _, _ in unit.shapes}
+            read(at + 1)
+            check_finite({unit.path(path): value for path, value in params.items()})
+            run = UnitRun(
+                unit,
+                self.kernels.get(unit.name, []),
+                self.method,
+                layout=self.layout,
+                room=self.journal.room,
+                spill=self.journal.run.spill,
+                stopwatch=self.stopwatch,
+                progress=functools.partial(self._report, i),
             )
-            pruned[path] = trees.from_matrix(result.kernel, kernel.shape, kernel.in_axes)
-        return pruned
+            after = None
+            if self.method.statistic is None:
+                params = run.without_data(params)
+            else:
+                if step.load:
+                    hidden = saved.pop(i) if i in saved else self._embed(writing)
+                assert hidden is not None
+                goes_on = at + 1 < len(steps) and not steps[at + 1].load
+                make = functools.partial(self._after, i, writing) if goes_on else None
+                params, after = run.with_data(params, hidden, make, pruned=not step.prune)
+                if not hidden.saved:
+                    hidden.drop()
+            named = {unit.path(path): value for path, value in params.items()}
+            with self.stopwatch.phase("io"):
+                self.journal.save(unit.name, i, named, run.reports, after, writing, written=not step.prune)
+            del params, named, run
+            hidden = after
 
-    def _zeros(self, inputs: Mapping[str, tuple[int, ...]], kernels: Mapping[str, Kernel]) -> dict[int, Statistic]:
-        assert self.method.statistic is not None
-        return {i: self.method.statistic.zeros(kernels[path].d_in) for path, ids in inputs.items() for i in ids}
+    def _read(self, unit: Unit, prune: bool) -> dict[str, np.ndarray]:
+        """A unit's weights: those of the model, or what has become of them."""
+        if not prune:
+            return {path: self.journal.read(unit.path(path)) for path, _, _ in unit.shapes}
+        if self.checkpoint.reads_together:
+            values = self.checkpoint.read_many(self._paths(unit))
+            return {path: values[unit.path(path)] for path, _, _ in unit.shapes}
+        return {path: np.ascontiguousarray(self.checkpoint.read(unit.path(path))) for path, _, _ in unit.shapes}
 
-    def _relative(self, kernel: Kernel) -> str:
-        return kernel.path.removeprefix(f"{self.unit.prefix}/") if self.unit.prefix else kernel.path
+    def _paths(self, unit: Unit) -> list[str]:
+        return [unit.path(path) for path, _, _ in unit.shapes]
 
+    def _after(self, index: int, writing: Background) -> Batches:
+        return self.journal.batches(index + 1, self.specs, writing, save=self.journal.due())
 
-class _Spec(NamedTuple):
-    """What a unit's compiled functions depend on: equal units share them."""
+    def _rest(self, writing: Background) -> None:
+        """Copies what belongs to no unit that was gone through, in parts."""
+        seen = {path for unit in self.units for path in self._paths(unit)}
+        parts: dict[str, list[str]] = {}
+        for path in self.checkpoint.shapes:
+            if path not in seen:
+                parts.setdefault("/".join(path.split("/")[: 2 if path.startswith("blocks/") else 1]), []).append(path)
+        with self.stopwatch.phase("io"):
+            for name, paths in parts.items():
+                if not self.journal.done(f"rest/{name}", paths):
+                    values = {path: self.checkpoint.read(path) for path in paths}
+                    self.journal.save(f"rest/{name}", len(self.units), values, (), None, writing)
 
-    function: Callable
-    shapes: tuple
-    chosen: frozenset[str]
-    x: tuple[tuple[int, ...], Any]
+    def _embed(self, writing: Background) -> Batches:
+        """The hidden states of all windows before the first unit."""
+        assert self.tokens is not None
+        with self.stopwatch.phase("calibration"):
+            params = {"embed": jax.tree.map(jnp.asarray, self.checkpoint.params("embed"))}
+            check_finite(trees.flatten(params))
+            embed = forward(decoder.embed(self.checkpoint.config))
+            batches = self.journal.batches(0, self.specs, writing, save=False)
+            start = 0
+            for j, (x,) in enumerate(self.specs):
+                part = jnp.asarray(self.tokens[start : start + x.shape[0]])
+                start += x.shape[0]
+                batches.put(j, (jax.block_until_ready(embed(params, part).astype(self.dtype)),))
+        return batches
 
-    def stages(self) -> Stages:
-        """The stages of the unit for micro-batches of shape and dtype `x`."""
-        return _stages(self)
-
-
-@functools.lru_cache(maxsize=64)
-def _stages(spec: _Spec) -> Stages:
-    params = trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in spec.shapes})
-    return stages(spec.function, params, jax.ShapeDtypeStruct(*spec.x), where=lambda path: path in spec.chosen)
-
-
-@functools.lru_cache(maxsize=256)
-def _observe(spec: _Spec, first: int, stage: int, keep: bool) -> Callable:
-    """Runs segments `first` to `stage` and adds the inputs of the stage's matmuls to the statistics."""
-    cut = spec.stages()
-
-    def observe(params: PyTree, carry: Any, statistics: dict[int, Statistic]) -> tuple[Any, dict[int, Statistic]]:
-        for segment in cut.segments[first : stage + 1]:
-            carry = segment(params, carry)
-        inputs = cut.inputs(stage, carry)
-        return carry if keep else (), {i: s.update(jnp.asarray(inputs[i])) for i, s in statistics.items()}
-
-    return jax.jit(observe, donate_argnames="statistics")
-
-
-@functools.lru_cache(maxsize=64)
-def _finish(spec: _Spec, first: int) -> Callable:
-    """Runs the segments from `first` on: the unit's output."""
-    cut = spec.stages()
-
-    def finish(params: PyTree, carry: Any) -> jax.Array:
-        for segment in cut.segments[first:]:
-            carry = segment(params, carry)
-        return cut.finish(carry)
-
-    return jax.jit(finish)
-
-
-@functools.lru_cache(maxsize=64)
-def _forward(function: Callable) -> Callable:
-    return jax.jit(function)
-
-
-def _wait_for_all_but(last: int, results: list[Any]) -> None:
-    """Lets a few micro-batches run ahead, which keeps all cores busy; not all of them.
-
-    Without waiting, the old and the new carries of all micro-batches would be in memory together.
-    """
-    if len(results) > last:
-        jax.block_until_ready(results[-1 - last])
+    def _report(self, index: int, done: float, text: str, loss: float | None) -> None:
+        self.progress(Progress(index + done, len(self.units), f"block {index}: {text}", loss=loss))
 
 
-def _inputs_of(matmuls: Iterable[Any], unit: Unit) -> dict[str, tuple[int, ...]]:
-    """What each parameter of a stage reads: one input, or several if it is used more than once."""
-    inputs: dict[str, tuple[int, ...]] = {}
-    for m in matmuls:
-        inputs[m.path] = (*inputs.get(m.path, ()), m.input_id)
-    return inputs
-
-
-def _carry_bytes(plan: Stages, segment: int) -> int:
-    return sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in plan.carries[segment])
-
-
-def _embed(checkpoint: Checkpoint, tokens: np.ndarray, dtype: DTypeLike) -> list[jax.Array]:
-    """The hidden states of all windows in micro-batches of at most two sizes."""
-    n, length = tokens.shape
-    count = math.ceil(n / windows_at_once(length))
-    size = math.ceil(n / count)
-    params = {"embed": jax.tree.map(jnp.asarray, checkpoint.params("embed"))}
-    _check_finite(trees.flatten(params))
-    embed = _forward(decoder.embed(checkpoint.config))
-    parts = [jnp.asarray(tokens[i : i + size]) for i in range(0, n, size)]
-    return [jax.block_until_ready(embed(params, part).astype(dtype)) for part in parts]
-
-
-def _check_finite(params: Mapping[str, jax.Array]) -> None:
-    for path, value in params.items():
-        if not _all_finite(value):
-            raise JpruneError(f"{path} has weights that are NaN or inf; the checkpoint is damaged")
-
-
-@jax.jit
-def _all_finite(x: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(x))
+def hidden_specs(checkpoint: Checkpoint, shape: tuple[int, ...], layout: Layout, dtype: DTypeLike) -> tuple[Specs, ...]:
+    """The hidden states between blocks of token windows [n, length]: micro-batches of at most two sizes."""
+    n, length = shape
+    size = math.ceil(n / math.ceil(n / layout.windows))
+    counts = [min(size, n - start) for start in range(0, n, size)]
+    width = checkpoint.config.d_model
+    return tuple((jax.ShapeDtypeStruct((count, length, width), jnp.dtype(dtype)),) for count in counts)

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from jprune.checkpoints import record
+from jprune.checkpoints import record, writing
 from jprune.errors import JpruneError
 
 
@@ -49,13 +49,22 @@ def new_folder(out: Path, *, overwrite: bool, source: str) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)  # mkdtemp makes folders private
         yield temporary
-        check(out, overwrite=overwrite, source=source)  # somebody else may have been there meanwhile
-        if out.exists():
-            old = temporary.with_suffix(".old")
-            out.rename(old)
-            temporary.rename(out)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(out)
+        publish(temporary, out, temporary.with_suffix(".old"), overwrite=overwrite, source=source)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(folder: Path, out: Path, old: Path, *, overwrite: bool, source: str) -> None:
+    """Makes a complete folder `out`, after everything in it has reached the disk; what `out` was goes by way of `old`.
+
+    Raises:
+      JpruneError: `out` may not be written (see `check`): somebody else may have been there meanwhile.
+    """
+    check(out, overwrite=overwrite, source=source)
+    with writing.explained(out):
+        writing.sync_folder(folder)
+        if out.exists():
+            out.rename(old)
+        folder.rename(out)
+        writing.sync(out.parent)
+        shutil.rmtree(old, ignore_errors=True)

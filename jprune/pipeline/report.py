@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ class KernelReport:
     loss: float | None
     """Reconstruction loss over the calibration tokens, where the method knows it."""
 
+    @classmethod
+    def from_json(cls, contents: Mapping[str, Any]) -> "KernelReport":
+        """Out of what `dataclasses.asdict` made of it, and JSON after that."""
+        return cls(**{**contents, "shape": tuple(contents["shape"])})
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
@@ -78,6 +84,31 @@ class Report:
             "peak_memory_bytes": self.peak_memory_bytes,
             "out": str(self.out),
         }
+
+    @classmethod
+    def from_record(cls, contents: Mapping[str, Any], out: Path) -> "Report":
+        """The report of an earlier run, from its record (`jprune.checkpoints.record`)."""
+        measured = contents.get("perplexity", {})
+
+        def perplexity(when: str) -> Perplexity | None:
+            if measured.get(when) is None:
+                return None
+            length, count = measured["sequence_length"], measured["windows"]
+            return Perplexity(value=measured[when], tokens=length * count, sequence_length=length, windows=count)
+
+        counts = {field.name: contents["sparsity"][field.name] for field in dataclasses.fields(Sparsity)}
+        return cls(
+            out=out,
+            method=contents["method"],
+            pattern=contents["pattern"],
+            sparsity=Sparsity(**counts),
+            before=perplexity("before"),
+            after=perplexity("after"),
+            seconds=contents["seconds"],
+            peak_memory_bytes=contents["peak_memory_bytes"],
+            kernels=tuple(map(KernelReport.from_json, contents["kernels"])),
+            notices=tuple(contents["notices"]),
+        )
 
 
 def environment(dtype: DTypeLike) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """One run: a checkpoint in, a pruned checkpoint and its record out."""
 
 import dataclasses
-import importlib.metadata
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +13,25 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jprune import trees
-from jprune.checkpoints import Checkpoint, huggingface, load, orbax, record
+from jprune.checkpoints import Checkpoint, formats, huggingface, load, orbax, record, writing
+from jprune.checkpoints.formats import Format
 from jprune.data import windows
 from jprune.errors import JpruneError
 from jprune.evaluate.perplexity import Perplexity, perplexity
 from jprune.methods import METHODS, Method
 from jprune.patterns import NM, Pattern
-from jprune.pipeline import output
+from jprune.pipeline import interrupt, output
 from jprune.pipeline.blockwise import prune_blocks
-from jprune.pipeline.plan import Kernel, Plan, choose_kernels, make_plan, prunable
-from jprune.pipeline.report import Progress, Report
-from jprune.pipeline.stopwatch import Stopwatch, peak_device_memory_bytes, peak_memory_bytes
+from jprune.pipeline.forecast import Forecast, Plan
+from jprune.pipeline.journal import Journal
+from jprune.pipeline.layout import Layout
+from jprune.pipeline.plan import Kernel, choose_kernels, prunable
+from jprune.pipeline.report import KernelReport, Progress, Report, environment
+from jprune.pipeline.resume import FINISHED, RunFolder, default_folder, finished
+from jprune.pipeline.stopwatch import Stopwatch, peak_memory_bytes
 
 logger = logging.getLogger(__name__)
 
-Format = Literal["hf", "orbax"]
 DEMO_SAMPLES, DEMO_LENGTH = 64, 512
 """Calibration windows of the demo model: minutes on two cores."""
 
@@ -65,6 +69,9 @@ def prune_model(
     format: Format = "hf",
     evaluate: windows.Spec | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    run: str | Path | None = None,
+    memory: int | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     **options: Any,
 ) -> Report:
@@ -75,20 +82,29 @@ def prune_model(
       out: folder of the result; it appears when everything is done.
       method: e.g. `SparseGPT()`.
       pattern: e.g. `Unstructured(0.5)`.
-      format: "hf", a Hugging Face folder that every loader reads, or "orbax".
+      format: of the result, see `jprune.checkpoints.formats`.
       evaluate: source of a text, or token windows [n, length], whose perplexity is measured before and after.
-      overwrite: replace an `out` that an earlier run wrote.
+      overwrite: replace an `out` that an earlier run wrote, and drop a run that was interrupted.
+      resume: go on with a run that was interrupted, to the same bits; begin if there is none.
+      run: folder of what the run needs to be resumed, and of activations for which there is no memory; by default
+        beside `out`, with `.run` after its name. It is removed when the run is finished.
+      memory: bytes of memory that may be taken; by default three quarters of what is free.
       progress: called often.
       **options: calibration, filters and the like: the other fields of `Recipe`.
 
     Raises:
       JpruneError: anything that does not fit; `out` is then untouched.
+      KeyboardInterrupt: Ctrl-C, at the next safe point. What is done is kept, as after any failure.
     """
     stopwatch = Stopwatch()
     recipe = Recipe(pattern=pattern, **options)
+    out = Path(out).expanduser()
+    folder = Path(run).expanduser() if run else default_folder(out)
+    if resume and finished(folder, out):
+        return Report.from_record(record.read(out), out)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
-    out = Path(out)
     output.check(out, overwrite=overwrite, source=checkpoint.source)
+    formats.check(checkpoint, format)
     dtype = activation_dtype(checkpoint, recipe.dtype)
     kernels = chosen_kernels(checkpoint, recipe)
     with stopwatch.phase("data"):
@@ -97,83 +113,219 @@ def prune_model(
         if windows.is_rows(evaluate):
             length = None  # its rows say
         evaluation = None if evaluate is None else evaluation_windows(checkpoint, evaluate, length=length)
-    notices = tuple(dict.fromkeys(n for w in (calibration, evaluation) if w for n in w.notices))
+    job = RunFolder(
+        folder,
+        out=out,
+        fingerprint=_fingerprint(checkpoint, method, recipe, calibration, dtype, format),
+        resume=resume,
+        overwrite=overwrite,
+    )
+    task = _Task(checkpoint, method, recipe, kernels, calibration, evaluation, dtype, format, job, stopwatch)
+    forecast = Forecast(
+        checkpoint,
+        kernels,
+        method,
+        shape=(calibration.tokens.shape[0], calibration.tokens.shape[1]) if calibration else None,
+        dtype=dtype,
+        limit=memory,
+    )
+    try:
+        with interrupt.deferred() as check:
 
-    def measure(weights: Checkpoint, phase: str) -> Perplexity | None:
+            def tell(step: Progress) -> None:
+                progress(step)
+                check()
+
+            report = task.run(forecast, tell)
+            job.mark(FINISHED, {})
+            output.publish(job.partial, out, job.old, overwrite=overwrite, source=checkpoint.source)
+    except BaseException as error:
+        advice = job.close()
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(advice) from None
+        if _out_of_memory(error):
+            raise JpruneError(f"out of memory; what helps is {'; '.join(forecast.advice())}. {advice}") from error
+        if isinstance(error, JpruneError) and advice:
+            raise type(error)(f"{error}. {advice}") from error
+        raise
+    job.remove()
+    return dataclasses.replace(report, out=out)
+
+
+class _Task:
+    """What there is to do in a run folder that is ours."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        method: Method,
+        recipe: Recipe,
+        kernels: tuple[Kernel, ...],
+        calibration: windows.Windows | None,
+        evaluation: windows.Windows | None,
+        dtype: DTypeLike,
+        format: Format,
+        job: RunFolder,
+        stopwatch: Stopwatch,
+    ):
+        self.checkpoint, self.method, self.recipe, self.kernels = checkpoint, method, recipe, kernels
+        self.calibration, self.evaluation, self.dtype, self.format = calibration, evaluation, dtype, format
+        self.job, self.stopwatch = job, stopwatch
+
+    def run(self, forecast: Forecast, tell: Callable[[Progress], None]) -> Report:
+        """Prunes into the partial result, writes its record, and marks it as finished."""
+        layout, memory = forecast.choose(self.job.folder)
+        machine = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count()}
+        decided = self.job.decide({**dataclasses.asdict(layout), "machine": machine})
+        if self.job.resumed:
+            layout = Layout(windows=decided["windows"], carry_limit=decided["carry_limit"])
+            memory = forecast.memory(layout, exact=False)
+        notices = list(dict.fromkeys(n for w in (self.calibration, self.evaluation) if w for n in w.notices))
+        if not memory.fits:
+            notices.append(f"this may need more than {memory.limit / 1e9:.2g} GB of memory; see --plan")
+        if decided["machine"] != machine:
+            notices.append(
+                f"begun on {decided['machine']}, resumed on {machine}: the last bits may not be those of one run"
+            )
+        before = self._before(tell)
+        counted = prunable(self.checkpoint, self.kernels)
+        with writing.explained(self.job.partial):
+            self.job.partial.mkdir(exist_ok=True)
+        if self.job.marked("converted") is None:
+            on_the_way = "jprune" if self.format == "orbax" else self.format
+            writer = formats.writer(self.job.partial, self.checkpoint, format=on_the_way, reopen=True)
+            assert isinstance(writer, huggingface.Writer)
+            journal = Journal(self.job, writer, counted, memory.room)
+            kernels = prune_blocks(
+                self.checkpoint,
+                self.kernels,
+                self.method,
+                self.calibration.tokens if self.calibration else None,
+                journal,
+                layout=layout,
+                dtype=self.dtype,
+                progress=tell,
+                stopwatch=self.stopwatch,
+            )
+            with self.stopwatch.phase("io"):
+                writer.close()
+                if self.format == "orbax":
+                    _to_orbax(self.job.partial)
+            writing.sync_folder(self.job.partial)
+            contents = {"zeros": journal.zeros, "kernels": [dataclasses.asdict(kernel) for kernel in kernels]}
+            self.job.mark("converted", contents)
+        done = self.job.marked("converted")
+        assert done is not None
+        for left in huggingface.weight_files(self.job.partial) if self.format == "orbax" else ():
+            left.unlink()
+        try:
+            after = self._perplexity(load(self.job.partial), "evaluate after", tell)
+        except JpruneError as error:  # hours of work are not thrown away for it
+            after = None
+            notices.append(f"the perplexity after pruning could not be measured: {error}")
+        sizes = {path: int(np.prod(shape.shape)) for path, shape in self.checkpoint.shapes.items()}
+        report = Report(
+            out=self.job.partial,
+            method=method_name(self.method),
+            pattern=str(self.recipe.pattern),
+            sparsity=trees.Sparsity(done["zeros"], sum(sizes[path] for path in counted), sum(sizes.values())),
+            before=before,
+            after=after,
+            seconds=self.stopwatch.seconds(),
+            peak_memory_bytes=peak_memory_bytes(),
+            kernels=tuple(map(KernelReport.from_json, done["kernels"])),
+            notices=tuple(notices),
+        )
+        contents = _record(
+            self.checkpoint, self.method, self.recipe, self.calibration, self.evaluation, self.dtype, report
+        )
+        record.write(self.job.partial, contents | {"layout": dataclasses.asdict(layout), "resumed": self.job.resumed})
+        return report
+
+    def _before(self, tell: Callable[[Progress], None]) -> Perplexity | None:
+        """The perplexity before, measured once in a run."""
+        if self.evaluation is None:
+            return None
+        name = f"before-{self.evaluation.sha256}"
+        if (known := self.job.marked(name)) is None:
+            measured = self._perplexity(self.checkpoint, "evaluate before", tell)
+            assert measured is not None
+            known = dataclasses.asdict(measured)
+            self.job.mark(name, known)
+        return Perplexity(**known)
+
+    def _perplexity(self, weights: Checkpoint, phase: str, tell: Callable[[Progress], None]) -> Perplexity | None:
+        evaluation = self.evaluation
         if evaluation is None:
             return None
-        with stopwatch.phase("evaluation"):
+        with self.stopwatch.phase("evaluation"):
             return perplexity(
                 weights,
                 evaluation.tokens,
-                dtype=dtype,
-                progress=lambda done, total: progress(Progress(float(done), total, evaluation.source, phase)),
+                dtype=self.dtype,
+                progress=lambda done, total: tell(Progress(float(done), total, evaluation.source, phase)),
             )
 
-    with output.new_folder(out, overwrite=overwrite, source=checkpoint.source) as folder:
-        before = measure(checkpoint, "evaluate before")
-        zeros = 0
-        counted = set(prunable(checkpoint, kernels))
-        collected: dict[str, np.ndarray] = {}
-        writer = huggingface.Writer(folder, checkpoint) if format == "hf" else None
 
-        def write(path: str, value: np.ndarray) -> None:
-            nonlocal zeros
-            if path in counted:
-                zeros += count_zeros(value)
-            if writer:
-                writer.write(path, value)
-            else:
-                collected[path] = value
-
-        reports = prune_blocks(
-            checkpoint,
-            kernels,
-            method,
-            calibration.tokens if calibration else None,
-            write,
-            dtype=dtype,
-            progress=progress,
-            stopwatch=stopwatch,
-        )
-        with stopwatch.phase("io"):
-            if writer:
-                writer.close()
-            else:
-                orbax.save(folder, checkpoint, trees.unflatten(collected), {})
-        try:
-            after = measure(load(folder), "evaluate after")
-        except JpruneError as error:  # hours of work are not thrown away for it
-            after, notices = None, (*notices, f"the perplexity after pruning could not be measured: {error}")
-        sizes = {path: int(np.prod(shape.shape)) for path, shape in checkpoint.shapes.items()}
-        report = Report(
-            out=out,
-            method=method_name(method),
-            pattern=str(recipe.pattern),
-            sparsity=trees.Sparsity(zeros, sum(sizes[path] for path in counted), sum(sizes.values())),
-            before=before,
-            after=after,
-            seconds=stopwatch.seconds(),
-            peak_memory_bytes=peak_memory_bytes(),
-            kernels=tuple(reports),
-            notices=notices,
-        )
-        contents = _record(checkpoint, method, recipe, calibration, evaluation, dtype, report)
-        record.write(folder, contents)
-    return report
+def _to_orbax(folder: Path) -> None:
+    """Adds to a Hugging Face folder the same parameters as an Orbax tree."""
+    source = load(folder)
+    with orbax.Writer(folder, source) as writer:
+        for path in source.shapes:
+            writer.write(path, source.read(path))
 
 
-def plan_run(model: Checkpoint | str | Path, *, method: Method, pattern: Pattern, **options: Any) -> Plan:
+def _fingerprint(
+    checkpoint: Checkpoint,
+    method: Method,
+    recipe: Recipe,
+    calibration: windows.Windows | None,
+    dtype: DTypeLike,
+    format: Format,
+) -> dict[str, Any]:
+    """Everything that the result depends on, by the name that a message gives it."""
+    return {
+        "the model": checkpoint.fingerprint(),
+        "the calibration text or its windows": calibration.sha256 if calibration else None,
+        "the method": {"name": method_name(method), **dataclasses.asdict(method)},
+        "the pattern": pattern_text(recipe.pattern),
+        "--where": recipe.where,
+        "--skip": recipe.skip,
+        "--override": {regex: pattern_text(pattern) for regex, pattern in recipe.overrides.items()},
+        "--dtype": jnp.dtype(dtype).name,
+        "--format": format,
+        **{f"the version of {name}": version for name, version in environment(dtype)["versions"].items()},
+    }
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or (
+        isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    )
+
+
+def plan_run(
+    model: Checkpoint | str | Path,
+    *,
+    method: Method,
+    pattern: Pattern,
+    out: str | Path = ".",
+    memory: int | None = None,
+    **options: Any,
+) -> Plan:
     """What `prune_model` would do, without reading a weight or a text; arguments are the same.
+
+    Compiles the programs of each kind of block, to ask what they take, and measures this machine for two seconds.
 
     Raises:
       JpruneError: as `prune_model`, for what can be known from shapes.
     """
     recipe = Recipe(pattern=pattern, **options)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
-    samples, length = window_shape(checkpoint, recipe)
+    shape = window_shape(checkpoint, recipe) if method.statistic else None
     dtype = activation_dtype(checkpoint, recipe.dtype)
-    return make_plan(checkpoint, chosen_kernels(checkpoint, recipe), method, tokens=samples * length, dtype=dtype)
+    kernels = chosen_kernels(checkpoint, recipe)
+    return Forecast(checkpoint, kernels, method, shape=shape, dtype=dtype, limit=memory).plan(Path(out).expanduser())
 
 
 def chosen_kernels(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Kernel, ...]:
@@ -247,12 +399,6 @@ def method_name(method: Method) -> str:
     return next((name for name, kind in METHODS.items() if kind is type(method)), type(method).__name__)
 
 
-def count_zeros(values: np.ndarray) -> int:
-    """Elements that are exactly zero (or minus zero), fast for every float dtype."""
-    bits = values.view(f"u{values.dtype.itemsize}")
-    return int(values.size - np.count_nonzero(bits << 1))
-
-
 def _record(
     checkpoint: Checkpoint,
     method: Method,
@@ -263,12 +409,6 @@ def _record(
     report: Report,
 ) -> dict[str, Any]:
     """The contents of jprune.json."""
-
-    def source(w: windows.Windows | None) -> dict[str, Any] | None:
-        if w is None:
-            return None
-        n, length = w.tokens.shape
-        return {"source": w.source, "windows": n, "sequence_length": length, "seed": w.seed, "sha256": w.sha256}
 
     given = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     given |= {"pattern": pattern_text(recipe.pattern), "calibration": calibration.source if calibration else None}
@@ -281,13 +421,10 @@ def _record(
             "architecture": checkpoint.config.architecture,
             "fingerprint": checkpoint.fingerprint(),
         },
-        "calibration": source(calibration),
-        "evaluation": source(evaluation),
-        "dtype": jnp.dtype(dtype).name,
+        "calibration": calibration.described() if calibration else None,
+        "evaluation": evaluation.described() if evaluation else None,
         "notices": list(report.notices),
-        "versions": {name: importlib.metadata.version(name) for name in ("jprune", "jax", "jaxlib", "flax", "numpy")},
-        "device": jax.devices()[0].device_kind,
-        "peak_device_memory_bytes": peak_device_memory_bytes(),
+        **environment(dtype),
         "kernels": [dataclasses.asdict(kernel) for kernel in report.kernels],
     }
 

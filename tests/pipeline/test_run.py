@@ -24,7 +24,8 @@ from jprune import (
 )
 from jprune.errors import JpruneError
 from jprune.models import batching, decoder
-from jprune.pipeline import blockwise, plan_run, prune_model
+from jprune.pipeline import forecast, plan_run, prune_model, stagewise
+from jprune.pipeline.layout import Layout
 
 GROUPS = (("attn/q", "attn/k", "attn/v"), ("attn/o",), ("mlp/gate", "mlp/up"), ("mlp/down",))
 
@@ -32,7 +33,7 @@ GROUPS = (("attn/q", "attn/k", "attn/v"), ("attn/o",), ("mlp/gate", "mlp/up"), (
 @pytest.fixture(autouse=True)
 def small_micro_batches(monkeypatch):
     """Six windows go in micro-batches of two."""
-    monkeypatch.setattr(blockwise, "windows_at_once", lambda length: 2)
+    monkeypatch.setattr(forecast, "windows_at_once", lambda length: 2)
 
 
 def expected(folder, tokens, method, pattern):
@@ -99,7 +100,7 @@ def test_counts_are_exact_and_the_rest_is_untouched(tiny_model, token_file, tmp_
 def test_recomputing_instead_of_keeping_changes_nothing(tiny_model, token_file, tmp_path, monkeypatch):
     folder, recipe = tiny_model(), dict(pattern=Unstructured(0.5), calibration=token_file())
     prune_model(folder, tmp_path / "kept", method=SparseGPT(), **recipe)
-    monkeypatch.setattr(blockwise, "carry_allowance", lambda activations: -1)
+    monkeypatch.setattr(Layout, "keeps", lambda self, nbytes: False)
     prune_model(folder, tmp_path / "again", method=SparseGPT(), **recipe)
     kept, again = jprune.load(tmp_path / "kept"), jprune.load(tmp_path / "again")
     for path in kept.shapes:
@@ -110,7 +111,7 @@ def test_uneven_micro_batches_see_every_window_once(tiny_model, token_file, tmp_
     folder, tokens = tiny_model(), token_file(5)
     recipe = dict(pattern=Unstructured(0.5), calibration=tokens)
     prune_model(folder, tmp_path / "uneven", method=Wanda(), **recipe)
-    monkeypatch.setattr(blockwise, "windows_at_once", lambda length: 5)
+    monkeypatch.setattr(forecast, "windows_at_once", lambda length: 5)
     prune_model(folder, tmp_path / "whole", method=Wanda(), **recipe)
     uneven, whole = jprune.load(tmp_path / "uneven"), jprune.load(tmp_path / "whole")
     for path in whole.shapes:
@@ -191,7 +192,7 @@ def test_transformers_reads_the_result(tiny_model, token_file, tmp_path):
 
 def test_a_failure_leaves_nothing_behind(tiny_model, token_file, tmp_path, monkeypatch):
     folder, out = tiny_model(), tmp_path / "results" / "out"
-    monkeypatch.setattr(blockwise._Run, "_solve", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(stagewise.UnitRun, "_solve", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prune_model(folder, out, method=Wanda(), pattern=NM(2, 4), calibration=token_file())
     assert list(out.parent.iterdir()) == []

@@ -1,0 +1,319 @@
+"""What a run will take, and how it is laid out for the memory there is.
+
+A run needs, beside what the process has: the weights of three units (the one at work, the next, which is being read,
+and the last, which is being written), the working memory of compiled programs, and the activations. The first three
+do not depend on the calibration set or on the number of blocks. What is left of the limit is for activations, and what
+does not fit goes to disk, or is recomputed where computing is faster than disks are.
+"""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from jprune import trees
+from jprune.checkpoints import Checkpoint
+from jprune.methods import Method
+from jprune.models.batching import windows_at_once
+from jprune.pipeline import memory, speed
+from jprune.pipeline.blockwise import hidden_specs
+from jprune.pipeline.costs import UnitCost, rough_working, unit_cost, working
+from jprune.pipeline.layout import Layout
+from jprune.pipeline.plan import Kernel, prunable, units
+from jprune.pipeline.spill import Room
+from jprune.statistics import Gram
+
+COMPILER = 2**28
+"""Bytes that compiling, and the programs compiled, leave in the process."""
+UNITS_IN_MEMORY = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnitPlan:
+    """What one unit (a block, or the head) is expected to take."""
+
+    name: str
+    bytes_read: int
+    flops: float
+    seconds: float
+    peak_memory_bytes: int
+    peak_device_memory_bytes: int | None
+    """None on CPU."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything a run will do, known beforehand."""
+
+    kernels: tuple[Kernel, ...]
+    sparsity: trees.Sparsity
+    """Expected."""
+    tokens: int
+    """Calibration tokens; 0 where the method needs none."""
+    layout: Layout
+    units: tuple[UnitPlan, ...]
+    activations: str
+    """Where they are between units: "device", "memory", "disk" (in part) or "none"."""
+    intermediates: str
+    """What becomes of the values between stages: "kept", "disk" (in part), "recomputed" or "none"."""
+    disk_bytes: int
+    """That the run folder takes at most, beside the result."""
+    memory_limit: int
+    peak_memory_bytes: int
+    """Expected, with what Python and JAX took when the plan was made; without --evaluate."""
+    peak_device_memory_bytes: int | None
+    advice: tuple[str, ...]
+    """What to change so that it fits the limit; empty if it fits."""
+
+    @property
+    def flops(self) -> float:
+        """Of matmuls over the calibration tokens, of statistics, and of the solver."""
+        return sum(unit.flops for unit in self.units)
+
+    @property
+    def seconds(self) -> float:
+        """Expected, without compiling and evaluating."""
+        return sum(unit.seconds for unit in self.units)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the expected peak is within the limit."""
+        return not self.advice
+
+    @property
+    def time_class(self) -> str:
+        """Seconds, minutes, hours or days."""
+        limits = ((60, "seconds"), (3600, "minutes"), (86400, "hours"), (math.inf, "days"))
+        return next(name for limit, name in limits if self.seconds < limit)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a layout takes."""
+
+    host_fixed: int
+    """Bytes of host memory beside activations."""
+    device_fixed: int | None
+    """Of the accelerator; None on CPU."""
+    hidden: int
+    """Bytes of the activations between units."""
+    carry: int
+    """The most bytes of the values between two stages (which contain the activations)."""
+    limit: int
+    device_limit: int | None
+
+    @property
+    def room(self) -> Room:
+        """What is left for activations."""
+        host = max(self.limit - self.host_fixed, 0)
+        if self.device_fixed is None or self.device_limit is None:
+            return Room(device=host, host=0)
+        return Room(device=max(self.device_limit - self.device_fixed, 0), host=host)
+
+    @property
+    def left(self) -> int:
+        """Bytes in that room."""
+        return self.room.left
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything but activations is within the limits: activations can go elsewhere."""
+        device = self.device_fixed is None or self.device_limit is None or self.device_fixed <= self.device_limit
+        return device and self.host_fixed <= self.limit
+
+
+class Forecast:
+    """The costs of a run.
+
+    Args:
+      checkpoint: the model.
+      kernels: what is pruned.
+      method: how.
+      shape: of the calibration tokens; None if the method needs none.
+      dtype: of the activations.
+      limit: bytes of memory that may be taken; by default what `memory.default_limit` says.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        kernels: Sequence[Kernel],
+        method: Method,
+        *,
+        shape: tuple[int, int] | None,
+        dtype: DTypeLike,
+        limit: int | None = None,
+    ):
+        self.checkpoint, self.kernels, self.method = checkpoint, tuple(kernels), method
+        self.shape, self.dtype = shape, dtype
+        self.base = memory.resident() + COMPILER
+        self.limit = limit or memory.default_limit()
+        self._by_unit: dict[str, list[Kernel]] = {}
+        for kernel in kernels:
+            self._by_unit.setdefault(kernel.unit, []).append(kernel)
+        todo = units(checkpoint)
+        self.units = todo[: max(i for i, unit in enumerate(todo) if unit.name in self._by_unit) + 1]
+
+    def choose(self, disk: Path, *, exact: bool = False) -> tuple[Layout, Memory]:
+        """The layout for the memory there is, and what it takes.
+
+        Args:
+          disk: the run folder, or where it will be.
+          exact: ask the compiler for the working memory even where a rough bound fits.
+        """
+        windows = 1 if self.shape is None else min(windows_at_once(self.shape[1]), self.shape[0])
+        layout = Layout(windows=windows)
+        found = self.memory(layout, exact=False)
+        if exact or max(found.hidden, found.carry) > found.left:
+            found = self.memory(layout, exact=True)
+            while not found.fits and layout.windows > 1:
+                layout = Layout(windows=layout.windows // 2)
+                found = self.memory(layout, exact=True)
+        needed = max(found.hidden, found.carry)
+        if needed > found.left and (jax.default_backend() != "cpu" or 2 * needed > _free_disk(disk)):
+            layout = Layout(windows=layout.windows, carry_limit=max(found.left - found.hidden, 0))
+        return layout, found
+
+    def memory(self, layout: Layout, *, exact: bool) -> Memory:
+        """What a layout takes."""
+        costs = self.costs(layout)
+        peaks = self.working(layout, exact=exact)
+        weights = max(cost.weights for cost in costs)
+        hidden = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in self.hidden(layout))
+        on_cpu = jax.default_backend() == "cpu"
+        device_limit = memory.device_limit()
+        return Memory(
+            host_fixed=self.base + UNITS_IN_MEMORY * weights + (max(peaks) if on_cpu else 0),
+            device_fixed=None if on_cpu else weights + max(peaks),
+            hidden=hidden,
+            carry=max(cost.carry for cost in costs),
+            limit=self.limit,
+            device_limit=device_limit,
+        )
+
+    def hidden(self, layout: Layout) -> list[jax.ShapeDtypeStruct]:
+        """The hidden states, micro-batch by micro-batch."""
+        if self.shape is None:
+            return []
+        return [x for (x,) in hidden_specs(self.checkpoint, self.shape, layout, self.dtype)]
+
+    def costs(self, layout: Layout) -> list[UnitCost]:
+        """Of every unit."""
+        hidden = self.hidden(layout)
+        return [unit_cost(unit, self._by_unit.get(unit.name, []), self.method, hidden) for unit in self.units]
+
+    def working(self, layout: Layout, *, exact: bool) -> list[int]:
+        """Working memory of every unit, in bytes."""
+        hidden = self.hidden(layout)
+        x = hidden[0] if hidden else None
+        estimate = working if exact else rough_working
+        return [estimate(unit, self._by_unit.get(unit.name, []), self.method, x) for unit in self.units]
+
+    def plan(self, disk: Path) -> Plan:
+        """Everything, with a short measurement of this machine."""
+        layout, found = self.choose(disk, exact=True)
+        config = self.checkpoint.config
+        rates = speed.measure(self.method, d_model=config.d_model, d_ff=config.d_ff, dtype=self.dtype)
+        kept = max(found.hidden, found.carry if layout.carry_limit is None else 0)
+        in_memory = min(kept, found.left)
+        planned = []
+        for unit, cost, peak in zip(self.units, self.costs(layout), self.working(layout, exact=True), strict=True):
+            on_cpu = found.device_fixed is None
+            host = self.base + UNITS_IN_MEMORY * cost.weights + (peak + in_memory if on_cpu else 0)
+            planned.append(
+                UnitPlan(
+                    name=unit.name,
+                    bytes_read=cost.weights,
+                    flops=cost.forward_flops + cost.statistic_flops + cost.solve_flops,
+                    seconds=rates.seconds(cost),
+                    peak_memory_bytes=host,
+                    peak_device_memory_bytes=None if on_cpu else cost.weights + peak + in_memory,
+                )
+            )
+        sizes = {path: math.prod(shape.shape) for path, shape in self.checkpoint.shapes.items()}
+        sparsity = trees.Sparsity(
+            zeros=sum(k.zeros for k in self.kernels),
+            prunable_parameters=sum(sizes[path] for path in prunable(self.checkpoint, self.kernels)),
+            total_parameters=sum(sizes.values()),
+        )
+        embedding = sum(_nbytes(s) for p, s in self.checkpoint.shapes.items() if p.startswith("embed/"))
+        peak = max(self.base + embedding + min(found.hidden, found.left), *(u.peak_memory_bytes for u in planned))
+        on_device = [u.peak_device_memory_bytes for u in planned if u.peak_device_memory_bytes is not None]
+        return Plan(
+            kernels=self.kernels,
+            sparsity=sparsity,
+            tokens=math.prod(self.shape) if self.shape else 0,
+            layout=layout,
+            units=tuple(planned),
+            activations=_where(found.hidden, found.left),
+            intermediates=_what(layout, found),
+            disk_bytes=2 * found.hidden + (2 * found.carry if kept > found.left else 0),
+            memory_limit=self.limit,
+            peak_memory_bytes=peak,
+            peak_device_memory_bytes=max(on_device, default=None),
+            advice=() if found.fits else self.advice(),
+        )
+
+    def advice(self) -> tuple[str, ...]:
+        """What would make a run smaller, the most telling first."""
+        layout = Layout(windows=1)
+        found = self.memory(layout, exact=False)
+        widest = max(self.kernels, key=lambda kernel: kernel.d_in)
+        answers = []
+        if self.shape is not None:
+            values = max(found.carry, found.hidden) // max(len(self.hidden(layout)), 1)
+            answers.append(
+                f"a shorter --sequence-length: one window of {self.shape[1]} tokens takes about "
+                f"{_words(2 * values)} between stages, and more within them"
+            )
+            if np.dtype(self.dtype).itemsize > 2:
+                answers.append("--dtype bfloat16, which halves the activations")
+        if self.method.statistic is Gram:
+            answers.append(
+                f"--skip {widest.path.split('/', 2)[-1].removesuffix('/kernel')}: its Gram matrix is "
+                f"[{widest.d_in}, {widest.d_in}], {_words(4 * widest.d_in**2)}, and is needed five times over; "
+                "or wanda, which needs no such matrix"
+            )
+        answers.append(
+            f"more memory: {_words(found.host_fixed)} of host memory are needed whatever the calibration, "
+            f"{_words(UNITS_IN_MEMORY * max(c.weights for c in self.costs(layout)))} of them for weights"
+        )
+        return tuple(answers)
+
+
+def describe(decisions: Mapping[str, Any]) -> Layout:
+    """The layout that a run folder remembers."""
+    return Layout(windows=decisions["windows"], carry_limit=decisions["carry_limit"])
+
+
+def _where(hidden: int, left: int) -> str:
+    if hidden == 0:
+        return "none"
+    return "disk" if hidden > left else "memory"
+
+
+def _what(layout: Layout, found: Memory) -> str:
+    if found.carry == 0:
+        return "none"
+    if found.carry <= found.left:
+        return "kept"
+    return "disk" if layout.carry_limit is None else "recomputed"
+
+
+def _free_disk(folder: Path) -> int:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def _nbytes(shape: jax.ShapeDtypeStruct) -> int:
+    return math.prod(shape.shape) * np.dtype(shape.dtype).itemsize
+
+
+def _words(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2g} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2g} MB"

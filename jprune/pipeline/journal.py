@@ -1,0 +1,179 @@
+"""What a run has done so far: read and checked when it begins, written behind it as it goes on.
+
+Nothing is believed without its checksum: parameters are read back from the result, activations from the run folder.
+What does not check out is done again; `route` says in which order, from which activations.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jprune.checkpoints.huggingface import Writer
+from jprune.pipeline.background import Background
+from jprune.pipeline.report import KernelReport
+from jprune.pipeline.resume import RunFolder
+from jprune.pipeline.spill import ArrayFile, Batches, Room, Specs
+
+SHARE = 0.1
+"""Of the time, that saving activations may take; they are saved after every unit as long as it takes less."""
+
+
+class Step(NamedTuple):
+    """One unit to go through."""
+
+    unit: int
+    """Its index."""
+    prune: bool
+    """False: it has been pruned, and only its output is wanted."""
+    load: bool
+    """Whether its input is to be loaded: the saved activations, or the embeddings for the first unit."""
+
+
+def route(todo: Collection[int], saved: Collection[int]) -> list[Step]:
+    """The units to go through so that those in `todo` get done.
+
+    Args:
+      todo: indices of the units that are not done.
+      saved: indices of the units before which the activations are known, besides 0.
+    """
+    steps: list[Step] = []
+    at: int | None = None  # the unit whose input is at hand
+    for index in sorted(todo):
+        start = max((s for s in {0, *saved} if s <= index), default=0)
+        jump = at is None or start > at
+        at = start if jump or at is None else at
+        steps += [Step(i, i == index, jump and i == at) for i in range(at, index + 1)]
+        at = index + 1
+    return steps
+
+
+class Journal:
+    """The record of one run.
+
+    Args:
+      run: its folder.
+      result: where the parameters go.
+      counted: paths of the parameters whose zeros are counted.
+      room: memory for activations.
+
+    Attributes:
+      zeros: in the counted parameters that are done.
+    """
+
+    def __init__(self, run: RunFolder, result: Writer, counted: Collection[str], room: Room):
+        self.run = run
+        self.room = room
+        self._result = result
+        self._counted = frozenset(counted)
+        self._marks: dict[str, dict[str, Any]] = {}
+        self._saved_at: float | None = None
+        self._cost = 0.0
+
+    @property
+    def zeros(self) -> int:
+        """Zeros in the counted parameters of the units that are done."""
+        return sum(mark["zeros"] for mark in self._marks.values())
+
+    def done(self, name: str, paths: Iterable[str]) -> bool:
+        """Whether a unit is done, and its parameters lie undamaged in the result."""
+        mark = self.run.marked(name)
+        if mark is None or set(mark["tensors"]) != set(paths):
+            return False
+        if not all(self._result.keep(path, checksum) for path, checksum in mark["tensors"].items()):
+            return False
+        self._marks[name] = mark
+        return True
+
+    def reports(self, name: str) -> list[KernelReport]:
+        """On the pruned kernels of a unit that is done."""
+        return [KernelReport.from_json(report) for report in self._marks[name]["kernels"]]
+
+    def read(self, path: str) -> np.ndarray:
+        """A parameter of a unit that is done."""
+        return self._result.read(path)
+
+    def batches(self, index: int, specs: Sequence[Specs], background: Background, *, save: bool) -> Batches:
+        """Takes the activations before unit `index`; if they are to be saved, what stays in memory is written too."""
+        return Batches(specs, self.room, self.run.hidden / f"{index:05}.bin", background if save else None)
+
+    def due(self) -> bool:
+        """Whether enough time has passed to save activations again. The clock that is read only ever goes forward."""
+        return self._saved_at is None or time.monotonic() - self._saved_at >= self._cost / SHARE
+
+    def load(self, index: int, name: str, specs: Sequence[Specs]) -> Batches | None:
+        """The saved activations before unit `index`, which are those after unit `name`; None if there are none, or
+        if they are damaged."""
+        mark = self._marks.get(name) or self.run.marked(name)
+        if mark is None or mark["hidden"] is None:
+            return None
+        file = ArrayFile(self.run.hidden / f"{index:05}.bin", specs)
+        try:
+            intact = [file.checksums(j) for j in range(len(specs))] == mark["hidden"]
+        except (OSError, ValueError):  # gone, or shorter than it should be
+            return None
+        batches = Batches(specs, self.room, file.path)
+        batches.saved = True
+        return batches if intact else None
+
+    def save(
+        self,
+        name: str,
+        index: int,
+        params: Mapping[str, jax.Array | np.ndarray],
+        kernels: Sequence[KernelReport],
+        hidden: Batches | None,
+        background: Background,
+        *,
+        written: bool = False,
+    ) -> None:
+        """Writes the parameters of a unit, and then marks it, in the background.
+
+        Args:
+          name: of the unit.
+          index: of the unit.
+          params: by path in the model; each is written once in a run.
+          kernels: reports on those that were pruned.
+          hidden: the activations after it, if they are to be saved.
+          background: runs it.
+          written: the parameters are in the result already; only the activations are new.
+        """
+        job = functools.partial(self._save, name, index, dict(params), tuple(kernels), hidden, written)
+        background.submit(job, 0 if written else sum(value.nbytes for value in params.values()))
+
+    def _save(
+        self,
+        name: str,
+        index: int,
+        params: Mapping[str, jax.Array | np.ndarray],
+        kernels: tuple[KernelReport, ...],
+        hidden: Batches | None,
+        written: bool,
+    ) -> None:
+        if written:
+            mark = self._marks[name] | {"hidden": None}
+        else:
+            tensors = {path: self._result.write(path, value) for path, value in params.items()}
+            zeros = sum(count_zeros(np.asarray(params[path])) for path in params if path in self._counted)
+            reports = [dataclasses.asdict(report) for report in kernels]
+            mark = {"tensors": tensors, "zeros": zeros, "kernels": reports, "hidden": None}
+            self._result.sync(tensors)
+        if hidden is not None and hidden.saved:
+            mark["hidden"] = hidden.synced()
+        self.run.mark(name, mark)
+        self._marks[name] = mark
+        if hidden is not None and hidden.saved:
+            self._saved_at, self._cost = time.monotonic(), hidden.seconds
+            for file in self.run.hidden.glob("*.bin"):
+                if int(file.stem) < index + 1:
+                    file.unlink()
+
+
+def count_zeros(values: np.ndarray) -> int:
+    """Elements that are exactly zero (or minus zero), fast for every float dtype."""
+    bits = values.view(f"u{values.dtype.itemsize}")
+    return int(values.size - np.count_nonzero(bits << 1))

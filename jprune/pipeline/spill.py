@@ -1,0 +1,174 @@
+"""Micro-batches of activations: in memory while there is room, in a memory-mapped file beyond that.
+
+What is computed does not depend on where they lie. A file holds the arrays of every micro-batch at known places, so it
+is written in any order and read without a copy; mapped pages belong to the file, and the system takes them back when it
+needs them.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jprune.checkpoints import writing
+from jprune.pipeline.background import Background
+
+Arrays = tuple[Any, ...]
+Specs = Sequence[jax.ShapeDtypeStruct]
+_ALIGNMENT = 4096  # maps begin at pages; arrays that are aligned so are used without a copy
+
+
+class Room:
+    """Bytes of memory for activations, on the device and on the host; whoever takes some gives them back.
+
+    On a CPU the device's memory is the host's, and only `device` counts.
+    """
+
+    def __init__(self, *, device: int, host: int):
+        self._left = {"device": device, "host": host}
+
+    @property
+    def left(self) -> int:
+        """Bytes that may still be taken."""
+        return sum(self._left.values())
+
+    def take(self, nbytes: int) -> str | None:
+        """Where there is room for so many bytes, "device" or "host"; they are taken. None: nowhere."""
+        for place, left in self._left.items():
+            if nbytes <= left:
+                self._left[place] = left - nbytes
+                return place
+        return None
+
+    def give_back(self, place: str, nbytes: int) -> None:
+        """Bytes that are free again."""
+        self._left[place] += nbytes
+
+
+class ArrayFile:
+    """Micro-batches of arrays in one file.
+
+    Args:
+      path: the file; made when something is written to it.
+      specs: shape and dtype of the arrays of every micro-batch.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[Specs]):
+        self.path = path
+        self._specs = [tuple((s.shape, np.dtype(s.dtype)) for s in arrays) for arrays in specs]
+        self._starts: list[list[int]] = []
+        end = 0
+        for arrays in self._specs:
+            starts = []
+            for shape, dtype in arrays:
+                starts.append(end)
+                end += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+            self._starts.append(starts)
+
+    def write(self, j: int, arrays: Arrays) -> list[int]:
+        """Puts a micro-batch into its place; returns the checksums of its arrays.
+
+        Raises:
+          JpruneError: the disk is full or cannot be written.
+        """
+        checksums = []
+        with writing.explained(self.path.parent):
+            self.path.touch()
+            with self.path.open("r+b") as file:
+                for start, array in zip(self._starts[j], arrays, strict=True):
+                    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+                    file.seek(start)
+                    file.write(data.data)
+                    checksums.append(writing.checksum(data))
+        return checksums
+
+    def read(self, j: int) -> Arrays:
+        """A micro-batch, mapped.
+
+        Raises:
+          ValueError: the file is shorter than it should be.
+        """
+        return tuple(
+            np.memmap(self.path, np.uint8, "r", start, (math.prod(shape) * dtype.itemsize,)).view(dtype).reshape(shape)
+            for start, (shape, dtype) in zip(self._starts[j], self._specs[j], strict=True)
+        )
+
+    def checksums(self, j: int) -> list[int]:
+        """Of the arrays of a micro-batch as they are in the file."""
+        return [writing.checksum(array) for array in self.read(j)]
+
+
+class Batches:
+    """Micro-batches of arrays, put and taken by their number.
+
+    Args:
+      specs: shape and dtype of the arrays of every micro-batch.
+      room: memory that may be taken.
+      path: of the file for those for which there is no room.
+      behind: if given, those that stay in memory are written to the file too, by it.
+
+    Attributes:
+      saved: whether the file is to hold all of them, and to be there after them.
+      seconds: that writing to the file has taken.
+    """
+
+    def __init__(self, specs: Sequence[Specs], room: Room, path: Path, behind: Background | None = None):
+        self.specs = specs
+        self.file = ArrayFile(path, specs)
+        self.saved = behind is not None
+        self.seconds = 0.0
+        self._checksums: dict[int, list[int]] = {}
+        self._room = room
+        self._behind = behind
+        self._kept: dict[int, tuple[str, Arrays]] = {}
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def put(self, j: int, arrays: Arrays) -> None:
+        """Stores a micro-batch; waits for the file only if there is no room in memory."""
+        place = self._room.take(self.nbytes(j))
+        if place is None:
+            self._write(j, arrays)
+            return
+        self._kept[j] = place, arrays if place == "device" else tuple(map(np.asarray, arrays))
+        if self._behind is not None:
+            self._behind.submit(functools.partial(self._write, j, self._kept[j][1]), self.nbytes(j))
+
+    def get(self, j: int) -> Arrays:
+        """A micro-batch: arrays of the device, of NumPy, or maps of the file."""
+        return self._kept[j][1] if j in self._kept else self.file.read(j)
+
+    def take(self, j: int) -> Arrays:
+        """A micro-batch, for the last time."""
+        arrays = self.get(j)
+        if j in self._kept:
+            self._room.give_back(self._kept.pop(j)[0], self.nbytes(j))
+        return arrays
+
+    def nbytes(self, j: int) -> int:
+        """Size of a micro-batch."""
+        return sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in self.specs[j])
+
+    def synced(self) -> list[list[int]]:
+        """The checksums of all micro-batches, when all have been written and are on the disk."""
+        start = time.monotonic()
+        writing.sync(self.file.path)
+        self.seconds += time.monotonic() - start
+        return [self._checksums[j] for j in range(len(self))]
+
+    def drop(self) -> None:
+        """Forgets everything, and removes the file."""
+        for j in list(self._kept):
+            self.take(j)
+        self.file.path.unlink(missing_ok=True)
+
+    def _write(self, j: int, arrays: Arrays) -> None:
+        start = time.monotonic()
+        self._checksums[j] = self.file.write(j, arrays)
+        self.seconds += time.monotonic() - start

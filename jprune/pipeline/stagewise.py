@@ -1,0 +1,308 @@
+"""One unit (a decoder block, or the head), stage by stage: calibrate, prune, go on with the pruned weights.
+
+Micro-batches pass in their order, two at a time, and what they add to a statistic is added in that order: the same
+unit, weights, activations and layout give the same bits, whenever and wherever the activations lie.
+"""
+
+import functools
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jprune import trees
+from jprune.errors import JpruneError
+from jprune.methods import Method
+from jprune.pipeline.layout import Layout
+from jprune.pipeline.plan import Kernel, Unit
+from jprune.pipeline.report import KernelReport
+from jprune.pipeline.spill import Arrays, Batches, Room
+from jprune.pipeline.stopwatch import Stopwatch
+from jprune.statistics import Statistic
+from jprune.trace import Stages, stages
+
+PyTree = Any
+Params = dict[str, jax.Array]  # by path in the unit
+
+
+class UnitRun:
+    """One unit of one run.
+
+    Args:
+      unit: which.
+      kernels: of the unit, to be pruned.
+      method: how.
+      layout: how calibration is cut up.
+      room: memory for activations.
+      spill: folder for those that do not fit.
+      stopwatch: gets the phases "calibration" and "solve".
+      progress: called with the part of the unit that is done, what is at work, and the loss of the last kernel.
+    """
+
+    def __init__(
+        self,
+        unit: Unit,
+        kernels: Iterable[Kernel],
+        method: Method,
+        *,
+        layout: Layout,
+        room: Room,
+        spill: Any,
+        stopwatch: Stopwatch,
+        progress: Callable[[float, str, float | None], None],
+    ) -> None:
+        self.unit = unit
+        self.wanted = {_relative(kernel, unit): kernel for kernel in kernels}
+        self.method = method
+        self.reports: list[KernelReport] = []
+        self._layout, self._room, self._spill = layout, room, spill
+        self._stopwatch, self._progress = stopwatch, progress
+
+    def without_data(self, params: Params) -> Params:
+        """The unit's parameters, pruned by a method that needs no statistic."""
+        for i, (path, kernel) in enumerate(self.wanted.items()):
+            self.progress(i / len(self.wanted), kernel.path)
+            params = params | self._solve(params, {path: kernel}, None)
+        self.progress(1.0, "done")
+        return params
+
+    def with_data(
+        self, params: Params, hidden: Batches, make: Callable[[], Batches] | None, *, pruned: bool = False
+    ) -> tuple[Params, Batches | None]:
+        """The unit's parameters, pruned by what the calibration tokens say, and the hidden states after it.
+
+        Args:
+          params: its parameters.
+          hidden: the hidden states before it; each is used up.
+          make: makes what takes those after it; None if nobody needs them.
+          pruned: `params` have been pruned before, by the same run: only the hidden states are wanted. Every program
+            runs as it did then, so that they are the same to the last bit.
+        """
+        x = [arrays[0] for arrays in hidden.specs]
+        specs = [Spec(self.unit.function, self.unit.shapes, frozenset(self.wanted), (s.shape, s.dtype)) for s in x]
+        if not self.wanted:
+            after = make() if make else None
+            with self._stopwatch.phase("calibration"), _Flight(after) as flight:
+                for j in range(len(hidden) if make else 0):
+                    self.progress(j / len(hidden), "nothing to prune here")
+                    flight.add(j, (forward(self.unit.function)(trees.unflatten(params), *hidden.take(j)),))
+            return params, after
+        plan = specs[0].stages()
+        steps = len(plan.matmuls) + 1
+        carries = hidden
+        first = 0  # the first segment whose result has not been kept
+        for stage, matmuls in enumerate(plan.matmuls):
+            inputs = inputs_of(matmuls)
+            text = ", ".join(m.path.removesuffix("/kernel") for m in matmuls)
+            kept = self._kept(specs, stage)
+            with self._stopwatch.phase("calibration"):
+                statistics = self._observe(params, specs, carries, (first, stage), inputs, kept, (steps, text))
+            if kept is not None:
+                if carries is not hidden:
+                    carries.drop()
+                carries, first = kept, stage + 1
+            for ids in dict.fromkeys(inputs.values()):
+                together = {path: self.wanted[path] for path in inputs if inputs[path] == ids}
+                statistic = functools.reduce(lambda a, b: a.merge(b), (statistics.pop(k) for k in ids))
+                if not pruned:
+                    params = params | self._solve(params, together, statistic)
+                del statistic
+        after = make() if make else None
+        if after is not None:
+            with self._stopwatch.phase("calibration"), _Flight(after) as flight:
+                tree = trees.unflatten(params)
+                for j, spec in enumerate(specs):
+                    carry = carries.take(j)
+                    flight.add(j, (finish(spec, first)(tree, _started(spec, carry) if first == 0 else carry),))
+        if carries is not hidden:
+            carries.drop()
+        self.progress(1.0, "done")
+        return params, after
+
+    def progress(self, done: float, text: str) -> None:
+        """Tells how far the unit is, with the loss of the kernel last solved for."""
+        self._progress(done, text, self.reports[-1].loss if self.reports else None)
+
+    def _kept(self, specs: list["Spec"], stage: int) -> Batches | None:
+        """Where what stage `stage` leaves for the next ones is kept; None if it is to be recomputed."""
+        carries = [spec.stages().carries[stage + 1] for spec in specs]
+        arrays = [tuple(jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in carry) for carry in carries]
+        batches = Batches(arrays, self._room, self._spill / f"stage-{stage}.bin")
+        return batches if self._layout.keeps(sum(map(batches.nbytes, range(len(specs))))) else None
+
+    def _observe(
+        self,
+        params: Params,
+        specs: list["Spec"],
+        carries: Batches,
+        segments: tuple[int, int],
+        inputs: Mapping[str, tuple[int, ...]],
+        kept: Batches | None,
+        said: tuple[int, str],
+    ) -> dict[int, Statistic]:
+        """Runs the segments for every micro-batch; returns the statistic of every distinct input of the last one."""
+        (first, stage), (steps, text) = segments, said
+        tree = trees.unflatten(params)
+        # Two sums, so that two micro-batches can be computed side by side.
+        streams = [self._zeros(inputs) for _ in range(2)]
+        with _Flight(kept) as flight:
+            for j, spec in enumerate(specs):
+                self.progress((stage + j / (len(specs) + 1)) / steps, text)
+                arrays = carries.get(j) if kept is None else carries.take(j)
+                carry = _started(spec, arrays) if first == 0 else arrays
+                carry, streams[j % 2] = observe(spec, first, stage, kept is not None)(tree, carry, streams[j % 2])
+                flight.add(j, carry)
+        return jax.block_until_ready(_merge(*streams))
+
+    def _solve(
+        self, params: Mapping[str, jax.Array], kernels: Mapping[str, Kernel], statistic: Statistic | None
+    ) -> Params:
+        """Prunes kernels that read one input; reports on each."""
+        with self._stopwatch.phase("solve"):
+            matrices = {k.path: trees.to_matrix(params[path], k.in_axes) for path, k in kernels.items()}
+            patterns = {k.path: k.pattern for k in kernels.values()}
+            results = jax.block_until_ready(self.method.together(matrices, statistic, patterns, {}))
+        pruned = {}
+        for path, kernel in kernels.items():
+            result = results[kernel.path]
+            zeros = int(result.kernel.size - jnp.count_nonzero(result.kernel))
+            loss = None if result.loss is None else float(result.loss)
+            if loss is not None and not math.isfinite(loss):
+                raise JpruneError(f"{kernel.path}: pruning it gave weights that are not finite (loss {loss})")
+            self.reports.append(
+                KernelReport(
+                    path=kernel.path,
+                    shape=kernel.shape,
+                    pattern=str(kernel.pattern),
+                    zeros=zeros,
+                    size=kernel.size,
+                    loss=loss,
+                )
+            )
+            pruned[path] = trees.from_matrix(result.kernel, kernel.shape, kernel.in_axes)
+        return pruned
+
+    def _zeros(self, inputs: Mapping[str, tuple[int, ...]]) -> dict[int, Statistic]:
+        assert self.method.statistic is not None
+        return {i: self.method.statistic.zeros(self.wanted[path].d_in) for path, ids in inputs.items() for i in ids}
+
+
+class _Flight:
+    """Lets a few micro-batches run ahead, which keeps all cores busy; not all of them.
+
+    Without waiting, the old and the new values of all micro-batches would be in memory together.
+    """
+
+    def __init__(self, batches: Batches | None, ahead: int = 2):
+        self._batches = batches
+        self._ahead = ahead
+        self._flying: deque[tuple[int, Arrays]] = deque()
+
+    def add(self, j: int, arrays: Arrays) -> None:
+        """Stores a micro-batch, once it is computed; waits for the one that went a few before it."""
+        self._flying.append((j, arrays))
+        if len(self._flying) > self._ahead:
+            self._land()
+
+    def _land(self) -> None:
+        j, arrays = self._flying.popleft()
+        jax.block_until_ready(arrays)
+        if self._batches is not None:
+            self._batches.put(j, arrays)
+
+    def __enter__(self) -> "_Flight":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        while kind is None and self._flying:
+            self._land()
+
+
+class Spec(NamedTuple):
+    """What a unit's compiled functions depend on: equal units share them."""
+
+    function: Callable
+    shapes: tuple
+    chosen: frozenset[str]
+    x: tuple[tuple[int, ...], Any]
+
+    def stages(self) -> Stages:
+        """The stages of the unit for micro-batches of shape and dtype `x`."""
+        return _stages(self)
+
+
+@functools.lru_cache(maxsize=64)
+def _stages(spec: Spec) -> Stages:
+    params = trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in spec.shapes})
+    return stages(spec.function, params, jax.ShapeDtypeStruct(*spec.x), where=lambda path: path in spec.chosen)
+
+
+@functools.lru_cache(maxsize=256)
+def observe(spec: Spec, first: int, stage: int, keep: bool) -> Any:
+    """Runs segments `first` to `stage` and adds the inputs of the stage's matmuls to the statistics."""
+    cut = spec.stages()
+
+    def observe(params: PyTree, carry: Any, statistics: dict[int, Statistic]) -> tuple[Any, dict[int, Statistic]]:
+        for segment in cut.segments[first : stage + 1]:
+            carry = segment(params, carry)
+        inputs = cut.inputs(stage, carry)
+        ticket = (jnp.zeros(()),)  # what is not kept can still be waited for
+        return carry if keep else ticket, {i: s.update(jnp.asarray(inputs[i])) for i, s in statistics.items()}
+
+    return jax.jit(observe, donate_argnames="statistics")
+
+
+@functools.lru_cache(maxsize=64)
+def finish(spec: Spec, first: int) -> Any:
+    """Runs the segments from `first` on: the unit's output."""
+    cut = spec.stages()
+
+    def finish(params: PyTree, carry: Any) -> jax.Array:
+        for segment in cut.segments[first:]:
+            carry = segment(params, carry)
+        return cut.finish(carry)
+
+    return jax.jit(finish)
+
+
+@functools.lru_cache(maxsize=64)
+def forward(function: Callable) -> Any:
+    """A function compiled; equal units have one function."""
+    return jax.jit(function)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _merge(a: dict[int, Statistic], b: dict[int, Statistic]) -> dict[int, Statistic]:
+    return {i: a[i].merge(b[i]) for i in a}
+
+
+def _started(spec: Spec, arrays: Arrays) -> Arrays:
+    return spec.stages().start(*arrays)
+
+
+def inputs_of(matmuls: Iterable[Any]) -> dict[str, tuple[int, ...]]:
+    """What each parameter of a stage reads: one input, or several if it is used more than once."""
+    inputs: dict[str, tuple[int, ...]] = {}
+    for m in matmuls:
+        inputs[m.path] = (*inputs.get(m.path, ()), m.input_id)
+    return inputs
+
+
+def _relative(kernel: Kernel, unit: Unit) -> str:
+    return kernel.path.removeprefix(f"{unit.prefix}/") if unit.prefix else kernel.path
+
+
+def check_finite(params: Mapping[str, jax.Array | np.ndarray]) -> None:
+    """Raises `JpruneError` for weights that are NaN or inf."""
+    for path, value in params.items():
+        if not _all_finite(value):
+            raise JpruneError(f"{path} has weights that are NaN or inf; the checkpoint is damaged")
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(x))
