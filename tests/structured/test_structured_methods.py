@@ -137,6 +137,30 @@ def test_what_the_configs_ask_for():
     assert jprune.DropLayers is DropLayers
 
 
+def test_protected_layers(rng):
+    """By default the first 4 and last 2, and none where all layers are to have one size."""
+    (mlp,) = [u for u in units_of(random_params(rng), ("mlp",)) if u.layer == 0]
+    units = [dataclasses.replace(mlp, layer=i) for i in range(8)]
+
+    def layers(**options):
+        return [u.layer for u in LLMPruner(**options).prunable(units, 8)]
+
+    assert layers() == [4, 5]
+    assert layers(protect_last=0) == [4, 5, 6, 7]
+    assert layers(uniform=True) == list(range(8))
+    assert layers(uniform=True, protect_first=1) == list(range(1, 8))
+
+
+def test_ranked_together(rng):
+    """--global lets the channels of one layer go, and not a share of each."""
+    (mlp,) = [u for u in units_of(random_params(rng), ("mlp",)) if u.layer == 0]
+    units = [dataclasses.replace(mlp, name=name) for name in "ab"]
+    scores = {"a": np.arange(14.0), "b": np.arange(14.0) + 100}
+    kept = LLMPruner(globally=True).select(units, scores, 0.25)
+    assert {name: len(k) for name, k in kept.items()} == {"a": 7, "b": 14}
+    assert {len(k) for k in LLMPruner().select(units, scores, 0.25).values()} == {10}
+
+
 def test_magnitude_takes_means_and_taylor_sums(rng):
     params = random_params(rng)
     (mlp,) = [u for u in units_of(params, ("mlp",)) if u.layer == 0]
@@ -163,7 +187,7 @@ def test_magnitude_takes_means_and_taylor_sums(rng):
         ({"mode": "layer"}, "give layers"),
         ({"layers": 3}, "give layers"),
         ({"mode": "layer", "layers": 0}, "at least one layer must stay"),
-        ({"normalise": "mean"}, "goes with the ranking global"),
+        ({"normalise": "mean"}, "goes with globally"),
     ],
 )
 def test_refused_options(options, message):
