@@ -21,7 +21,7 @@ from jprune.models import families
 from jprune.models.config import DecoderConfig, shapes
 
 # Buffers that old versions of transformers saved although they follow from the config.
-_DERIVED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$")
+_DERIVED = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(masked_)?bias$")
 
 
 def load(source: str | Path, *, weights: bool = True) -> "Checkpoint":
@@ -171,10 +171,11 @@ def _by_path(opened: Source, config: DecoderConfig, source: str) -> dict[str, St
     """Tensors by our paths, checked against the config: nothing missing, nothing unknown, every shape as expected."""
     if opened.layout == "hugging_face":
         table = families.table(config)
-        expected = {entry.key: entry.shape for entry in table.values()}
+        expected = {key: entry.shape for entry in table.values() for key in entry.keys}
+        given = {families.stored_key(config, key): tensor for key, tensor in opened.tensors.items()}
     else:
         expected = shapes(config)
-    given = opened.tensors
+        given = opened.tensors
     if missing := [key for key in expected if key not in given]:
         hint = "; does config.json lack tie_word_embeddings?" if missing == ["lm_head.weight"] else ""
         raise JpruneError(
@@ -195,13 +196,13 @@ def _by_path(opened: Source, config: DecoderConfig, source: str) -> dict[str, St
         )
     if opened.layout != "hugging_face":
         return {path: given[path] for path in expected}
-    return {path: _in_our_layout(given[entry.key], entry) for path, entry in table.items()}
+    return {path: _in_our_layout([given[key] for key in entry.keys], entry) for path, entry in table.items()}
 
 
-def _in_our_layout(stored: StoredTensor, entry: families.Entry) -> StoredTensor:
+def _in_our_layout(stored: Sequence[StoredTensor], entry: families.Entry) -> StoredTensor:
     return StoredTensor(
         shape=entry.path_shape,
-        dtype=stored.dtype,
-        where=stored.where,
-        read=lambda: entry.read(stored.read()),
+        dtype=stored[0].dtype,
+        where=stored[0].where,
+        read=lambda: entry.read(*(tensor.read() for tensor in stored)),
     )

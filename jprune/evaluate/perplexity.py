@@ -129,7 +129,7 @@ def _mean_nll(
         jax.block_until_ready(hidden)
         del params
         done(index + 1)
-    params = {name: read(name) for name in ("final_norm", "embed" if config.tied else "head")}
+    params = {name: read(name) for name in decoder.head_parts(config)}
     head_nll = _jit_nll(decoder.head(config))
     nll = np.concatenate([head_nll(params, x, windows) for x, windows in zip(hidden, batches)])
     nll = nll[: len(tokens)].astype(np.float64)

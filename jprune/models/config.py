@@ -12,6 +12,8 @@ from jprune.errors import JpruneError
 from jprune.models.rope import Rope
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+NORMS = ("rms", "layer")
+QK_NORMS = ("shared", "own", "joint")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class DecoderConfig:
     """One decoder-only language model; built from a config.json by `jprune.models.families.config`.
 
     `heads`, `kv_heads` and `d_ff` hold for every layer unless `sizes` gives them layer by layer. Sizes that are all
-    equal become those three, so that configs of equal models are equal.
+    equal become those three, so that configs of equal models are equal. The fields below the sizes are the options in
+    which families differ; their defaults are Llama's.
     """
 
     architecture: str  # as in config.json, e.g. "LlamaForCausalLM"
@@ -43,15 +46,49 @@ class DecoderConfig:
     head_dim: int
     d_ff: int
     context: int  # longest sequence the model was made for
-    rope: Rope = field(default_factory=Rope)
-    norm_eps: float = 1e-6
-    activation: str = "silu"
     tied: bool = False  # the head is the embedding, transposed
+
+    # Positions
+    rope: Rope | None = field(default_factory=Rope)  # None: queries and keys are not turned
+    ropes: tuple[Rope | None, ...] = ()  # of each layer, where they differ; see `rope_of`
+    positions: int = 0  # rows of a table of learned positions that are added to the embedding; 0: there is none
+    position_offset: int = 0  # the table's row of the first position
+    alibi: bool = False  # scores fall with distance, with a slope per head (arXiv:2108.12409)
+    windows: tuple[int | None, ...] = ()  # sliding window of each layer in tokens, None: all earlier tokens
+
+    # Norms
+    norm: str = "rms"  # or "layer": the mean is subtracted too
+    norm_eps: float = 1e-6
+    norm_bias: bool = False
+    norm_offset: bool = False  # scales are stored less one
+    pre_norm: bool = True  # attention and MLP read the residual stream through a norm
+    post_norm: bool = False  # their outputs are normalised before they are added to it
+    norm_after: bool = False  # the (pre-)norms come after the addition instead: the original Transformer's order
+    final_norm: bool = True
+    embed_norm: bool = False  # the embedding is normalised
+    qk_norm: bool = False  # queries and keys are normalised over head_dim, before the rotation
+    qk_norm_kind: str = "shared"  # scales: "shared" by all heads, each head's "own", or "joint": normalised together
+    qk_norm_bias: bool = False
+
+    # Attention and MLP
+    activation: str = "silu"
+    gated: bool = True  # down(activation(gate(x)) * up(x)); else down(activation(up(x)))
+    parallel: bool = False  # attention and MLP both read what enters the block
+    shared_norm: bool = False  # of parallel ones: they read it through one norm
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over head_dim of queries and keys, before the rotation
-    windows: tuple[int | None, ...] = ()  # sliding window of each layer in tokens, None: all earlier tokens
+    head_bias: bool = False
+
+    # Numbers
+    score_scale: float | None = None  # of attention scores; None: head_dim ** -0.5
+    score_cap: float | None = None  # scores s become cap * tanh(s / cap)
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+
+    d_embed: int | None = None  # width of the embedding, where it is projected to d_model, and back before the head
     sizes: tuple[LayerSizes, ...] = ()  # of each layer; empty where all layers are equal
 
     def __post_init__(self) -> None:
@@ -69,12 +106,18 @@ class DecoderConfig:
                 "check num_attention_heads and num_key_value_heads in config.json"
             )
         self._check_sizes()
-        if self.head_dim % 2:
-            raise JpruneError(f"{self.architecture}: rotary embeddings need an even head_dim, got {self.head_dim}")
-        if self.activation not in ACTIVATIONS:
-            raise JpruneError(
-                f"{self.architecture}: unsupported activation {self.activation!r}; supported: {', '.join(ACTIVATIONS)}"
-            )
+        for name, known in (("activation", ACTIVATIONS), ("norm", NORMS), ("qk_norm_kind", QK_NORMS)):
+            if (value := getattr(self, name)) not in known:
+                raise JpruneError(f"{self.architecture}: unsupported {name} {value!r}; supported: {', '.join(known)}")
+        if self.ropes and len(self.ropes) != self.layers:
+            raise JpruneError(f"{self.architecture}: {len(self.ropes)} rotary embeddings for {self.layers} layers")
+        for rope in (self.rope, *self.ropes):
+            dims = self.head_dim if rope is None or rope.dims is None else rope.dims
+            if rope is not None and (dims % 2 or not 0 < dims <= self.head_dim):
+                raise JpruneError(
+                    f"{self.architecture}: rotary embeddings need an even head_dim, or an even part of it; "
+                    f"got {dims} of {self.head_dim}"
+                )
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.layers)
         if len(self.windows) != self.layers or any(w is not None and w < 1 for w in self.windows):
@@ -110,8 +153,14 @@ class DecoderConfig:
         """The sizes of one layer."""
         return self.sizes[index] if self.sizes else LayerSizes(self.heads, self.kv_heads, self.d_ff)
 
+    def rope_of(self, index: int) -> Rope | None:
+        """The rotary embedding of one layer."""
+        return self.ropes[index] if self.ropes else self.rope
+
     def size(self, axis: str, path: str) -> int:
         """The length of an axis (a name that `parameters` gives) of the parameter at a path."""
+        if axis == "group":  # query heads of a key/value head
+            return self.size("heads", path) // self.size("kv_heads", path)
         if axis in LAYER_SIZES and path.startswith("blocks/"):
             return getattr(self.layer(int(path.split("/")[1])), axis)
         return getattr(self, axis)
@@ -130,15 +179,17 @@ def describe(config: DecoderConfig) -> dict[str, Any]:
 def parameters(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
     """The path of every parameter of the model and the names of its axes; for their lengths see `shapes`."""
     block = {
-        "attn_norm/scale": "d_model",
+        **_norm(config, "attn_norm", when=config.pre_norm),
         "attn/q/kernel": "d_model heads head_dim",
         "attn/k/kernel": "d_model kv_heads head_dim",
         "attn/v/kernel": "d_model kv_heads head_dim",
         "attn/o/kernel": "heads head_dim d_model",
-        "mlp_norm/scale": "d_model",
+        **_norm(config, "attn_post_norm", when=config.post_norm),
+        **_norm(config, "mlp_norm", when=config.pre_norm and not config.shared_norm),
         "mlp/gate/kernel": "d_model d_ff",
         "mlp/up/kernel": "d_model d_ff",
         "mlp/down/kernel": "d_ff d_model",
+        **_norm(config, "mlp_post_norm", when=config.post_norm),
     }
     if config.qkv_bias:
         block |= {
@@ -149,15 +200,36 @@ def parameters(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
     if config.o_bias:
         block |= {"attn/o/bias": "d_model"}
     if config.qk_norm:
-        block |= {"attn/q_norm/scale": "head_dim", "attn/k_norm/scale": "head_dim"}
+        for name, heads in (("q_norm", "heads"), ("k_norm", "kv_heads")):
+            axes = "head_dim" if config.qk_norm_kind == "shared" else f"{heads} head_dim"
+            block |= {f"attn/{name}/scale": axes}
+            block |= {f"attn/{name}/bias": axes} if config.qk_norm_bias else {}
     if config.mlp_bias:
         block |= {"mlp/gate/bias": "d_ff", "mlp/up/bias": "d_ff", "mlp/down/bias": "d_model"}
-    axes = {"embed/embedding": "vocab d_model"}
-    axes |= {f"blocks/{i}/{path}": names for i in range(config.layers) for path, names in block.items()}
-    axes |= {"final_norm/scale": "d_model"}
+    if not config.gated:
+        block = {path: axes for path, axes in block.items() if not path.startswith("mlp/gate/")}
+    width = "d_model" if config.d_embed is None else "d_embed"
+    model = {"embed/embedding": f"vocab {width}"}
+    if config.d_embed is not None:
+        model |= {"embed/project_in/kernel": "d_embed d_model"}
+    if config.positions:
+        model |= {"embed/positions": "positions d_model"}
+    model |= _norm(config, "embed/norm", when=config.embed_norm)
+    model |= {f"blocks/{i}/{path}": names for i in range(config.layers) for path, names in block.items()}
+    model |= _norm(config, "final_norm", when=config.final_norm)
+    if config.d_embed is not None:
+        model |= {"project_out/kernel": "d_model d_embed"}
     if not config.tied:
-        axes |= {"head/kernel": "d_model vocab"}
-    return {path: tuple(names.split()) for path, names in axes.items()}
+        model |= {"head/kernel": f"{width} vocab"}
+    if config.head_bias:
+        model |= {"head/bias": "vocab"}
+    return {path: tuple(names.split()) for path, names in model.items()}
+
+
+def _norm(config: DecoderConfig, name: str, *, when: bool = True) -> dict[str, str]:
+    """The parameters of a norm over d_model, or none."""
+    names = ("scale", "bias") if config.norm_bias else ("scale",)
+    return {f"{name}/{kind}": "d_model" for kind in names} if when else {}
 
 
 def shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

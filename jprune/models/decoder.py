@@ -1,15 +1,13 @@
 """One decoder for every family: Flax NNX modules with explicit head axes, and the pure functions that stream through.
 
 Shapes are the architecture. A module is built from its parameters (arrays, tracers or ShapeDtypeStructs in nested
-dicts) and reads every size from them, and the presence of a bias, a QK-norm or an untied head too: surgery and
+dicts) and reads every size from them, and the presence of a bias, a norm, a gate or an untied head too: surgery and
 per-layer sizes need no other description. What no array can tell (rotary embedding, window, activation, epsilon) comes
-from the config.
-
-Axes in comments: B batch, T time (queries), S keys, H query heads, K key/value heads, G = H / K, D head_dim.
+from the config. The modules are in `jprune.models.modules`.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,165 +17,96 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Key
 
 from jprune import trees
-from jprune.models.attention import Cache, attend
+from jprune.models.attention import Cache
 from jprune.models.config import DecoderConfig, shapes
-from jprune.models.rope import Rope, rotate, rotations
+from jprune.models.modules import Block, Embed, Linear, Norm, NormOptions, Options, Params, norm_options
 
-Params = Mapping[str, Any]  # nested dicts; leaves are arrays
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
-
-
-class Linear(nnx.Module):
-    """y = x kernel (+ bias): the kernel's first `inputs` axes meet x's last ones in one dot_general."""
-
-    def __init__(self, params: Params, *, inputs: int = 1):
-        self.kernel = nnx.Param(params["kernel"])
-        self.bias = nnx.Param(params["bias"]) if "bias" in params else None
-        self.inputs = inputs
-
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Apply to [..., *d_in]; gives [..., *d_out] in x's dtype."""
-        y = jnp.tensordot(x, self.kernel.get_value().astype(x.dtype), axes=self.inputs)
-        return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, the mean of squares in float32 (Zhang and Sennrich, arXiv:1910.07467)."""
-
-    def __init__(self, params: Params, *, eps: float):
-        self.scale = nnx.Param(params["scale"])
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        """Normalise the last axis; in x's dtype."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * self.scale.get_value().astype(x.dtype)
-
-
-class Attention(nnx.Module):
-    """Causal grouped-query attention with rotary positions, optional QK-norm and sliding window."""
-
-    def __init__(self, params: Params, *, rope: Rope, window: int | None, eps: float):
-        self.q, self.k, self.v = (Linear(params[name]) for name in "qkv")
-        self.o = Linear(params["o"], inputs=2)
-        self.q_norm = RMSNorm(params["q_norm"], eps=eps) if "q_norm" in params else None
-        self.k_norm = RMSNorm(params["k_norm"], eps=eps) if "k_norm" in params else None
-        self.rope = rope
-        self.window = window
-
-    def __call__(
-        self,
-        x: Float[Array, "B T d_model"],
-        positions: Int[Array, "... T"] | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, "B T d_model"], Cache | None]:
-        """Attend within x and, with a cache, to what it holds before x; returns the cache with x's keys added."""
-        q, k, v = self.q(x), self.k(x), self.v(x)  # [B, T, H | K, D]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        start = 0 if cache is None else cache.length
-        if positions is None:
-            positions = jnp.arange(x.shape[1]) + start
-        turn = rotations(self.rope, q.shape[-1], positions)
-        q, k = rotate(q, turn), rotate(k, turn)
-        if cache is not None:
-            cache = cache.extend(k, v)
-            k, v = cache.keys, cache.values
-        return self.o(attend(q, k, v, start=start, window=self.window)), cache
-
-
-class GatedMLP(nnx.Module):
-    """down(activation(gate(x)) * up(x)) (Shazeer, arXiv:2002.05202)."""
-
-    def __init__(self, params: Params, *, activation: str):
-        self.gate, self.up, self.down = (Linear(params[name]) for name in ("gate", "up", "down"))
-        self.activation = activation
-
-    def __call__(self, x: Float[Array, "B T d_model"]) -> Float[Array, "B T d_model"]:
-        """Each position by itself."""
-        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
-
-
-class Block(nnx.Module):
-    """One decoder layer, pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, params: Params, *, rope: Rope, window: int | None, eps: float, activation: str):
-        self.attn_norm = RMSNorm(params["attn_norm"], eps=eps)
-        self.attn = Attention(params["attn"], rope=rope, window=window, eps=eps)
-        self.mlp_norm = RMSNorm(params["mlp_norm"], eps=eps)
-        self.mlp = GatedMLP(params["mlp"], activation=activation)
-
-    def __call__(
-        self,
-        x: Float[Array, "B T d_model"],
-        positions: Int[Array, "... T"] | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, "B T d_model"], Cache | None]:
-        """The residual stream after this layer, and the cache with this layer's keys and values."""
-        attended, cache = self.attn(self.attn_norm(x), positions, cache)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), cache
-
-
-class Embed(nnx.Module):
-    """A row of the table for each token."""
-
-    def __init__(self, params: Params):
-        self.embedding = nnx.Param(params["embedding"])
-
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T d_model"]:
-        """Look up; the table's dtype is the dtype in which the blocks compute."""
-        return jnp.take(self.embedding.get_value(), tokens, axis=0, mode="clip")
+__all__ = [
+    "Decoder",
+    "Params",
+    "abstract_params",
+    "apply",
+    "block",
+    "cached_block",
+    "embed",
+    "head",
+    "head_parts",
+    "init_params",
+]
 
 
 class Decoder(nnx.Module):
     """The whole model as one NNX module, for `nnx.split`, `nnx.Optimizer` and the like; its state is our tree."""
 
     def __init__(self, config: DecoderConfig, params: Params):
-        self.embed = Embed(params["embed"])
+        self.embed = Embed(params["embed"], **_embed_options(config))
         self.blocks = nnx.Dict(
-            {str(i): Block(params["blocks"][str(i)], **_block_options(config, i)) for i in range(config.layers)}
+            {str(i): Block(params["blocks"][str(i)], Options.of(config, i)) for i in range(config.layers)}
         )
-        self.final_norm = RMSNorm(params["final_norm"], eps=config.norm_eps)
-        self.head = Linear(params["head"]) if "head" in params else None
+        for name, module in _head_modules(params, norm_options(config)).items():
+            setattr(self, name, module)
+        self.config = config
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T vocab"]:
         """Logits in float32."""
         x = self.embed(tokens)
         for i in range(len(self.blocks)):
             x, _ = self.blocks[str(i)](x)
-        head = self.head.kernel.get_value() if self.head is not None else self.embed.embedding.get_value().T
-        return _logits(self.final_norm(x), head)
+        parts = {name: getattr(self, name) for name in ("final_norm", "project_out", "head") if hasattr(self, name)}
+        return _logits(parts, self.embed.embedding.get_value(), x, **_logit_options(self.config))
 
 
-def _logits(x: Float[Array, "B T d_model"], kernel: Float[Array, "d_model vocab"]) -> Float[Array, "B T vocab"]:
-    return jnp.tensordot(x, kernel.astype(x.dtype), axes=1, preferred_element_type=jnp.float32)
+class _Head(nnx.Module):
+    """The matrix from hidden states to logits and its bias; each may be missing."""
+
+    def __init__(self, params: Params):
+        self.kernel = nnx.Param(params["kernel"]) if "kernel" in params else None
+        self.bias = nnx.Param(params["bias"]) if "bias" in params else None
 
 
-def _block_options(config: DecoderConfig, index: int) -> dict[str, Any]:
-    return {
-        "rope": config.rope,
-        "window": config.windows[index],
-        "eps": config.norm_eps,
-        "activation": config.activation,
-    }
+def _head_modules(params: Params, norm: NormOptions) -> dict[str, Any]:
+    make = {"final_norm": lambda p: Norm(p, norm), "project_out": Linear, "head": _Head}
+    return {name: module(params[name]) for name, module in make.items() if name in params}
+
+
+def _logits(
+    parts: dict[str, Any], embedding: Array | None, x: Float[Array, "B T d_model"], *, scale: float, cap: float | None
+) -> Float[Array, "B T vocab"]:
+    for name in ("final_norm", "project_out"):
+        x = parts[name](x) if name in parts else x
+    head = parts.get("head")
+    kernel = embedding.T if head is None or head.kernel is None else head.kernel.get_value()
+    logits = jnp.tensordot(x, kernel.astype(x.dtype), axes=1, preferred_element_type=jnp.float32)
+    if head is not None and head.bias is not None:
+        logits = logits + head.bias.get_value().astype(jnp.float32)
+    logits = logits if scale == 1.0 else logits * scale
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _embed_options(config: DecoderConfig) -> dict[str, Any]:
+    return {"scale": config.embed_scale, "offset": config.position_offset, "norm": norm_options(config)}
+
+
+def _logit_options(config: DecoderConfig) -> dict[str, Any]:
+    return {"scale": config.logit_scale, "cap": config.logit_cap}
 
 
 def embed(config: DecoderConfig) -> Callable[..., Float[Array, "B T d_model"]]:
-    """`f({"embed": ...}, tokens [B, T]) -> x [B, T, d_model]`, in the embedding's dtype."""
-    del config  # nothing in it matters yet
-    return _embed
+    """`f({"embed": ...}, tokens [B, T], start=0) -> x [B, T, d_model]`, in the embedding's dtype.
+
+    `start` is the position of the first token; only learned positions ask for it.
+    """
+    return _embed(**_embed_options(config))
 
 
-def _embed(params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T d_model"]:
-    return Embed(params["embed"])(tokens)
+@functools.cache
+def _embed(**options: Any) -> Callable[..., Float[Array, "B T d_model"]]:
+    def embed(
+        params: Params, tokens: Int[Array, "B T"], start: Int[Array, ""] | int = 0
+    ) -> Float[Array, "B T d_model"]:
+        return Embed(params["embed"], **options)(tokens, start)
+
+    return embed
 
 
 def block(config: DecoderConfig, index: int) -> Callable[..., Float[Array, "B T d_model"]]:
@@ -186,30 +115,30 @@ def block(config: DecoderConfig, index: int) -> Callable[..., Float[Array, "B T 
     Layers that do not differ get the same function object, so jit compiles it once for all of them. `positions`
     [T] or [B, T] only turn queries and keys; the causal mask follows the order in x.
     """
-    return _block(**_block_options(config, index))
+    return _block(Options.of(config, index))
 
 
 @functools.cache
-def _block(**options: Any) -> Callable[..., Float[Array, "B T d_model"]]:
+def _block(options: Options) -> Callable[..., Float[Array, "B T d_model"]]:
     def block(
         params: Params, x: Float[Array, "B T d_model"], positions: Int[Array, "... T"] | None = None
     ) -> Float[Array, "B T d_model"]:
-        return Block(params, **options)(x, positions)[0]
+        return Block(params, options)(x, positions)[0]
 
     return block
 
 
 def cached_block(config: DecoderConfig, index: int) -> Callable[..., tuple[Float[Array, "B T d_model"], Cache]]:
     """`f(params of blocks/<index>, x, cache) -> (x, cache)`: as `block`, attending to the cache's tokens too."""
-    return _cached_block(**_block_options(config, index))
+    return _cached_block(Options.of(config, index))
 
 
 @functools.cache
-def _cached_block(**options: Any) -> Callable[..., tuple[Float[Array, "B T d_model"], Cache]]:
+def _cached_block(options: Options) -> Callable[..., tuple[Float[Array, "B T d_model"], Cache]]:
     def cached_block(
         params: Params, x: Float[Array, "B T d_model"], cache: Cache
     ) -> tuple[Float[Array, "B T d_model"], Cache]:
-        x, extended = Block(params, **options)(x, None, cache)
+        x, extended = Block(params, options)(x, None, cache)
         assert extended is not None  # a cache went in
         return x, extended
 
@@ -219,18 +148,30 @@ def _cached_block(**options: Any) -> Callable[..., tuple[Float[Array, "B T d_mod
 def head(config: DecoderConfig) -> Callable[..., Float[Array, "B T vocab"]]:
     """`f({"final_norm": ..., "head" or "embed": ...}, x) -> logits [B, T, vocab]` in float32.
 
-    Without a "head" the embedding is used, transposed; so tied models are given "embed" only.
+    Without a kernel in "head" the embedding is used, transposed; `head_parts` names the subtrees that a model's head
+    needs.
     """
-    return _head(config.norm_eps)
+    return _head(norm_options(config), **_logit_options(config))
 
 
 @functools.cache
-def _head(eps: float) -> Callable[..., Float[Array, "B T vocab"]]:
+def _head(norm: NormOptions, **options: Any) -> Callable[..., Float[Array, "B T vocab"]]:
     def head(params: Params, x: Float[Array, "B T d_model"]) -> Float[Array, "B T vocab"]:
-        kernel = params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T
-        return _logits(RMSNorm(params["final_norm"], eps=eps)(x), kernel)
+        embedding = params["embed"]["embedding"] if "embed" in params else None
+        return _logits(_head_modules(params, norm), embedding, x, **options)
 
     return head
+
+
+def head_parts(config: DecoderConfig) -> tuple[str, ...]:
+    """The subtrees of the parameters that `head` reads."""
+    there = {
+        "final_norm": config.final_norm,
+        "project_out": config.d_embed is not None,
+        "head": not config.tied or config.head_bias,
+        "embed": config.tied,
+    }
+    return tuple(name for name, needed in there.items() if needed)
 
 
 def apply(config: DecoderConfig, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T vocab"]:
@@ -247,7 +188,7 @@ def abstract_params(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> di
 
 
 def init_params(config: DecoderConfig, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
-    """Random parameters: kernels and embedding normal with deviation 0.02, norm scales one, biases zero.
+    """Random parameters: kernels and embeddings normal with deviation 0.02, norms the identity, biases zero.
 
     Drawn on the host, which spares the compilation of a generator for every shape.
     """
@@ -255,7 +196,7 @@ def init_params(config: DecoderConfig, key: Key[Array, ""], dtype: DTypeLike = j
     params = {}
     for path, shape in shapes(config).items():
         if path.endswith("/scale"):
-            params[path] = jnp.ones(shape, dtype)
+            params[path] = jnp.full(shape, 0 if config.norm_offset else 1, dtype)
         elif path.endswith("/bias"):
             params[path] = jnp.zeros(shape, dtype)
         else:

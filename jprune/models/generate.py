@@ -115,7 +115,7 @@ def _tokens(
     batch, length = prompt.shape
     params = jax.tree.map(jnp.asarray, params)  # onto the device once, not at every step
     blocks = [params["blocks"][str(i)] for i in range(config.layers)]
-    ends = {name: params[name] for name in ("embed", "final_norm", "head") if name in params}
+    ends = {name: part for name, part in params.items() if name != "blocks"}
     layers = [_layer(config, i) for i in range(config.layers)]
     pick = _pick(config, greedy=temperature == 0)
 
@@ -131,7 +131,7 @@ def _tokens(
     x = x[:, length - 1 : length]
 
     for step in range(max_tokens):
-        token, x = pick(ends, x, temperature, top_p, jax.random.fold_in(key, step))
+        token, x = pick(ends, x, temperature, top_p, jax.random.fold_in(key, step), length + step)
         if (yielded := int(token[0])) in stop:
             return
         yield yielded
@@ -169,10 +169,10 @@ def _pick(config: DecoderConfig, *, greedy: bool) -> Callable[..., tuple[Array, 
 @functools.cache
 def _jitted_pick(embed: Callable, head: Callable, greedy: bool) -> Callable[..., tuple[Array, Array]]:
     @jax.jit
-    def pick(params, x, temperature, top_p, key):
+    def pick(params, x, temperature, top_p, key, position):
         logits = head(params, x)[:, -1]
         token = jnp.argmax(logits, axis=-1) if greedy else sample(logits, temperature, top_p, key)
-        return token, embed(params, token[:, None])
+        return token, embed(params, token[:, None], position)
 
     return pick
 

@@ -98,7 +98,7 @@ def _block(weights: Weights, index: int) -> PyTree:
 
 
 def _ends(weights: Weights, config: DecoderConfig, *, with_embedding: bool) -> PyTree:
-    names = ["final_norm", *([] if config.tied else ["head"]), *(["embed"] if with_embedding else [])]
+    names = dict.fromkeys([*decoder.head_parts(config), *(["embed"] if with_embedding else [])])
     return {name: weights.params(name) for name in names}
 
 

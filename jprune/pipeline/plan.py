@@ -1,6 +1,6 @@
-"""The plan of a run: every kernel that will be pruned, by which pattern, and what it will take.
+"""What a run works on: the units that are in memory one after the other, and every kernel, with its pattern.
 
-Made from shapes and one abstract trace of each distinct block; no weight is read.
+Known from shapes and one abstract trace of each distinct block; no weight is read. What it takes: `forecast`.
 """
 
 import dataclasses
@@ -11,16 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from jprune import trees
 from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
-from jprune.methods import Method
 from jprune.models import decoder
 from jprune.patterns import Pattern
-from jprune.pipeline.stopwatch import peak_memory_bytes
-from jprune.statistics import Gram
 from jprune.trace import ParamMatmul, matmuls
 
 PyTree = Any
@@ -79,33 +75,6 @@ class Kernel:
         return self.pattern.zeros(self.d_in, self.size // self.d_in)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Everything a run will do, known beforehand."""
-
-    kernels: tuple[Kernel, ...]
-    sparsity: trees.Sparsity
-    """Expected."""
-    tokens: int
-    """Calibration tokens; 0 where the method needs none."""
-    flops: float
-    """Of the blocks' matmuls over the calibration tokens, the statistics and the solver."""
-    peak_memory_bytes: int
-    """Expected, with what Python and JAX took when the plan was made."""
-
-    @property
-    def time_class(self) -> str:
-        """Seconds, minutes, hours or days on this machine's kind of device, from the flops alone."""
-        # Order of magnitude of sustained float32 matmuls: a server's CPU cores together, or one accelerator.
-        rate = 1e11 if jax.default_backend() == "cpu" else 3e13
-        seconds = self.flops / rate
-        return next(
-            name
-            for limit, name in ((60, "seconds"), (3600, "minutes"), (86400, "hours"), (math.inf, "days"))
-            if seconds < limit
-        )
-
-
 def units(checkpoint: Checkpoint) -> list[Unit]:
     """The blocks in their order, then the head."""
     config = checkpoint.config
@@ -116,7 +85,8 @@ def units(checkpoint: Checkpoint) -> list[Unit]:
 
     prefixes = [f"blocks/{i}" for i in range(config.layers)]
     blocks = [Unit(p, decoder.block(config, i), leaves(f"{p}/", start=f"{p}/")) for i, p in enumerate(prefixes)]
-    return blocks if config.tied else [*blocks, Unit("", decoder.head(config), leaves("final_norm/", "head/"))]
+    parts = leaves(*(f"{name}/" for name in decoder.head_parts(config)))
+    return blocks if config.tied else [*blocks, Unit("", decoder.head(config), parts)]
 
 
 def matmul_kernels(checkpoint: Checkpoint) -> dict[str, tuple[Unit, ParamMatmul]]:
@@ -177,48 +147,6 @@ def choose_kernels(
         kernel.pattern.check(kernel.d_in, path)
         kernels.append(kernel)
     return tuple(kernels)
-
-
-def make_plan(
-    checkpoint: Checkpoint, kernels: tuple[Kernel, ...], method: Method, *, tokens: int, dtype: DTypeLike
-) -> Plan:
-    """What pruning `kernels` with `tokens` calibration tokens will take."""
-    by_unit = {unit.name: sum(math.prod(shape) for _, shape, _ in unit.shapes) for unit in units(checkpoint)}
-    tokens = tokens if method.statistic else 0
-    flops, statistics = 0.0, 0
-    if method.statistic:
-        flops = 2.0 * tokens * sum(n for name, n in by_unit.items() if name != "head")
-        for (_, _, d_in), members in _sharing(kernels).items():
-            d_out = sum(k.size // k.d_in for k in members)
-            if method.statistic is Gram:
-                flops += 4 / 3 * tokens * d_in**2 + d_in**3 / 3 + d_in**2 * d_out
-                statistics = max(statistics, 3 * 4 * d_in**2 + 4 * 4 * d_in * d_out)
-    activations = tokens * checkpoint.config.d_model * jnp.dtype(dtype).itemsize
-    carried = activations + carry_allowance(activations) if tokens else 0
-    peak = peak_memory_bytes() + 8 * max(by_unit.values()) + carried + statistics
-    sizes = {path: math.prod(shape.shape) for path, shape in checkpoint.shapes.items()}
-    sparsity = trees.Sparsity(
-        zeros=sum(k.zeros for k in kernels),
-        prunable_parameters=sum(sizes[path] for path in prunable(checkpoint, kernels)),
-        total_parameters=sum(sizes.values()),
-    )
-    return Plan(kernels=kernels, sparsity=sparsity, tokens=tokens, flops=flops, peak_memory_bytes=peak)
-
-
-def carry_allowance(activation_bytes: int) -> int:
-    """Bytes that the values between two stages may take over all calibration tokens.
-
-    Where they would take more, they are recomputed from the last values that were kept.
-    """
-    return activation_bytes + 2**29
-
-
-def _sharing(kernels: Iterable[Kernel]) -> dict[tuple[str, int, int], list[Kernel]]:
-    """Kernels by what they most likely share: unit, stage and number of inputs."""
-    groups: dict[tuple[str, int, int], list[Kernel]] = {}
-    for k in kernels:
-        groups.setdefault((k.unit, k.stage, k.d_in), []).append(k)
-    return groups
 
 
 @functools.lru_cache(maxsize=64)

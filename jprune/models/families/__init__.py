@@ -2,19 +2,61 @@
 
 import difflib
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from jprune.errors import JpruneError
 from jprune.models.config import DecoderConfig, parameters
-from jprune.models.families import llama, mistral, qwen2, qwen3, sizes
+from jprune.models.families import (
+    bloom,
+    cohere,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    gptj,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    opt,
+    phi,
+    phi3,
+    qwen2,
+    qwen3,
+    sizes,
+    stablelm,
+)
 from jprune.models.families.table import Entry, Family, entry
 
-FAMILIES = (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    opt.FAMILY,
+    bloom.FAMILY,
+    gpt2.FAMILY,
+    gpt_neox.FAMILY,
+    gptj.FAMILY,
+    phi.FAMILY,
+    phi3.FAMILY,
+    falcon.FAMILY,
+    gemma.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+    olmo2.FAMILY,
+    cohere.FAMILY,
+    stablelm.FAMILY,
+    granite.FAMILY,
+)
 ARCHITECTURES: dict[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
-__all__ = ["ARCHITECTURES", "Entry", "Family", "config", "explicit", "resized", "table"]
+__all__ = ["ARCHITECTURES", "Entry", "Family", "config", "explicit", "resized", "stored_key", "table"]
 
 
 def config(hf_config: Mapping[str, Any]) -> DecoderConfig:
@@ -25,7 +67,7 @@ def config(hf_config: Mapping[str, Any]) -> DecoderConfig:
     """
     architecture = _architecture(hf_config)
     family = ARCHITECTURES[architecture]
-    hf = {**family.defaults, **hf_config}
+    hf = _common_names(family, hf_config)
     for key in SIZES:
         if not isinstance(hf[key], int) or hf[key] < 1:
             raise JpruneError(f"config.json: {key} must be a positive integer, got {hf[key]!r}")
@@ -45,10 +87,23 @@ def _architecture(hf_config: Mapping[str, Any]) -> str:
     name = str(names[0] if names else hf_config.get("model_type"))
     if name in ARCHITECTURES:
         return name
-    by_lower = {supported.lower(): supported for supported in ARCHITECTURES}
-    nearest = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    hint = f"; the nearest is {by_lower[nearest[0]]}" if nearest else ""
-    raise JpruneError(f"unsupported architecture {name!r} in config.json; supported: {', '.join(ARCHITECTURES)}{hint}")
+
+    def stem(name: str) -> str:
+        return re.sub("(ForCausalLM|ForConditionalGeneration|LMHeadModel|Model)$", "", name).lower()
+
+    by_stem = {stem(supported): supported for supported in ARCHITECTURES}
+    nearest = difflib.get_close_matches(stem(name), by_stem, n=1, cutoff=0.4)
+    hint = f"; the nearest is {by_stem[nearest[0]]}" if nearest else ""
+    raise JpruneError(
+        f"unsupported architecture {name!r} in config.json; supported: {', '.join(ARCHITECTURES)}{hint}. "
+        'The page "Add a family" of the documentation (docs/add-a-family.md) says how to add one'
+    )
+
+
+def _common_names(family: Family, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with its defaults, and hidden_size and the like under the names that most families use."""
+    hf = explicit(hf_config)
+    return hf | {common: hf[own] for common, own in family.names.items() if own in hf_config or common not in hf_config}
 
 
 def explicit(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,19 +116,29 @@ def resized(hf_config: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     defaults = ARCHITECTURES[_architecture(hf_config)].defaults
     # A number of layers counted from the first one is no default any more when layers are gone.
     counted = {key: defaults[key] for key in ("max_window_layers",) if key in defaults}
-    return sizes.resized({**counted, **hf_config}, **options)
+    smaller = sizes.resized({**counted, **hf_config}, **options)
+    names = ARCHITECTURES[_architecture(hf_config)].names
+    return {names.get(key, key): value for key, value in smaller.items()}
 
 
 def table(config: DecoderConfig) -> dict[str, Entry]:
     """For every parameter of the model, by path: the Hugging Face tensor that stores it, and how."""
     family = ARCHITECTURES[config.architecture]
+    model, block = (family.model, family.block) if family.rows is None else family.rows(config)
     entries = {}
     for path, axes in parameters(config).items():
         if path.startswith("blocks/"):
             _, index, rest = path.split("/", 2)
-            key, stored = family.block[rest]
-            key = key.format(i=index)
+            key, stored = block[rest]
+            key = key.replace("{i}", index)
         else:
-            key, stored = family.model[path]
+            key, stored = model[path]
         entries[path] = entry(key, stored, axes, functools.partial(config.size, path=path))
     return entries
+
+
+def stored_key(config: DecoderConfig, key: str) -> str:
+    """The name that the table has for a tensor: some published checkpoints leave out the prefix of their keys."""
+    family = ARCHITECTURES[config.architecture]
+    known = key.startswith((family.prefix, "lm_head.")) or any(key == own for own, _ in family.model.values())
+    return key if known else family.prefix + key

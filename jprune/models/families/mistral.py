@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from jprune.models.config import DecoderConfig
-from jprune.models.families import llama
+from jprune.models.families import llama, shared
 from jprune.models.families.table import Family
 
 
 def _config(architecture: str, hf: Mapping[str, Any]) -> DecoderConfig:
-    return llama.config(architecture, hf, windows=(hf["sliding_window"],) * hf["num_hidden_layers"])
+    return shared.config(architecture, hf, windows=(hf["sliding_window"],) * hf["num_hidden_layers"])
 
 
 FAMILY = Family(
@@ -25,4 +25,5 @@ FAMILY = Family(
     config=_config,
     model=llama.MODEL,
     block=llama.BLOCK,
+    variants=({"sliding_window": 5}, {"sliding_window": None}),
 )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jprune.models.config import DecoderConfig
-from jprune.models.families import llama
+from jprune.models.families import llama, shared
 from jprune.models.families.table import Family
 
 
@@ -19,7 +19,7 @@ def windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
 
 
 def _config(architecture: str, hf: Mapping[str, Any]) -> DecoderConfig:
-    return llama.config(architecture, hf, qkv_bias=True, windows=windows(hf))
+    return shared.config(architecture, hf, qkv_bias=True, windows=windows(hf))
 
 
 DEFAULTS = llama.DEFAULTS | {
@@ -39,4 +39,5 @@ FAMILY = Family(
     config=_config,
     model=llama.MODEL,
     block=llama.BLOCK,
+    variants=({}, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
 )

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from jprune.models.config import DecoderConfig
-from jprune.models.families import llama, qwen2
+from jprune.models.families import llama, qwen2, shared
 from jprune.models.families.table import Family
 
 
 def _config(architecture: str, hf: Mapping[str, Any]) -> DecoderConfig:
     bias = bool(hf["attention_bias"])
-    return llama.config(architecture, hf, qk_norm=True, qkv_bias=bias, o_bias=bias, windows=qwen2.windows(hf))
+    return shared.config(architecture, hf, qk_norm=True, qkv_bias=bias, o_bias=bias, windows=qwen2.windows(hf))
 
 
 FAMILY = Family(
@@ -20,4 +20,5 @@ FAMILY = Family(
     config=_config,
     model=llama.MODEL,
     block=llama.BLOCK,
+    variants=({}, {"attention_bias": True}),
 )

@@ -1,20 +1,30 @@
 """A family's table: for each parameter path, the Hugging Face tensor that stores it and how its axes lie there.
 
 A row reads `path: (key, axes)`, where axes names the stored tensor's axes; parentheses join axes that are stored as
-one, outermost first, and `i/n` says that the parameter is part i of n along a joined axis:
+one, outermost first:
 
     "attn/q/kernel": ("self_attn.q_proj.weight", "(heads head_dim) d_model")
-    "attn/k/kernel": ("query_key_value.weight", "(heads 1/3 head_dim) d_model")    # a fused tensor
+
+Several parameters may share a tensor. Then each row says which part is its own: `<...>` marks its summand of an axis
+that is a sum, and a summand `<1>` is a single position, so no axis of the parameter.
+
+    "attn/k/kernel": ("query_key_value.weight", "(heads 1+<1>+1 head_dim) d_model")        # q, k, v of every head
+    "attn/k/kernel": ("qkv_proj.weight", "(heads+<kv_heads>+kv_heads head_dim) d_model")   # all q, all k, all v
+    "attn/q/kernel": ("query_key_value.weight", "(kv_heads <group>+1+1 head_dim) d_model")  # a KV head with its q heads
+
+In the last row our axis `heads` is stored as two, `kv_heads` and `group` (`COMPOSED`). And a parameter may take several
+tensors, one for each position along its first axis, which the key then names in braces:
+
+    "mlp/experts/up/kernel": ("experts.{experts}.w3.weight", "d_ff d_model")
 
 The order of our own axes is `jprune.models.config.parameters`. Both directions follow from the row: splitting joined
-axes, taking a part and permuting are views, so reading is a view of the stored tensor and writing is an assignment
-through it.
+axes, taking a part and permuting are views, so writing is an assignment through a view of the stored tensor.
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +32,7 @@ import numpy as np
 from jprune.models.config import DecoderConfig
 
 Rows = Mapping[str, tuple[str, str]]
+COMPOSED = {"heads": ("kv_heads", "group")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,54 +45,105 @@ class Family:
     config: Callable[[str, Mapping[str, Any]], DecoderConfig]  # (architecture, config.json with defaults)
     model: Rows  # rows outside the blocks
     block: Rows  # rows of block i; "{i}" in a key stands for i
+    names: Mapping[str, str] = field(default_factory=dict)  # what this config.json calls hidden_size and the like
+    prefix: str = ""  # of keys, which some published checkpoints leave out
+    rows: Callable[[DecoderConfig], tuple[Rows, Rows]] | None = None  # other rows, where they depend on the config
+    variants: tuple[Mapping[str, Any], ...] = ({},)  # settings of config.json that its test tries
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """Where one parameter is stored, and the two directions between the stored layout and ours."""
 
-    key: str  # name of the Hugging Face tensor
-    shape: tuple[int, ...]  # of the whole stored tensor
+    keys: tuple[str, ...]  # names of the Hugging Face tensors: one, or one for each position along our first axis
+    shape: tuple[int, ...]  # of each whole stored tensor
     path_shape: tuple[int, ...]  # of the parameter in our layout
     apart: tuple[int, ...]  # the stored shape with joined axes split
-    order: tuple[int, ...]  # for each of our axes its position among the split axes (parts taken)
-    part: tuple[slice | int, ...]  # index into the split axes: slice(None), or the part's number
+    order: tuple[int, ...]  # the split axes (those that are single positions left out) in the order of ours
+    part: tuple[slice | int, ...]  # index into the split axes
+    stacked: bool  # whether the tensors are stacked along our first axis
+
+    @property
+    def key(self) -> str:
+        """The first of the keys: the only one, unless the entry is `stacked`."""
+        return self.keys[0]
 
     @property
     def whole(self) -> bool:
-        """Whether the parameter is all of the stored tensor (False for fused tensors)."""
+        """Whether the parameter is all of the stored tensors (False for fused tensors)."""
         return all(index == slice(None) for index in self.part)
 
-    def read(self, stored: np.ndarray) -> np.ndarray:
-        """The parameter in our layout: a view of the stored tensor (which must be contiguous, else it is copied)."""
-        return stored.reshape(self.apart)[self.part].transpose(self.order)
+    def read(self, *stored: np.ndarray) -> np.ndarray:
+        """The parameter in our layout, out of its stored tensors.
+
+        Mostly a view of the stored tensor; a copy if several are stacked, or if it lies there in pieces.
+        """
+        if self.stacked:
+            return np.stack([self._view(tensor) for tensor in stored]).reshape(self.path_shape)
+        return self._view(*stored).reshape(self.path_shape)
 
     def write(self, parameter: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """The stored tensor, contiguous: the exact inverse of `read`.
+        """The stored tensor of an entry with one key, contiguous: the exact inverse of `read`.
 
         `out` (contiguous, of the stored shape) is filled where given; it is needed where several parameters share a
         tensor.
         """
+        if self.stacked:
+            raise TypeError(f"{self.key} is one of {len(self.keys)} tensors: write them one by one with `write_to`")
         if out is None:
             if not self.whole:
                 raise TypeError(f"{self.key} holds several parameters: give the tensor to fill as `out`")
             out = np.empty(self.shape, parameter.dtype)
-        self.read(out)[...] = parameter
+        self.write_to(0, parameter, out)
         return out
 
+    def write_to(self, index: int, parameter: np.ndarray, out: np.ndarray) -> None:
+        """Fills this parameter's part of the stored tensor `keys[index]`."""
+        view = self._view(out)
+        view[...] = (parameter[index] if self.stacked else parameter).reshape(view.shape)
 
-def entry(key: str, stored_axes: str, path_axes: tuple[str, ...], size: Callable[[str], int]) -> Entry:
+    def _view(self, stored: np.ndarray) -> np.ndarray:
+        return stored.reshape(self.apart)[self.part].transpose(self.order)
+
+
+def entry(key: str, stored_axes: str, path_axes: Sequence[str], size: Callable[[str], int]) -> Entry:
     """Resolve a row: names become sizes."""
     groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", stored_axes)]
-    names = [name for group in groups for name in group]
-    parts = {name: tuple(map(int, name.split("/"))) for name in names if "/" in name}
-    sizes = {name: parts[name][1] if name in parts else size(name) for name in names}
-    kept = [name for name in names if name not in parts]
+    axes = [_Axis(name, size) for group in groups for name in group]
+    along = re.search(r"\{(\w+)\}", key)
+    names = list(path_axes[1:] if along else path_axes)
+    kept = [axis.name for axis in axes if axis.name is not None]
+    for whole, parts in COMPOSED.items():
+        if whole in names and whole not in kept:
+            at = names.index(whole)
+            names[at : at + 1] = parts
+    lengths = iter([axis.length for axis in axes])
     return Entry(
-        key=key,
-        shape=tuple(math.prod(sizes[name] for name in group) for group in groups),
-        path_shape=tuple(sizes[name] for name in path_axes),
-        apart=tuple(sizes[name] for name in names),
-        order=tuple(kept.index(name) for name in path_axes),
-        part=tuple(parts[name][0] if name in parts else slice(None) for name in names),
+        keys=tuple(key.format(**{along[1]: j}) for j in range(size(along[1]))) if along else (key,),
+        shape=tuple(math.prod(next(lengths) for _ in group) for group in groups),
+        path_shape=tuple(size(name) for name in path_axes),
+        apart=tuple(axis.length for axis in axes),
+        order=tuple(kept.index(name) for name in names),
+        part=tuple(axis.part for axis in axes),
+        stacked=along is not None,
     )
+
+
+class _Axis:
+    """One axis of a stored tensor: its length, which part is the parameter's, and the name of that part's axis."""
+
+    def __init__(self, text: str, size: Callable[[str], int]):
+        def length(name: str) -> int:
+            return int(name) if name.isdecimal() else size(name)
+
+        terms = text.split("+")
+        own = [term for term in terms if term.startswith("<")] or terms
+        if len(own) != 1:
+            raise ValueError(f"expected one summand in <> in {text!r}")
+        before = sum(length(term) for term in terms[: terms.index(own[0])])
+        name = own[0].strip("<>")
+        self.length = sum(length(term.strip("<>")) for term in terms)
+        self.name = None if name.isdecimal() else name
+        self.part: slice | int = slice(before, before + length(name)) if self.name else before
+        if len(terms) == 1 and self.name:
+            self.part = slice(None)

@@ -1,0 +1,135 @@
+"""What the config.json files of most families have in common: sizes, rotary embeddings, names of activations."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jprune.errors import JpruneError
+from jprune.models.config import DecoderConfig, LayerSizes
+from jprune.models.families import sizes
+from jprune.models.rope import Rope
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+NORM_EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+ACTIVATION = ("hidden_act", "hidden_activation", "activation_function", "activation")
+
+
+def config(architecture: str, hf: Mapping[str, Any], **options: Any) -> DecoderConfig:
+    """The keys that most families share; `options` are the fields in which a family differs.
+
+    Families whose config.json has no head_dim or intermediate_size may be given them all the same: it is how a pruned
+    model says its sizes.
+    """
+    heads = hf["num_attention_heads"]
+    kv_heads = hf.get("num_key_value_heads") or heads
+    d_ff = hf.get("intermediate_size") or 4 * hf["hidden_size"]
+    fields = {
+        "architecture": architecture,
+        "vocab": hf["vocab_size"],
+        "d_model": hf["hidden_size"],
+        "layers": hf["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim(hf),
+        "d_ff": d_ff,
+        "sizes": sizes.per_layer(hf, LayerSizes(heads, kv_heads, d_ff)),
+        "context": hf["max_position_embeddings"],
+        "tied": bool(hf["tie_word_embeddings"]),
+    } | options
+    if "rope" not in fields:
+        fields["rope"] = rope(hf)
+    if "norm_eps" not in fields:
+        fields["norm_eps"] = float(next(hf[key] for key in NORM_EPS if key in hf))
+    if "activation" not in fields:
+        fields["activation"] = activation(next(hf[key] for key in ACTIVATION if key in hf))
+    return DecoderConfig(**fields)
+
+
+def head_dim(hf: Mapping[str, Any]) -> int:
+    """As config.json says, or else the hidden size over the number of heads."""
+    return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+
+
+def activation(name: str) -> str:
+    """Our name of an activation; an unknown one stays and is refused later."""
+    return ACTIVATIONS.get(name, name)
+
+
+def rope(hf: Mapping[str, Any], *, partial: float | None = None, **options: Any) -> Rope:
+    """The rotary embedding, from `rope_parameters` (transformers 5) or `rope_scaling` and `rope_theta` (4).
+
+    Where both are given the older key wins, as in transformers. `partial` is the part of a head that is turned where
+    config.json does not say; families that leave it out turn all of it. `options` are fields of the result.
+    """
+    given = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    kind = given.get("rope_type") or given.get("type") or "default"
+    context = hf["max_position_embeddings"]
+    part = given.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if partial is None and part not in (None, 1.0):
+        raise JpruneError("config.json asks for a partial rotary embedding, which this family does not have")
+    if partial is not None and (part := partial if part is None else part) != 1.0:
+        options["dims"] = int(head_dim(hf) * part)
+    if any(isinstance(value, Mapping) for value in given.values()):
+        raise JpruneError("config.json gives rotary embeddings per layer type; this family has one for all layers")
+    try:
+        fields = {"theta": float(given.get("rope_theta") or hf.get("rope_theta") or 10_000.0)}
+        if kind in ("linear", "dynamic", "llama3"):
+            fields["factor"] = float(given["factor"])
+        if kind in ("yarn", "llama3", "longrope"):  # `dynamic` grows from max_position_embeddings on
+            context = (
+                hf.get("original_max_position_embeddings") or given.get("original_max_position_embeddings") or context
+            )
+        if kind == "llama3":
+            fields |= {name: float(given[name]) for name in ("low_freq_factor", "high_freq_factor")}
+        if kind == "yarn":
+            fields |= _yarn(given, hf["max_position_embeddings"] / context)
+        if kind == "longrope":
+            options |= _longrope(given, context, hf["max_position_embeddings"] / context)
+    except KeyError as missing:
+        raise JpruneError(f"config.json: rope_type {kind!r} needs {missing} among its rope parameters") from None
+    return Rope(kind=kind, context=context, truncate=bool(given.get("truncate", True)), **fields, **options)
+
+
+def _yarn(given: Mapping[str, Any], implied_factor: float) -> dict[str, float]:
+    """YaRN's numbers; its attention factor is 0.1 ln(factor) + 1 unless given (arXiv:2309.00071, equation 22)."""
+    factor = float(given["factor"] or implied_factor)
+
+    def temperature(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    attention = given.get("attention_factor")
+    if attention is None:
+        one, other = given.get("mscale"), given.get("mscale_all_dim")  # DeepSeek's generalisation
+        attention = temperature(one) / temperature(other) if one and other else temperature(1.0)
+    return {
+        "factor": factor,
+        "attention_factor": float(attention),
+        "beta_fast": float(given.get("beta_fast") or 32),
+        "beta_slow": float(given.get("beta_slow") or 1),
+    }
+
+
+def _longrope(given: Mapping[str, Any], context: int, implied_factor: float) -> dict[str, Any]:
+    """LongRoPE's divisors; its attention factor is sqrt(1 + ln(factor) / ln(context)) unless given."""
+    factor = given.get("factor") or implied_factor
+    attention = given.get("attention_factor")
+    if attention is None:
+        attention = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
+    return {
+        "short": tuple(map(float, given["short_factor"])),
+        "long": tuple(map(float, given["long_factor"])),
+        "attention_factor": float(attention),
+    }
+
+
+def windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """The sliding window of each layer, where `layer_types` names the layers that have one."""
+    kinds = hf["layer_types"]
+    return tuple(hf["sliding_window"] if kind == "sliding_attention" else None for kind in kinds)

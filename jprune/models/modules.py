@@ -1,0 +1,251 @@
+"""The parts of a decoder layer as Flax NNX modules, built from parameters (arrays, tracers or ShapeDtypeStructs).
+
+Every size is read from the arrays, and the presence of a bias, a norm or a gate too. What no array can tell is in the
+`Options` of the layer.
+
+Axes in comments: B batch, T time (queries), S keys, H query heads, K key/value heads, G = H / K, D head_dim.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jprune.errors import JpruneError
+from jprune.models.attention import Cache, alibi_slopes, attend
+from jprune.models.config import DecoderConfig
+from jprune.models.rope import Rope, rotate, rotations
+
+Params = Mapping[str, Any]  # nested dicts; leaves are arrays
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormOptions:
+    """Of all norms of a model; see `DecoderConfig`."""
+
+    kind: str
+    eps: float
+    offset: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a layer must know that is not an array; layers with equal options share their functions."""
+
+    norm: NormOptions
+    norm_after: bool
+    parallel: bool
+    residual_scale: float
+    activation: str
+    rope: Rope | None
+    window: int | None
+    slopes: tuple[float, ...] | None
+    score_scale: float | None
+    score_cap: float | None
+    qk_norm_kind: str
+
+    @classmethod
+    def of(cls, config: DecoderConfig, index: int) -> "Options":
+        """The options of layer `index`."""
+        return cls(
+            norm=norm_options(config),
+            norm_after=config.norm_after,
+            parallel=config.parallel,
+            residual_scale=config.residual_scale,
+            activation=config.activation,
+            rope=config.rope_of(index),
+            window=config.windows[index],
+            slopes=alibi_slopes(config.layer(index).heads) if config.alibi else None,
+            score_scale=config.score_scale,
+            score_cap=config.score_cap,
+            qk_norm_kind=config.qk_norm_kind,
+        )
+
+
+def norm_options(config: DecoderConfig) -> NormOptions:
+    """The options of a model's norms."""
+    return NormOptions(kind=config.norm, eps=config.norm_eps, offset=config.norm_offset)
+
+
+class Linear(nnx.Module):
+    """y = x kernel (+ bias): the kernel's first `inputs` axes meet x's last ones in one dot_general."""
+
+    def __init__(self, params: Params, *, inputs: int = 1):
+        self.kernel = nnx.Param(params["kernel"])
+        self.bias = nnx.Param(params["bias"]) if "bias" in params else None
+        self.inputs = inputs
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Apply to [..., *d_in]; gives [..., *d_out] in x's dtype."""
+        y = jnp.tensordot(x, self.kernel.get_value().astype(x.dtype), axes=self.inputs)
+        return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
+
+
+class Norm(nnx.Module):
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last axes, means in float32."""
+
+    def __init__(self, params: Params, options: NormOptions, *, axes: int = 1):
+        self.scale = nnx.Param(params["scale"])
+        self.bias = nnx.Param(params["bias"]) if "bias" in params else None
+        self.options = options
+        self.axes = tuple(range(-axes, 0))
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """Normalise the last axes; in x's dtype."""
+        wide = x.astype(jnp.float32)
+        if self.options.kind == "layer":
+            wide = wide - jnp.mean(wide, axis=self.axes, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=self.axes, keepdims=True) + self.options.eps)
+        scale = self.scale.get_value()
+        if self.options.kind == "rms" and not self.options.offset:
+            return wide.astype(x.dtype) * scale.astype(x.dtype)  # rounded before it is scaled, as Llama's original does
+        wide = wide * (scale.astype(jnp.float32) + (1.0 if self.options.offset else 0.0))
+        if self.bias is not None:
+            wide = wide + self.bias.get_value().astype(jnp.float32)
+        return wide.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention, with whatever positions, norms, windows and caps the options say."""
+
+    def __init__(self, params: Params, options: Options):
+        self.q, self.k, self.v = (Linear(params[name]) for name in "qkv")
+        self.o = Linear(params["o"], inputs=2)
+        axes = 2 if options.qk_norm_kind == "joint" else 1
+        self.q_norm, self.k_norm = (
+            Norm(params[name], options.norm, axes=axes) if name in params else None for name in ("q_norm", "k_norm")
+        )
+        self.options = options
+        heads = params["q"]["kernel"].shape[1]
+        if options.slopes is not None and len(options.slopes) != heads:
+            raise JpruneError(
+                f"ALiBi gives every head a slope by its number among {len(options.slopes)}, so heads cannot be left "
+                f"out; the query kernel has {heads}"
+            )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T d_model"],
+        positions: Int[Array, "... T"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T d_model"], Cache | None]:
+        """Attend within x and, with a cache, to what it holds before x; returns the cache with x's keys added."""
+        options = self.options
+        q, k, v = self.q(x), self.k(x), self.v(x)  # [B, T, H | K, D]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        start = 0 if cache is None else cache.length
+        if options.rope is not None:
+            if positions is None:
+                positions = jnp.arange(x.shape[1]) + start
+            turn = rotations(options.rope, q.shape[-1], positions)
+            q, k = (rotate(each, turn, interleaved=options.rope.interleaved) for each in (q, k))
+        if cache is not None:
+            cache = cache.extend(k, v)
+            k, v = cache.keys, cache.values
+        attended = attend(
+            q,
+            k,
+            v,
+            start=start,
+            window=options.window,
+            scale=options.score_scale,
+            cap=options.score_cap,
+            slopes=options.slopes,
+        )
+        return self.o(attended), cache
+
+
+class MLP(nnx.Module):
+    """down(activation(gate(x)) * up(x)) (Shazeer, arXiv:2002.05202); without a gate down(activation(up(x)))."""
+
+    def __init__(self, params: Params, *, activation: str):
+        self.gate = Linear(params["gate"]) if "gate" in params else None
+        self.up, self.down = Linear(params["up"]), Linear(params["down"])
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "B T d_model"]) -> Float[Array, "B T d_model"]:
+        """Each position by itself."""
+        act = ACTIVATIONS[self.activation]
+        return self.down(act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """One decoder layer: attention and MLP, each added to the residual stream, one after the other or side by side."""
+
+    def __init__(self, params: Params, options: Options):
+        norms = ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")
+        self.attn_norm, self.attn_post_norm, self.mlp_norm, self.mlp_post_norm = (
+            Norm(params[name], options.norm) if name in params else None for name in norms
+        )
+        self.attn = Attention(params["attn"], options)
+        self.mlp = MLP(params["mlp"], activation=options.activation)
+        self.options = options
+
+    def __call__(
+        self,
+        x: Float[Array, "B T d_model"],
+        positions: Int[Array, "... T"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T d_model"], Cache | None]:
+        """The residual stream after this layer, and the cache with this layer's keys and values."""
+        options = self.options
+        if options.norm_after:
+            attended, cache = self.attn(x, positions, cache)
+            x = _apply(self.attn_norm, x + attended)
+            return _apply(self.mlp_norm, x + self.mlp(x)), cache
+        normed = _apply(self.attn_norm, x)
+        attended, cache = self.attn(normed, positions, cache)
+        attended = _scaled(_apply(self.attn_post_norm, attended), options.residual_scale)
+        if not options.parallel:
+            x = x + attended
+            normed = _apply(self.mlp_norm, x)
+        elif self.mlp_norm is not None:
+            normed = self.mlp_norm(x)
+        y = _scaled(_apply(self.mlp_post_norm, self.mlp(normed)), options.residual_scale)
+        return (x + attended + y if options.parallel else x + y), cache
+
+
+class Embed(nnx.Module):
+    """A row of the table for each token, and one for each position where positions are learned."""
+
+    def __init__(self, params: Params, *, scale: float, offset: int, norm: NormOptions):
+        self.embedding = nnx.Param(params["embedding"])
+        self.positions = nnx.Param(params["positions"]) if "positions" in params else None
+        self.project_in = Linear(params["project_in"]) if "project_in" in params else None
+        self.norm = Norm(params["norm"], norm) if "norm" in params else None
+        self.scale = scale
+        self.offset = offset
+
+    def __call__(self, tokens: Int[Array, "B T"], start: Int[Array, ""] | int = 0) -> Float[Array, "B T d_model"]:
+        """Look up tokens that stand at positions from `start` on.
+
+        The table's dtype is the dtype in which the blocks compute.
+        """
+        x = _scaled(jnp.take(self.embedding.get_value(), tokens, axis=0, mode="clip"), self.scale)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if self.positions is not None:
+            rows = jnp.arange(tokens.shape[1]) + start + self.offset
+            x = x + jnp.take(self.positions.get_value().astype(x.dtype), rows, axis=0, mode="clip")
+        return _apply(self.norm, x)
+
+
+def _apply(norm: Norm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)
+
+
+def _scaled(x: Array, scale: float) -> Array:
+    return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
