@@ -17,8 +17,12 @@ import tyro
 from jprune.checkpoints.demo import cache_folder
 from jprune.cli import commands, recipes
 from jprune.cli.prune import Prune
+from jprune.cli.shrink import GroupsOf, LLMPrunerOptions, Shrink, ShrinkTo
+from jprune.cli.tune import Tune
 from jprune.errors import JpruneError, UsageError
 from jprune.methods import METHODS
+from jprune.pipeline.recovery import TUNINGS
+from jprune.structured.methods import DropLayers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except JpruneError as error:
         return _fail(error, 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", 130)
+    except KeyboardInterrupt as error:
+        return _fail(f"interrupted; {error or 'nothing was written'}", 130)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -47,22 +51,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _commands() -> dict[str, type]:
     """Every command by its words."""
-    prune = {f"prune {name}": _prune_command(method) for name, method in METHODS.items()}
+    prune = {f"prune {name}": _with_options(Prune, method) for name, method in METHODS.items()}
     return prune | {
+        "prune llm-pruner": _with_options(ShrinkTo, LLMPrunerOptions),
+        "prune layers": _with_options(Shrink, DropLayers),
+        **{f"tune {name}": _with_options(Tune, kind) for name, kind in TUNINGS.items()},
         "eval perplexity": commands.EvalPerplexity,
         "generate": commands.Generate,
         "convert": commands.Convert,
         "info": commands.Info,
+        "groups": GroupsOf,
     }
 
 
-def _prune_command(method: type) -> type:
-    """`Prune` with the options of a method among its own; the help begins with what the method does."""
-    field = dataclasses.field(default_factory=method)
+def _with_options(command: type, method: type) -> type:
+    """The command with the options of a method among its own; the help begins with what the method does."""
+    required = any(
+        field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        for field in dataclasses.fields(method)
+    )
     made = dataclasses.make_dataclass(
-        f"Prune{method.__name__}",
-        [("method", Annotated[method, tyro.conf.arg(name="")], field)],
-        bases=(Prune,),
+        f"{command.__name__}{method.__name__}",
+        [
+            (
+                "method",
+                Annotated[method, tyro.conf.arg(name="")],
+                dataclasses.field() if required else dataclasses.field(default_factory=method),
+            )
+        ],
+        bases=(command,),
         frozen=True,
         kw_only=True,
     )

@@ -156,7 +156,8 @@ def shrink_model(
             "recipe": {
                 "method": method_name(method),
                 **dataclasses.asdict(method),
-                "target": dataclasses.asdict(target) if target else None,
+                **(target.described() if target else {}),
+                "calibration": examples.source if examples else None,
             },
             "model": {
                 "source": checkpoint.source,
@@ -219,7 +220,7 @@ def check_target(method: StructuredMethod, target: Target | None) -> None:
 
 def method_name(method: StructuredMethod) -> str:
     """The name a method has on the command line."""
-    return next(name for name, kind in STRUCTURED_METHODS.items() if kind is type(method))
+    return next(name for name, kind in STRUCTURED_METHODS.items() if isinstance(method, kind))
 
 
 def calibration_examples(
@@ -249,7 +250,7 @@ def planned(checkpoint: Checkpoint, method: StructuredMethod, target: Target | N
         return checkpoint.select({}, method.kept(np.zeros(checkpoint.config.layers)))
     if method.layers is not None:
         return checkpoint.select({}, _first(checkpoint, method.layers))
-    if method.ranking == "global":
+    if method.globally:
         return None
     assert target is not None  # check_target
     units = _units(checkpoint, method)

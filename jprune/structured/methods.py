@@ -17,6 +17,7 @@ from jprune.structured.groups import Kind, Units
 
 Heads = Literal["kv_head", "query_head"]
 Mode = Literal["block", "channel", "layer"]
+Importance = Literal["param_first", "param_second", "param_mix", "vectorize", "l1", "l2", "random"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class LLMPruner:
     mode: Mode = "block"
     """What goes: block (heads and feed-forward channels of the layers that are not protected), channel (hidden
     dimensions, in the whole model) or layer (all but the first --layers)."""
-    importance: Literal["param_first", "param_second", "param_mix", "vectorize", "l1", "l2", "random"] = "param_first"
+    importance: Importance = "param_first"
     """How units are scored: by the change of the loss to first order, second order or both (param_first, param_second,
     param_mix), to first order channel by channel (vectorize), by weights alone (l1, l2), or not at all (random)."""
     reduction: Literal["sum", "mean", "max", "prod", "first", "last"] | None = None
@@ -34,20 +35,21 @@ class LLMPruner:
     heads: Heads = "kv_head"
     """What goes of attention: a KV head with its query heads (kv_head), or one query head of every KV head
     (query_head)."""
-    ranking: Literal["local", "global"] = "local"
-    """local removes the same share everywhere; global ranks heads and channels of all layers together."""
+    globally: bool = False
+    """Rank heads and channels of all layers together, and not remove the same share of each."""
     normalise: Literal["none", "mean", "max", "sum"] = "none"
-    """Of global ranking: what the scores of heads, and those of channels, are divided by to be comparable."""
+    """When all are ranked together: what the scores of heads, and those of channels, are divided by beforehand."""
     uniform: bool = False
-    """The same sizes in every pruned layer."""
+    """The same sizes in every pruned layer; protects none unless asked to, so that a plain Hugging Face folder comes
+    out."""
     round_to: int = 1
     """Feed-forward channels and hidden dimensions that stay are a multiple of this; heads are as wide as they are."""
     steps: int = 1
     """Prune in so many equal steps, with new gradients for each."""
-    protect_first: int = 4
-    """First layers that are left alone. Of mode block."""
-    protect_last: int = 2
-    """Last layers that are left alone. Of mode block."""
+    protect_first: int | None = None
+    """First layers that are left alone, of mode block. By default 4, or none with --uniform."""
+    protect_last: int | None = None
+    """Last layers that are left alone, of mode block. By default 2, or none with --uniform."""
     layers: int | None = None
     """Of mode layer: how many layers stay, the first ones."""
     examples: int = 10
@@ -62,7 +64,7 @@ class LLMPruner:
             if getattr(self, name) < 1:
                 raise JpruneError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("protect_first", "protect_last"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise JpruneError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.sequence_length < 2:
             raise JpruneError(f"a text needs 2 tokens to have a loss, got a sequence_length of {self.sequence_length}")
@@ -72,8 +74,8 @@ class LLMPruner:
             raise JpruneError("give layers, how many stay, with mode layer and only there")
         if self.layers is not None and self.layers < 1:
             raise JpruneError(f"at least one layer must stay, got {self.layers}")
-        if self.normalise != "none" and self.ranking != "global":
-            raise JpruneError(f"normalise {self.normalise} compares kinds of units; it goes with the ranking global")
+        if self.normalise != "none" and not self.globally:
+            raise JpruneError(f"normalise {self.normalise} compares kinds of units; it goes with globally (--global)")
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -95,7 +97,11 @@ class LLMPruner:
         """The units that are not protected, of a model of so many layers."""
         if self.mode != "block":
             return tuple(units)
-        return selection.unprotected(units, layers, first=self.protect_first, last=self.protect_last)
+        first, last = (
+            default if given is None else given
+            for given, default in zip((self.protect_first, self.protect_last), (0, 0) if self.uniform else (4, 2))
+        )
+        return selection.unprotected(units, layers, first=first, last=last)
 
     def kept_layers(self, layers: int) -> tuple[int, ...]:
         """The layers that stay, of so many.
@@ -129,7 +135,7 @@ class LLMPruner:
             units,
             scores,
             ratio,
-            ranking=self.ranking,
+            ranking="global" if self.globally else "local",
             normalise=self.normalise,
             uniform=self.uniform,
             round_to=self.round_to,

@@ -43,6 +43,10 @@ class Target:
             what = "units" if name == "units" else "parameters"
             raise JpruneError(f"the share of {what} to remove lies between 0 and 1, got {value}")
 
+    def described(self) -> dict[str, float | int | None]:
+        """By the names of the command line's options."""
+        return {"ratio": self.units, "parameter_ratio": self.share, "parameters": self.parameters}
+
     def step(self, step: int, steps: int, whole: int) -> "Target":
         """The target of the step-th of some equal steps, counted from 1, for a model that had `whole` parameters."""
         if self.units is not None:

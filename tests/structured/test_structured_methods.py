@@ -76,6 +76,32 @@ def test_pruned_is_masked(rng, heads, criterion):
     np.testing.assert_allclose(run(small, x), run(trees.unflatten(masked), x), rtol=1e-4, atol=1e-5)
 
 
+def mixture(params, x):
+    """Every token goes through every expert, weighted by a sigmoid."""
+    hidden = jax.nn.relu(jnp.einsum("td,edf->tef", x, params["up"]["kernel"]))
+    weights = jax.nn.sigmoid(x @ params["router"]["kernel"])
+    return jnp.einsum("te,tef,efd->td", weights, hidden, params["down"]["kernel"])
+
+
+def test_experts_of_a_real_trace(rng):
+    shapes = {"router": (8, 3), "up": (3, 8, 5), "down": (3, 5, 8)}
+    params = {name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)} for name, shape in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+    args = mixture, params, x
+    expert, channel = block_units(coupled_axes(*args), params, matmuls(*args), kinds=("expert", "mlp"))
+    assert (expert.kind, expert.count, expert.parameters) == ("expert", 3, 8 + 2 * 40)
+    assert (channel.kind, channel.count, channel.parameters) == ("mlp", 5, 2 * 3 * 8)
+    for u, path, gone in ((expert, "down", np.s_[1]), (channel, "down", np.s_[:, 1])):
+        small = shrink(params, u.keep([i for i in range(u.count) if i != 1]))
+        masked = params | {path: {"kernel": params[path]["kernel"].at[gone].set(0)}}
+        np.testing.assert_allclose(mixture(small, x), mixture(masked, x), rtol=1e-4, atol=1e-5)
+        found = importance.combine(u, importance.vectors(u, "l1", params))
+        lost = sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(params)) - sum(
+            jnp.abs(leaf).sum() for leaf in jax.tree.leaves(small)
+        )
+        np.testing.assert_allclose(found[1], lost, rtol=1e-4)
+
+
 def test_units_after_surgery_are_those_of_the_smaller_model(rng):
     """Numbered anew, they are what a trace of the smaller block finds."""
     params = random_params(rng)

@@ -1,0 +1,203 @@
+"""Structured runs: the units that go are those a whole-model calculation would choose, and the result is the masked
+model."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jprune import trees
+from jprune.checkpoints import load
+from jprune.errors import JpruneError
+from jprune.models import decoder
+from jprune.pipeline.structured import plan_shrink, shrink_model
+from jprune.pipeline.units import model_groups
+from jprune.structured.methods import DropLayers, LLMPruner
+from jprune.structured.selection import Target
+
+OPEN = {"protect_first": 0, "protect_last": 0}
+TOKENS = np.random.default_rng(7).integers(0, 96, (4, 16), dtype=np.int32)
+
+
+@pytest.fixture
+def checkpoint(tiny_model):
+    return load(tiny_model())
+
+
+def logits(checkpoint, params=None):
+    params = jax.tree.map(jnp.asarray, checkpoint.params() if params is None else params)
+    return decoder.apply(checkpoint.config, params, jnp.asarray(TOKENS))
+
+
+def whole_gradient(checkpoint, tokens):
+    """The gradient of the mean loss by all parameters at once."""
+
+    def loss(params):
+        out = jax.nn.log_softmax(decoder.apply(checkpoint.config, params, jnp.asarray(tokens))[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(out, jnp.asarray(tokens)[:, 1:, None], axis=-1))
+
+    return trees.flatten(jax.grad(loss)(jax.tree.map(jnp.asarray, checkpoint.params())))
+
+
+def test_removes_what_matters_least(checkpoint, tmp_path):
+    """Against |w g| summed by hand from the gradient of the whole model; the result computes as the masked model."""
+    report = shrink_model(
+        checkpoint, tmp_path / "out", method=LLMPruner(**OPEN), target=Target(units=0.5), calibration=TOKENS
+    )
+    smaller = load(tmp_path / "out")
+    w = {path: np.asarray(x) for path, x in trees.flatten(checkpoint.params()).items()}
+    g = whole_gradient(checkpoint, TOKENS)
+    said = {path: np.abs(w[path] * np.asarray(g[path])) for path in w}
+    for i in range(3):
+        q, k, v, o = (said[f"blocks/{i}/attn/{name}/kernel"] for name in "qkvo")
+        heads = (
+            q.reshape(32, 2, 2, 8).sum((0, 2, 3))
+            + k.sum((0, 2))
+            + v.sum((0, 2))
+            + o.reshape(2, 2, 8, 32).sum((1, 2, 3))
+        )
+        gate, up, down = (said[f"blocks/{i}/mlp/{name}/kernel"] for name in ("gate", "up", "down"))
+        channels = gate.sum(0) + up.sum(0) + down.sum(1)
+        head = int(np.argmax(heads))
+        stay = np.sort(np.argsort(channels)[28:])
+        kept = trees.flatten(smaller.params(f"blocks/{i}"))
+        np.testing.assert_array_equal(kept["attn/k/kernel"], w[f"blocks/{i}/attn/k/kernel"][:, [head]])
+        np.testing.assert_array_equal(kept["attn/q/kernel"], w[f"blocks/{i}/attn/q/kernel"][:, 2 * head : 2 * head + 2])
+        np.testing.assert_array_equal(kept["mlp/up/kernel"], w[f"blocks/{i}/mlp/up/kernel"][:, stay])
+        # Masking what writes into the residual stream is enough.
+        gone = np.setdiff1d(range(56), stay)
+        w[f"blocks/{i}/mlp/down/kernel"] = w[f"blocks/{i}/mlp/down/kernel"].copy()
+        w[f"blocks/{i}/mlp/down/kernel"][gone] = 0
+        w[f"blocks/{i}/attn/o/kernel"] = w[f"blocks/{i}/attn/o/kernel"].copy()
+        w[f"blocks/{i}/attn/o/kernel"][2 - 2 * head : 4 - 2 * head] = 0
+    np.testing.assert_allclose(logits(smaller), logits(checkpoint, trees.unflatten(w)), atol=1e-4)
+    assert report.parameters == (
+        sum(x.size for x in w.values()),
+        sum(x.size for x in trees.flatten(smaller.params()).values()),
+    )
+    assert report.sizes == ({"d_model": 32, "heads": 2, "kv_heads": 1, "d_ff": 28},) * 3
+    record = json.loads((tmp_path / "out" / "jprune.json").read_text())
+    assert record["parameters"]["after"] == report.parameters[1]
+    assert record["format"] == "hf"
+    assert record["recipe"]["ratio"] == 0.5
+
+
+@pytest.mark.parametrize("importance", ["param_second", "param_mix", "vectorize", "l1", "l2", "random"])
+def test_every_importance_reaches_the_target(checkpoint, tmp_path, importance):
+    method = LLMPruner(importance=importance, examples=3, **OPEN)
+    report = shrink_model(
+        checkpoint, tmp_path / "out", method=method, target=Target(share=0.2), calibration=TOKENS[:3], evaluate=TOKENS
+    )
+    before, after = report.parameters
+    assert 0.7 * before < after <= 0.8 * before
+    assert report.after is not None
+    assert np.isfinite(report.after.value)
+
+
+def test_hidden_dimensions(checkpoint, tmp_path):
+    """The result is the masked model, whose norms divide by the kept length."""
+    report = shrink_model(
+        checkpoint, tmp_path / "out", method=LLMPruner(mode="channel"), target=Target(units=0.25), calibration=TOKENS
+    )
+    smaller = load(tmp_path / "out")
+    assert smaller.config.d_model == 24
+    assert {s["d_model"] for s in report.sizes} == {24}
+    whole, part = (np.asarray(c.read("final_norm/scale")) for c in (checkpoint, smaller))
+    embedding, left = (np.asarray(c.read("embed/embedding")) for c in (checkpoint, smaller))
+    keep = np.array([any(np.array_equal(embedding[:, i], left[:, j]) for j in range(24)) for i in range(32)])
+    assert keep.sum() == 24
+    np.testing.assert_array_equal(whole[keep], part)
+    groups = model_groups(checkpoint)
+    (hidden,) = [g for g in groups.prunable if g.renormalised]
+    params = jax.tree.map(jnp.asarray, checkpoint.params())
+    np.testing.assert_allclose(logits(smaller), groups_logits(checkpoint, hidden.name, keep, params), atol=1e-4)
+
+
+def groups_logits(checkpoint, name, keep, params):
+    """Logits of the masked model, window by window (it is traced for eight tokens)."""
+    from jprune.trace import coupled_axes
+
+    f = lambda p, t: decoder.apply(checkpoint.config, p, t)  # noqa: E731
+    return coupled_axes(f, params, jnp.asarray(TOKENS)).masked({name: keep})(params, jnp.asarray(TOKENS))
+
+
+def test_steps_reach_the_same_size(checkpoint, tmp_path):
+    once, often = (
+        shrink_model(
+            checkpoint,
+            tmp_path / f"out{steps}",
+            method=LLMPruner(steps=steps, **OPEN),
+            target=Target(units=0.5),
+            calibration=TOKENS,
+        )
+        for steps in (1, 3)
+    )
+    assert once.sizes == often.sizes
+    assert once.parameters == often.parameters
+
+
+def test_layers(checkpoint, tmp_path):
+    """Of three layers the one that turns its input least goes; the others run as before."""
+    report = shrink_model(checkpoint, tmp_path / "out", method=DropLayers(drop=1), calibration=TOKENS)
+    params = jax.tree.map(jnp.asarray, checkpoint.params())
+    x = decoder.embed(checkpoint.config)(params, jnp.asarray(TOKENS))
+    cosines = []
+    for i in range(3):
+        y = decoder.block(checkpoint.config, i)(params["blocks"][str(i)], x)
+        a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        cosines.append(np.mean((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)))
+        x = y
+    stay = tuple(i for i in range(3) if i != int(np.argmax(cosines)))
+    assert report.layers == stay
+    x = decoder.embed(checkpoint.config)(params, jnp.asarray(TOKENS))
+    for i in stay:
+        x = decoder.block(checkpoint.config, i)(params["blocks"][str(i)], x)
+    np.testing.assert_allclose(logits(load(tmp_path / "out")), decoder.head(checkpoint.config)(params, x), atol=1e-5)
+
+
+def test_first_layers(checkpoint, tmp_path):
+    report = shrink_model(checkpoint, tmp_path / "out", method=LLMPruner(mode="layer", layers=2))
+    assert report.layers == (0, 1)
+    assert load(tmp_path / "out").config.layers == 2
+
+
+def test_global_ranking_gives_layers_sizes_of_their_own(checkpoint, tmp_path):
+    method = LLMPruner(globally=True, normalise="mean", **OPEN)
+    report = shrink_model(checkpoint, tmp_path / "out", method=method, target=Target(units=0.3), calibration=TOKENS)
+    assert len({s["d_ff"] for s in report.sizes}) > 1
+    smaller = load(tmp_path / "out")
+    assert [smaller.config.layer(i).d_ff for i in range(3)] == [s["d_ff"] for s in report.sizes]
+    assert sum(s["d_ff"] + s["kv_heads"] for s in report.sizes) == int(3 * (56 + 2) * 0.7)
+
+
+def test_refusals(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    one_open = LLMPruner(protect_first=1, protect_last=1)
+    with pytest.raises(JpruneError, match="--uniform"):
+        shrink_model(checkpoint, out, method=one_open, target=Target(units=0.5), format="hf", calibration=TOKENS)
+    with pytest.raises(JpruneError, match="how small"):
+        shrink_model(checkpoint, out, method=LLMPruner(), calibration=TOKENS)
+    with pytest.raises(JpruneError, match="protected"):
+        shrink_model(checkpoint, out, method=LLMPruner(), target=Target(units=0.5), calibration=TOKENS)
+    with pytest.raises(JpruneError, match="target"):
+        shrink_model(checkpoint, out, method=DropLayers(drop=1), target=Target(units=0.5), calibration=TOKENS)
+    with pytest.raises(JpruneError, match="at least one must stay"):
+        shrink_model(checkpoint, out, method=DropLayers(drop=3), calibration=TOKENS)
+    with pytest.raises(JpruneError, match="removes none"):
+        shrink_model(checkpoint, out, method=LLMPruner(mode="layer", layers=3))
+    assert not out.exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_plan_of_a_config_alone(tiny_config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config))
+    plan = plan_shrink(tmp_path, method=LLMPruner(**OPEN), target=Target(units=0.5))
+    block = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 56
+    before = 2 * 96 * 32 + 3 * (block + 64) + 32
+    assert plan.parameters == (before, before - 3 * block // 2)
+    assert plan.sizes == ({"d_model": 32, "heads": 2, "kv_heads": 1, "d_ff": 28},) * 3
+    everything = plan_shrink(tmp_path, method=LLMPruner(globally=True, **OPEN), target=Target(units=0.5))
+    assert everything.parameters == (before, None)
+    assert everything.sizes is None
