@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Key
 
 from jprune.errors import JpruneError
 from jprune.train import metrics, sharding
-from jprune.train.state import RunFolder
+from jprune.train.state import StateFolder
 
 PyTree = Any
 Batch = Mapping[str, Any]
@@ -106,7 +106,7 @@ class Trained:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C was pressed, and the state was saved; the message says where."""
+    """Ctrl-C was pressed, and the state was saved; the message says after which step, and where."""
 
 
 def train(
@@ -148,7 +148,7 @@ def train(
       Interrupted: Ctrl-C, after the state was saved.
     """
     settings = {**(settings or {}), "steps": schedule.steps, "seed": schedule.seed}
-    run = None if folder is None else RunFolder(folder, settings, resume=resume)
+    run = None if folder is None else StateFolder(folder, settings, resume=resume)
     trainable, frozen = sharding.put(trainable, mesh, copy=True), sharding.put(frozen, mesh)  # updates overwrite
     functions = _Functions(loss, optimizer, trainable, mesh)
     state = (trainable, functions.init(trainable))
@@ -178,7 +178,7 @@ def train(
                     f"the data ended after {step} of {schedule.steps} steps; give more data, more epochs or fewer steps"
                 ) from None
             total = functions.zeros()
-            parts = list(_micro_batches(batch, schedule.micro_batch, mesh))
+            parts = list(micro_batches(batch, schedule.micro_batch, mesh))
             for i, part in enumerate(parts):
                 key = jax.random.fold_in(jax.random.fold_in(base, step), i)
                 total = jax.block_until_ready(functions.add(total, state[0], frozen, part, key))
@@ -186,7 +186,7 @@ def train(
                 if interrupted():
                     save(step, place)
                     where = "nothing was saved" if run is None else f"its state is in {run.path}; go on with --resume"
-                    raise Interrupted(f"interrupted after {step} of {schedule.steps} steps; {where}")
+                    raise Interrupted(f"after {step} of {schedule.steps} steps; {where}")
             value, norm, weight = (float(x) for x in functions.measure(total))
             if not (math.isfinite(value) and math.isfinite(norm)):
                 save(step, place)
@@ -275,7 +275,7 @@ class _Functions:
         self.init = jax.jit(optimizer.init, out_shardings=None if states is None else states[1])
 
 
-def _micro_batches(batch: Batch, rows: int | None, mesh: Mesh | None) -> Iterator[dict[str, Array]]:
+def micro_batches(batch: Batch, rows: int | None, mesh: Mesh | None) -> Iterator[dict[str, Array]]:
     """The batch in parts of equal shape; what the last one lacks is filled with rows of weight zero."""
     size = len(next(iter(batch.values())))
     shares = sharding.batch_shares(mesh)
@@ -329,7 +329,9 @@ class _Clock:
 def _interrupts() -> Iterator[Callable[[], bool]]:
     """Catches the first Ctrl-C: the function given tells whether there was one. A second one interrupts at once."""
     pressed = False
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+    before = signal.getsignal(signal.SIGINT)
+    # Only the main thread gets signals, and where a program handles them by itself it knows why.
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
         yield lambda: False
         return
 
@@ -339,7 +341,7 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         pressed = True
 
-    before = signal.signal(signal.SIGINT, press)
+    signal.signal(signal.SIGINT, press)
     try:
         yield lambda: pressed
     finally:

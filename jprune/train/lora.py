@@ -199,7 +199,10 @@ def _as_operand(
 
 
 def delta(
-    a: Float[Array, "*d_in r"], b: Float[Array, "r *d_out"], alpha: int | float, in_axes: Sequence[int] | None = None
+    a: Float[Array | np.ndarray, "*d_in r"],
+    b: Float[Array | np.ndarray, "r *d_out"],
+    alpha: int | float,
+    in_axes: Sequence[int] | None = None,
 ) -> Float[Array, "..."]:
     """``alpha / r * a b`` in the kernel's layout; its input axes are the leading ones unless `in_axes` tells others."""
     product = jnp.tensordot(a, b, axes=1, precision="highest") * (alpha / a.shape[-1])
@@ -230,7 +233,7 @@ def merge(
     for path, (a, b) in by_path(adapters).items():
         if path not in leaves:
             raise JpruneError(f"there is an adapter for {path!r} but no such parameter")
-        change = delta(jnp.asarray(a), jnp.asarray(b), alpha, (in_axes or {}).get(path))
+        change = delta(a, b, alpha, (in_axes or {}).get(path))
         if change.shape != leaves[path].shape:
             raise JpruneError(f"{path}: the adapter's product is {change.shape}, the kernel {leaves[path].shape}")
         wide = jnp.asarray(leaves[path]).astype(jnp.float32) + change.astype(jnp.float32)

@@ -26,7 +26,7 @@ _STATE, _BEST = re.compile(r"^step-(\d+)$"), re.compile(r"^best-(\d+)$")
 _KEPT = 2  # the one before the last, should the disk have lost the last
 
 
-class RunFolder:
+class StateFolder:
     """A folder with the state of one run.
 
     Args:

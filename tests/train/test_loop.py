@@ -161,7 +161,7 @@ def test_stopped_and_resumed(tmp_path):
             signal.raise_signal(signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match=r"interrupted after 3 of 6 steps; its state is in .*--resume"):
+    with pytest.raises(Interrupted, match=r"after 3 of 6 steps; its state is in .*--resume"):
         run(batches=stream, folder=tmp_path / "run", progress=stop, options={"micro_batch": 2})
     assert signal.getsignal(signal.SIGINT) is before
     again = run(folder=tmp_path / "run", resume=True, options={"micro_batch": 2})

@@ -1,0 +1,334 @@
+"""Ways to tune a pruned model: low-rank adapters (`Lora`), or all weights that are left (`Full`).
+
+Each turns a checkpoint into what the training loop needs, with equal blocks stacked so that they compile once, and
+turns what was trained back into the model's parameters.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from jprune import trees
+from jprune.checkpoints import Checkpoint
+from jprune.errors import JpruneError
+from jprune.models import loss, stacked
+from jprune.pipeline.plan import HEAD, matmul_kernels
+from jprune.pipeline.run import activation_dtype
+from jprune.train import lora
+from jprune.train.keep_masked import keep_masked
+from jprune.train.loop import Batch, Loss
+from jprune.train.optimizer import AdamW, Schedule
+from jprune.train.quantise import dequantise_tree, quantise
+
+PyTree = Any
+Sums = tuple[Float[Array, ""], Float[Array, ""]]
+BaseDtype = Literal["float32", "bfloat16", "int8"]
+BASE_DTYPES = ("float32", "bfloat16", "int8")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the training loop needs, and the way back."""
+
+    trainable: PyTree
+    frozen: PyTree
+    loss: Loss
+    """With dropout, distillation and so on."""
+    evaluation: Callable[[PyTree, PyTree, Batch], Sums]
+    """(trainable, frozen, batch) -> sum of the weighted cross-entropies, and of the weights."""
+    optimizer: optax.GradientTransformation
+    read: Callable[[PyTree, str], np.ndarray]
+    """(trainable, path) -> the model's parameter at that path after tuning."""
+    dtype: Any
+    """Of the activations."""
+    notices: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What all ways of tuning have in common."""
+
+    steps: int | None = None
+    """Updates; instead of --epochs."""
+    epochs: int | None = None
+    """How often the data is gone through, if no --steps are given."""
+    learning_rate: float = 1e-4
+    """At its highest."""
+    schedule: Schedule = "linear"
+    """After the warm-up: constant, linear or cosine, down to zero at the end."""
+    warmup: int | None = None
+    """Steps of warm-up. By default 100, but at most a tenth of all."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    clip: float = 1.0
+    """The gradient's global norm is cut to this; 0 leaves it."""
+    batch_size: int = 64
+    """Windows an update."""
+    micro_batch: int | None = None
+    """Windows computed at once. By default as many as have 1024 tokens on CPU, elsewhere 8192."""
+    seed: int = 0
+    """Of the order of the data, the adapters' start and dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "epochs", "batch_size", "micro_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise JpruneError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.steps is not None and self.epochs is not None:
+            raise JpruneError("give either --steps or --epochs, not both")
+        self.adamw()
+
+    def adamw(self) -> AdamW:
+        """The optimizer that the options describe."""
+        return AdamW(
+            learning_rate=self.learning_rate,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora(Tuning):
+    """Train low-rank adapters beside the frozen weights, and merge them (LLM-Pruner's recovery).
+
+    Defaults are those that its authors recommend: 2 epochs, batch 64, learning rate 1e-4, 100 steps of warm-up.
+    """
+
+    rank: int = 8
+    """Of the adapters."""
+    alpha: float = 16.0
+    """The adapters' products count alpha / rank."""
+    dropout: float = 0.05
+    """Of what the adapters read."""
+    targets: str = "q,k,v,o,gate,up,down"
+    """Kernels that get adapters: names, or regular expressions over paths, separated by commas."""
+    base_dtype: BaseDtype | None = None
+    """Of the frozen weights while training: float32, bfloat16, or int8 with a scale for each output. By default float32
+    on CPU, else bfloat16. The result's weights are not affected."""
+    keep_adapters: bool = False
+    """Write only the adapters, in PEFT's form, instead of the model with the adapters merged."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise JpruneError(f"--rank must be at least 1, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise JpruneError(f"--dropout must be in [0, 1), got {self.dropout}")
+
+    def task(self, checkpoint: Checkpoint, steps: int) -> Task:
+        """Adapters on the kernels of the blocks; base weights in `base_dtype`."""
+        in_axes = {path: m.in_axes for path, (_, m) in matmul_kernels(checkpoint).items() if path != HEAD}
+        key = jax.random.key(self.seed)
+        adapters = lora.init(checkpoint.shapes, in_axes, rank=self.rank, key=key, targets=self._patterns(in_axes))
+        runs = stacked.runs(checkpoint.config, checkpoint.shapes, adapters)
+        dtype = _compute_dtype(checkpoint, self.base_dtype)
+        axes = in_axes if self.base_dtype == "int8" else {}
+        frozen = read_stacked(checkpoint, runs, dtype=dtype, quantised=axes)
+
+        def around(dropout: float) -> stacked.Around:
+            def with_adapters(block: Callable) -> Callable:
+                adapted = lora.adapt(block, alpha=self.alpha, dropout=dropout)
+                return lambda params, aside, x: adapted(dequantise_tree(params, dtype), *aside, x)
+
+            return with_adapters
+
+        def sums(dropout: float) -> Callable[[PyTree, PyTree, Batch, Any], Sums]:
+            language_model = loss.causal_lm(checkpoint.config, around=around(dropout))
+
+            def f(trainable: PyTree, frozen: PyTree, batch: Batch, key: Any) -> Sums:
+                own = trainable.get("blocks", {})
+                aside = {
+                    name: (own.get(name, {}), None if key is None else _keys(key, stacked.layers(name)))
+                    for name in frozen["blocks"]
+                }
+                return language_model(frozen, batch, aside)
+
+            return f
+
+        with_dropout, without = sums(self.dropout), sums(0.0)
+        return Task(
+            trainable=stacked.stack(adapters, runs),
+            frozen=frozen,
+            loss=with_dropout,
+            evaluation=lambda trainable, frozen, batch: without(trainable, frozen, batch, None),
+            optimizer=self.adamw().transformation(steps),
+            read=lambda trainable, path: self._merged(checkpoint, trainable, path, in_axes),
+            dtype=dtype,
+        )
+
+    def adapters(self, trainable: PyTree) -> dict[str, tuple[Any, Any]]:
+        """(a, b) by the path of each adapted kernel of the model."""
+        return lora.by_path(stacked.unstack(trainable))
+
+    def _patterns(self, paths: Mapping[str, Any]) -> list[str]:
+        names = {path.split("/")[-2] for path in paths}
+        wanted = [target.strip() for target in self.targets.split(",") if target.strip()]
+        if not wanted:
+            raise JpruneError(f"--targets names no kernel; there are {', '.join(sorted(names))}")
+        for target in wanted:
+            if target.isidentifier() and target not in names:
+                known = ", ".join(sorted(names))
+                raise JpruneError(f"--targets: {target!r} matches no kernel of this model; there are {known}")
+        return [f"/{target}/kernel$" if target in names else target for target in wanted]
+
+    def _merged(
+        self, checkpoint: Checkpoint, trainable: PyTree, path: str, in_axes: Mapping[str, tuple[int, ...]]
+    ) -> np.ndarray:
+        kernel = checkpoint.read(path)
+        # Picked out of the stack one by one: merged kernels of a whole model would be a second model in memory.
+        adapter = _adapter(trainable, path)
+        if adapter is None:
+            return kernel
+        change = np.asarray(lora.delta(*adapter, self.alpha, in_axes[path]))
+        merged = (kernel.astype(np.float32) + change).astype(kernel.dtype)
+        return np.where(kernel == 0, np.zeros_like(kernel), merged)  # what is pruned stays pruned
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Full(Tuning):
+    """Train all weights that are left; what is zero stays zero. With --teacher, learn from a model's predictions."""
+
+    learning_rate: float = 2e-5
+    """At its highest."""
+    batch_size: int = 16
+    """Windows an update."""
+    teacher: str | None = None
+    """A model with the same vocabulary, such as the one before pruning: learn its predictions instead of the text."""
+    temperature: float = 1.0
+    """At which predictions are compared."""
+    teacher_weight: float = 1.0
+    """Share of the teacher in the loss; the rest is the cross-entropy of the text."""
+    hidden_loss: float = 0.0
+    """Weight of the distance of hidden states to the teacher's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise JpruneError(f"--temperature must be above 0, got {self.temperature}")
+        if not 0 <= self.teacher_weight <= 1 or self.hidden_loss < 0:
+            raise JpruneError(
+                f"--teacher-weight must be in [0, 1] and --hidden-loss not negative, got {self.teacher_weight} and "
+                f"{self.hidden_loss}"
+            )
+        if self.teacher is None and (self.hidden_loss or self.temperature != 1.0 or self.teacher_weight != 1.0):
+            raise JpruneError(
+                "--temperature, --teacher-weight and --hidden-loss are about a teacher; give --teacher MODEL"
+            )
+
+    def task(self, checkpoint: Checkpoint, steps: int) -> Task:
+        """All parameters, float32, computed in the usual dtype; zeros of the kernels held by `keep_masked`."""
+        from jprune.checkpoints import load
+
+        runs = stacked.runs(checkpoint.config, checkpoint.shapes)
+        dtype = _compute_dtype(checkpoint, None)
+        trainable = read_stacked(checkpoint, runs, dtype=jnp.float32)
+        masks = {p: x != 0 for p, x in trees.flatten(trainable).items() if p.endswith("kernel") and not x.all()}
+        language_model = loss.causal_lm(checkpoint.config)
+        frozen: PyTree = {}
+        distance = None
+        if self.teacher is not None:
+            teacher = load(self.teacher)
+            distance = loss.distillation(
+                checkpoint.config,
+                teacher.config,
+                temperature=self.temperature,
+                teacher_weight=self.teacher_weight,
+                hidden_weight=self.hidden_loss,
+            )
+            frozen = read_stacked(teacher, stacked.runs(teacher.config, teacher.shapes), dtype=dtype)
+
+        def compute(trainable: PyTree) -> PyTree:
+            return jax.tree.map(lambda x: x.astype(dtype), trainable)
+
+        def sums(trainable: PyTree, frozen: PyTree, batch: Batch, key: Any) -> Sums:
+            del key  # nothing is random
+            if distance is not None:
+                return distance(compute(trainable), frozen, batch)
+            return language_model(compute(trainable), batch)
+
+        def read(trainable: PyTree, path: str) -> np.ndarray:
+            before = checkpoint.read(path)
+            after = np.asarray(_leaf(trainable, path)).astype(before.dtype)
+            if path.endswith("kernel") and (wrong := np.count_nonzero(after[before == 0])):
+                raise JpruneError(f"{path}: {wrong} pruned weights are not zero after training; please report this")
+            return after
+
+        return Task(
+            trainable=trainable,
+            frozen=frozen,
+            loss=sums,
+            evaluation=lambda trainable, frozen, batch: language_model(compute(trainable), batch),
+            optimizer=self.adamw().transformation(steps, *([keep_masked(masks)] if masks else [])),
+            read=read,
+            dtype=dtype,
+        )
+
+
+TUNINGS: dict[str, type[Lora] | type[Full]] = {"lora": Lora, "full": Full}
+"""By the name on the command line."""
+
+
+def read_stacked(
+    checkpoint: Checkpoint, runs: stacked.Runs, *, dtype: Any, quantised: Mapping[str, tuple[int, ...]] | None = None
+) -> PyTree:
+    """All parameters with equal blocks stacked, a leaf at a time.
+
+    Args:
+      checkpoint: the model.
+      runs: which blocks are stacked.
+      dtype: of the leaves.
+      quantised: the input axes of the kernels, by path in the model, that are read as int8 instead.
+    """
+    leaves: dict[str, Any] = {}
+    for path, group in stacked.members(checkpoint.shapes, runs).items():
+        parts = [np.asarray(checkpoint.read(p)) for p in group]
+        whole = np.stack(parts) if len(group) > 1 else parts[0]
+        if quantised and group[0] in quantised:
+            shift = int(len(group) > 1)
+            leaves[path] = quantise(jnp.asarray(whole), tuple(axis + shift for axis in quantised[group[0]]))
+        else:
+            leaves[path] = whole.astype(dtype)
+    return trees.unflatten(leaves)
+
+
+def _compute_dtype(checkpoint: Checkpoint, base: BaseDtype | None) -> Any:
+    """bfloat16 or float32; float16 overflows in the gradients of some models."""
+    if base is not None and base not in BASE_DTYPES:
+        raise JpruneError(f"--base-dtype is one of {', '.join(BASE_DTYPES)}; got {base!r}")
+    if base in ("float32", "bfloat16"):
+        return jnp.dtype(base)
+    usual = jnp.dtype(activation_dtype(checkpoint, None))
+    return jnp.dtype(jnp.bfloat16) if usual == jnp.float16 else usual
+
+
+def _keys(key: Array, layers: range) -> Array:
+    """The random key of every layer of a run; of a single layer, without a leading axis."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(layers))
+    return keys if len(layers) > 1 else keys[0]
+
+
+def _leaf(tree: PyTree, path: str) -> Any:
+    """The leaf of a model's path in a stacked tree; a KeyError if there is none."""
+    if not path.startswith("blocks/"):
+        return trees.flatten(tree)[path]
+    _, layer, below = path.split("/", 2)
+    for name, block in tree.get("blocks", {}).items():
+        if int(layer) in stacked.layers(name):
+            leaf = trees.flatten(block)[below]
+            return leaf[int(layer) - stacked.layers(name)[0]] if len(stacked.layers(name)) > 1 else leaf
+    raise KeyError(path)
+
+
+def _adapter(trainable: PyTree, path: str) -> tuple[Any, Any] | None:
+    try:
+        return _leaf(trainable, f"{path}/a"), _leaf(trainable, f"{path}/b")
+    except KeyError:
+        return None
