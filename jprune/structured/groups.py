@@ -4,11 +4,11 @@ No module is known by its name. A group is told by what one of its units is in t
 "side" means the input or the output axes of a kernel as `jprune.matmuls` has them, and "wide" how many of the channels
 on its side one unit takes:
 
-    mlp        one channel wide in every kernel (a feed-forward channel), or a channel of stacked experts
+    mlp        one channel wide in every kernel (a feed-forward channel), or a channel of all experts
     attention  wider in every kernel, and in the most of them: a KV head with its query heads, in q, k, v and o. With
                a single KV head, which has to stay, a query head, in q and o
     query      a query head inside its KV head, where attention units hold several
-    expert     it runs through stacked kernels (a matmul with a batch axis) and through a plain one, the router
+    expert     wider, or in stacked kernels (matmuls with a batch axis), but one channel wide in the router
     hidden     one channel wide, in more kernels than any other group, and prunable only in the whole model
 
 Biases, norm scales and whatever else is a member of the group goes along. A whole layer is no group of axes.
@@ -218,7 +218,7 @@ def hidden_units(groups: Sequence[Group], params: PyTree, matmuls: Iterable[Para
     return Units(kind="hidden", name="hidden", count=widest.group.size, members=widest.members)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Placed:
     """A group, and its members with the shapes and sides of their leaves."""
 
@@ -228,12 +228,13 @@ class _Placed:
     """The members in plain matmuls."""
     stacked: bool
     """Whether it runs through kernels with a batch axis, which are in no plain matmul."""
-    places: frozenset[tuple[str, int]]
-    """The kernels, and where in them its segment begins."""
+    places: frozenset[tuple[str, tuple[int, ...], int]]
+    """The sides of kernels that it lies on, and where its segment begins."""
 
     @property
-    def heads(self) -> bool:
-        return bool(self.kernels) and not self.stacked and all(m.channels.shape[1] > 1 for m in self.kernels)
+    def widths(self) -> list[int]:
+        """Of a unit, in each kernel."""
+        return [member.channels.shape[1] for member in self.kernels]
 
 
 def _place(groups: Sequence[Group], params: PyTree, matmuls: Iterable[ParamMatmul]) -> list[_Placed]:
@@ -246,13 +247,14 @@ def _place(groups: Sequence[Group], params: PyTree, matmuls: Iterable[ParamMatmu
     for group in groups:
         if group.size < 2:  # nothing of it can go
             continue
-        members = []
+        members, places = [], set()
         for member in sorted(group.members, key=lambda m: order.get(m.path, len(order))):
             shape, axis = shapes[member.path], member.axis
             side: tuple[int, ...] = (axis,)
             if member.path in in_axes:
                 inside = in_axes[member.path]
                 side = tuple(i for i in range(len(shape)) if (i in inside) == (axis in inside))
+                places.add((member.path, side, member.offset))
             units = np.full(shape[axis], -1)
             within = np.arange(member.length) // member.stride % group.size
             units[member.offset : member.offset + member.length] = within
@@ -263,7 +265,7 @@ def _place(groups: Sequence[Group], params: PyTree, matmuls: Iterable[ParamMatmu
                 members=tuple(members),
                 kernels=tuple(m for m in members if m.path in in_axes),
                 stacked=any(len(m.shape) > 2 and m.path not in in_axes and m.counted for m in members),
-                places=frozenset((m.path, m.offset) for m in group.members if m.path in in_axes),
+                places=frozenset(places),
             )
         )
     return placed
@@ -271,12 +273,22 @@ def _place(groups: Sequence[Group], params: PyTree, matmuls: Iterable[ParamMatmu
 
 def _classified(placed: list[_Placed]) -> Iterator[tuple[Kind, Group, tuple[UnitMember, ...], int]]:
     """(kind, group, members, sets); frozen groups too."""
+    beside = {p: [q for q in placed if q is not p and q.places & p.places] for p in placed}
+    # What lies beside experts are their channels, which lie nowhere else. (Beside the head dimension of values lie
+    # query heads, which lie in q too.)
+    experts = {
+        p
+        for p in placed
+        if 1 in p.widths and (p.stacked or max(p.widths) > 1) and all(q.places < p.places for q in beside[p])
+    }
+    heads = []
     for p in placed:
-        if p.stacked:
-            yield "expert" if p.kernels else "mlp", p.group, p.members, 1
-        elif p.kernels and all(m.channels.shape[1] == 1 for m in p.kernels):
+        if p in experts:
+            yield "expert", p.group, p.members, 1
+        elif (max(p.widths, default=0) == 1 or p.stacked or beside[p]) and experts.issuperset(beside[p]):
             yield "mlp", p.group, p.members, 1
-    heads = [p for p in placed if p.heads]
+        elif p.kernels and min(p.widths) > 1:
+            heads.append(p)
     for p in heads:
         # Head dimensions lie in some of the heads' kernels, or in all of them but inside of the heads.
         if any(p.places < q.places or (p.places == q.places and _step(p) < _step(q)) for q in heads):

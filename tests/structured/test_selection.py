@@ -148,7 +148,7 @@ def model(layers=3, heads=6, kv=2, head_dim=4, d_model=10, d_ff=30):
     }
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(st.floats(0.05, 0.5), st.sampled_from(["local", "global"]), st.booleans(), st.sampled_from([1, 4]))
 def test_the_target_is_met_exactly_as_counted(share, ranking, uniform, round_to):
     """What the search counts is what shrink leaves; it is at most the target, and one unit more would be too many."""
