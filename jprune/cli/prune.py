@@ -123,16 +123,25 @@ class Prune(Command):
             ],
             "sparsity": {"expected": plan.sparsity.achieved, **dataclasses.asdict(plan.sparsity)},
             "calibration_tokens": plan.tokens,
+            "units": [dataclasses.asdict(unit) for unit in plan.units],
             "flops": plan.flops,
-            "peak_memory_bytes": plan.peak_memory_bytes,
+            "seconds": plan.seconds,
             "time_class": plan.time_class,
+            "micro_batch_windows": plan.layout.windows,
+            "activations": plan.activations,
+            "intermediates": plan.intermediates,
+            "disk_bytes": plan.disk_bytes,
+            "peak_memory_bytes": plan.peak_memory_bytes,
+            "peak_device_memory_bytes": plan.peak_device_memory_bytes,
+            "memory_limit_bytes": plan.memory_limit,
+            "fits": plan.fits,
+            "advice": plan.advice,
         }
         if not self.json:
             rows = [(k.path, k.shape, str(k.pattern), k.zeros) for k in plan.kernels]
             display.table(["kernel", "shape", "pattern", "zeros"], rows)
-            print(f"\n{len(plan.kernels)} kernels, expected sparsity {plan.sparsity}")
-            print(f"{plan.tokens} calibration tokens, about {plan.flops / 1e12:.3g} TFLOP: {plan.time_class}")
-            print(f"peak memory about {plan.peak_memory_bytes / 1e9:.2g} GB")
+            print(f"\n{len(plan.kernels)} kernels, expected sparsity {plan.sparsity}\n")
+            _print_costs(plan)
             print("nothing was touched")
         return result
 
@@ -142,6 +151,33 @@ def _override(text: str) -> tuple[str, Pattern]:
     if not equals or not regex:
         raise UsageError(f"--override {text!r} is not REGEX=PATTERN, such as 'mlp/down=0.3' or 'blocks/0/=2:4'")
     return regex, patterns.parse(pattern)
+
+
+def _print_costs(plan: Plan) -> None:
+    on_device = plan.peak_device_memory_bytes is not None
+    columns = ["", "read MB", "TFLOP", "seconds", "peak GB", *(["device GB"] if on_device else [])]
+    rows = []
+    for unit in plan.units:
+        row = [unit.name, f"{unit.bytes_read / 1e6:.0f}", f"{unit.flops / 1e12:.3g}", f"{unit.seconds:.3g}"]
+        peaks = (unit.peak_memory_bytes, unit.peak_device_memory_bytes)
+        rows.append([*row, *(f"{peak / 1e9:.2f}" for peak in peaks if peak is not None)])
+    display.table(columns, rows)
+    print(f"\n{plan.tokens} calibration tokens, {plan.layout.windows} windows at a time")
+    print(
+        f"{plan.flops / 1e12:.3g} TFLOP: {plan.time_class}, about {plan.seconds:.0f} s at what was just measured here"
+    )
+    where = {"none": "none are needed", "disk": "in memory and, for the rest, in the run folder"}
+    print(f"activations between blocks: {where.get(plan.activations, 'in ' + plan.activations)}")
+    between = {"none": "there are none", "kept": "kept in memory", "disk": where["disk"], "recomputed": "recomputed"}
+    print(f"values between the stages of a block: {between[plan.intermediates]}")
+    if plan.disk_bytes:
+        print(f"run folder: up to {plan.disk_bytes / 1e9:.2g} GB, beside the result")
+    device = f", of the device {plan.peak_device_memory_bytes / 1e9:.2f} GB" if plan.peak_device_memory_bytes else ""
+    print(f"peak memory {plan.peak_memory_bytes / 1e9:.2f} GB{device}; limit {plan.memory_limit / 1e9:.2f} GB")
+    if not plan.fits:
+        print("this does not fit; what helps:")
+        for line in plan.advice:
+            print(f"- {line}")
 
 
 def _print_report(report: Report) -> None:
