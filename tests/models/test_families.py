@@ -15,34 +15,57 @@ SIZES = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "intermedia
 ARCHITECTURES = tuple(families.ARCHITECTURES)
 
 
-@settings(max_examples=30, deadline=None)
+def small(family, kv_heads=2, group=2, head_dim=8, **options):
+    """config.json of a small model; keys that a family does not have do no harm."""
+    heads = kv_heads * (
+        group if family.names.get("num_key_value_heads", "num_key_value_heads") in family.defaults else 1
+    )
+    common = SIZES | {
+        "hidden_size": heads * head_dim,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+    }
+    named = {family.names.get(key, key): value for key, value in common.items()}
+    return {"architectures": [family.architectures[0]]} | named | options
+
+
+@settings(max_examples=80, deadline=None)
 @given(
-    architecture=st.sampled_from(ARCHITECTURES),
+    family=st.sampled_from(families.FAMILIES),
+    variant=st.integers(0, 9),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),
-    head_dim=st.sampled_from([2, 4, 6]),
-    flags=st.fixed_dictionaries(
-        {name: st.booleans() for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")},
-    ),
+    tied=st.booleans(),
     dtype=st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]),
 )
-def test_reading_and_writing_a_table_is_bit_exact(architecture, kv_heads, group, head_dim, flags, dtype):
-    heads = {"num_attention_heads": kv_heads * group, "num_key_value_heads": kv_heads, "head_dim": head_dim}
-    config = families.config({"architectures": [architecture], **SIZES, **heads, **flags})
+def test_reading_and_writing_a_table_is_bit_exact(family, variant, kv_heads, group, tied, dtype):
+    options = family.variants[variant % len(family.variants)]
+    config = families.config(small(family, kv_heads, group, **options) | {"tie_word_embeddings": tied})
     table = families.table(config)
     assert {path: e.path_shape for path, e in table.items()} == config_module.shapes(config)
-    assert len({e.key for e in table.values()}) == len(table)
     random = np.random.default_rng(0)
+    bits = {
+        key: random.integers(0, 256, (*e.shape, np.dtype(dtype).itemsize), dtype=np.uint8)  # NaNs and infs too
+        for e in table.values()
+        for key in e.keys
+    }
+    stored = {key: value.view(dtype)[..., 0] for key, value in bits.items()}
+    written = {key: np.zeros_like(value) for key, value in stored.items()}
+    counts = dict.fromkeys(stored, 0)
     for path, e in table.items():
-        bits = random.integers(0, 256, (*e.shape, np.dtype(dtype).itemsize), dtype=np.uint8)  # NaNs and infs too
-        stored = bits.view(dtype)[..., 0]
-        ours = e.read(stored)
+        ours = e.read(*(stored[key] for key in e.keys))
         assert ours.shape == e.path_shape, path
-        assert np.shares_memory(ours, stored), path
-        written = e.write(ours)
-        assert written.flags.c_contiguous
-        assert written.tobytes() == stored.tobytes(), path
-        assert e.write(ours.copy()).tobytes() == stored.tobytes(), path
+        for index, key in enumerate(e.keys):
+            e.write_to(index, ours.copy(), written[key])
+            counts[key] += ours.size // len(e.keys)
+        if e.whole and not e.stacked:
+            assert np.shares_memory(ours, stored[path_key := e.key]), path
+            assert e.write(ours).flags.c_contiguous
+            assert e.write(ours).tobytes() == stored[path_key].tobytes(), path
+    assert counts == {key: value.size for key, value in stored.items()}, "every element is of one parameter"
+    for key, value in stored.items():
+        assert written[key].tobytes() == value.tobytes(), key
 
 
 def test_a_kernel_is_the_transposed_weight_with_heads_apart(rng):
@@ -55,10 +78,17 @@ def test_a_kernel_is_the_transposed_weight_with_heads_apart(rng):
     assert table["blocks/1/attn/q/kernel"].key == "model.layers.1.self_attn.q_proj.weight"
 
 
-def test_several_parameters_may_share_one_stored_tensor(rng):
-    size = {"d_model": 5, "heads": 2, "head_dim": 3}
+def sizes_of(**sizes):
+    return sizes.__getitem__
+
+
+def test_fused_heads_lie_side_by_side(rng):
     stored = rng.normal(size=(18, 5))
-    parts = [entry("qkv", f"(heads {i}/3 head_dim) d_model", tuple(size), size.__getitem__) for i in range(3)]
+    size = sizes_of(d_model=5, heads=2, head_dim=3)
+    parts = [
+        entry("qkv", f"(heads {axes} head_dim) d_model", ("d_model", "heads", "head_dim"), size)
+        for axes in ("<1>+1+1", "1+<1>+1", "1+1+<1>")
+    ]
     assert parts[0].shape == (18, 5)
     np.testing.assert_array_equal(parts[1].read(stored)[:, 1, 2], stored[9 + 3 + 2])
     out = np.zeros_like(stored)
@@ -67,6 +97,42 @@ def test_several_parameters_may_share_one_stored_tensor(rng):
     np.testing.assert_array_equal(out, stored)
     with pytest.raises(TypeError, match="several parameters"):
         parts[0].write(parts[0].read(stored))
+
+
+def test_fused_parts_of_unequal_size(rng):
+    stored = rng.normal(size=(5, 24))
+    size = sizes_of(d_model=5, heads=4, kv_heads=2, head_dim=3)
+    v = entry("c_attn", "d_model (heads+kv_heads+<kv_heads> head_dim)", ("d_model", "kv_heads", "head_dim"), size)
+    np.testing.assert_array_equal(v.read(stored)[:, 1, 2], stored[:, 18 + 3 + 2])
+
+
+def test_query_heads_stored_with_their_key_value_head(rng):
+    stored = rng.normal(size=(24, 5))  # twice: two queries, key, value
+    size = sizes_of(d_model=5, heads=4, kv_heads=2, group=2, head_dim=3)
+    q = entry("qkv", "(kv_heads <group>+1+1 head_dim) d_model", ("d_model", "heads", "head_dim"), size)
+    k = entry("qkv", "(kv_heads group+<1>+1 head_dim) d_model", ("d_model", "kv_heads", "head_dim"), size)
+    np.testing.assert_array_equal(q.read(stored)[:, 3, 1], stored[12 + 3 + 1])
+    np.testing.assert_array_equal(k.read(stored)[:, 1, 1], stored[12 + 6 + 1])
+
+
+def test_a_parameter_may_take_a_tensor_for_each_of_its_first_axis(rng):
+    stored = [rng.normal(size=(3, 5)) for _ in range(4)]
+    e = entry(
+        "experts.{experts}.w1", "d_ff d_model", ("experts", "d_model", "d_ff"), sizes_of(experts=4, d_model=5, d_ff=3)
+    )
+    assert e.keys == tuple(f"experts.{i}.w1" for i in range(4))
+    np.testing.assert_array_equal(e.read(*stored)[2], stored[2].T)
+    out = np.zeros((3, 5))
+    e.write_to(2, e.read(*stored), out)
+    np.testing.assert_array_equal(out, stored[2])
+    with pytest.raises(TypeError, match="one of 4 tensors"):
+        e.write(e.read(*stored))
+
+
+def test_keys_without_the_prefix_are_known():
+    config = families.config({"model_type": "gpt_neox"})
+    assert families.stored_key(config, "layers.0.mlp.dense_h_to_4h.bias") == "gpt_neox.layers.0.mlp.dense_h_to_4h.bias"
+    assert families.stored_key(config, "embed_out.weight") == "embed_out.weight"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -120,6 +186,12 @@ def test_windows():
     ("hf", "message"),
     [
         ({"architectures": ["LLaMAForCausalLM"]}, "architecture 'LLaMAForCausalLM'.*the nearest is LlamaForCausalLM"),
+        ({"architectures": ["Gemma4ForConditionalGeneration"]}, "'Gemma4.*the nearest is Gemma3?.*add-a-family"),
+        ({"model_type": "falcon", "alibi": True}, "Falcon with ALiBi"),
+        ({"model_type": "bloom", "apply_residual_connection_post_layernorm": True}, "apply_residual"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "encoder"),
+        ({"model_type": "gptj", "rotary_dim": 3}, "even head_dim, or an even part of it; got 3 of 256"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "rope_type 'longrope' needs 'short_factor'"),
         ({"architectures": ["T5"]}, "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"),
         ({}, "unsupported architecture 'None'"),
         ({"model_type": "llama", "num_key_value_heads": 5}, "32 query heads cannot share 5"),
@@ -128,7 +200,7 @@ def test_windows():
         ({"model_type": "llama", "hidden_size": "many"}, "hidden_size.*'many'"),
         ({"model_type": "llama", "num_attention_heads": 0}, "num_attention_heads.*0"),
         ({"model_type": "llama", "rms_norm_eps": "small"}, "does not describe a LlamaForCausalLM.*'small'"),
-        ({"model_type": "llama", "rope_scaling": {"type": "longrope"}}, "rope_type 'longrope'.*yarn"),
+        ({"model_type": "llama", "rope_scaling": {"type": "proportional"}}, "rope_type 'proportional'.*yarn"),
         ({"model_type": "llama", "rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs 'factor'"),
         ({"model_type": "llama", "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial rotary"),
         ({"model_type": "qwen3", "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "per layer type"),

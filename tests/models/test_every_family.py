@@ -1,0 +1,132 @@
+"""What a family's table must pass to exist, for every variant it names; see docs/add-a-family.md.
+
+The truth is transformers: models of random weights are saved by it, loaded by us, and compared.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from jprune import trees
+from jprune.checkpoints import huggingface, load
+from jprune.methods import METHODS
+from jprune.models import decoder, families, generate
+from jprune.patterns import Unstructured
+from jprune.pipeline import prune_model
+from jprune.trace import matmuls, stages
+
+pytest.importorskip("torch")
+hf = pytest.importorskip("hf_families")
+
+VARIANTS = {
+    f"{architecture.removesuffix('ForCausalLM')}-{number}": (family, architecture, variant)
+    for family in families.FAMILIES
+    for architecture in family.architectures
+    for number, variant in enumerate(family.variants)
+}
+FIRST = {name: case for name, case in VARIANTS.items() if name.endswith("-0")}
+
+
+def tokens(length, batch=2):
+    return np.random.default_rng(1).integers(0, hf.VOCAB, (batch, length)).astype(np.int32)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_and_files_are_those_of_transformers(name, tmp_path_factory):
+    family, architecture, variant = VARIANTS[name]
+
+    @settings(max_examples=2, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(
+        kv_heads=st.integers(1, 3),
+        group=st.integers(1, 3),
+        head_dim=st.sampled_from([8, 16]) if "rope_scaling" not in variant else st.just(8),
+        tied=st.booleans(),
+        length=st.integers(9, 16),
+    )
+    def check(kv_heads, group, head_dim, tied, length):
+        options = hf.sizes(family, kv_heads=kv_heads, group=group, head_dim=head_dim, tied=tied)
+        model = hf.model(architecture, options | variant)
+        source = hf.save(model, tmp_path_factory.mktemp("source"))
+        checkpoint = load(source)
+        params = jax.tree.map(jnp.asarray, checkpoint.params())
+        ours = jax.jit(lambda p, t: decoder.apply(checkpoint.config, p, t))(params, tokens(length))
+        theirs = hf.logits(model, tokens(length))
+        assert np.abs(theirs).max() > 0.1  # the comparison means something
+        assert np.abs(np.asarray(ours) - theirs).max() <= 1e-4
+
+        copy = tmp_path_factory.mktemp("copy")
+        with huggingface.Writer(copy, checkpoint) as writer:
+            for path in checkpoint.shapes:
+                writer.write(path, checkpoint.read(path))
+        before, after = (load_file(folder / "model.safetensors") for folder in (source, copy))
+        assert before.keys() == after.keys()
+        for key, stored in before.items():
+            assert after[key].tobytes() == stored.tobytes(), key
+
+    check()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function that saves a random model of a case, without group heads where a family has none, and loads it."""
+
+    def save(name, **options):
+        family, architecture, variant = VARIANTS[name]
+        return load(hf.save(hf.model(architecture, hf.sizes(family, **options) | variant), tmp_path / name))
+
+    return save
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_block_is_understood(name, saved):
+    """Every kernel is a matmul that `matmuls` finds, and the stages computed one by one are the block."""
+    checkpoint = saved(name)
+    config = checkpoint.config
+    params = jax.tree.map(jnp.asarray, checkpoint.params("blocks/0"))
+    x = jax.random.normal(jax.random.key(0), (1, 6, config.d_model))
+    f = decoder.block(config, 0)
+    found = {m.path: m for m in matmuls(f, params, x)}
+    assert set(found) == {path for path in trees.flatten(params) if path.endswith("kernel")}
+    assert found["attn/q/kernel"].input_id == found["attn/k/kernel"].input_id
+    assert found["attn/o/kernel"].in_axes == (0, 1)
+    assert found["mlp/up/kernel"].stage == (0 if config.parallel else 2)
+    cut = stages(f, params, x)
+
+    @jax.jit
+    def in_stages(params, x):
+        carry = cut.start(x)
+        for segment in cut.segments:
+            carry = segment(params, carry)
+        return cut.finish(carry)
+
+    np.testing.assert_allclose(in_stages(params, x), jax.jit(f)(params, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_generation_with_a_cache_equals_without(name, saved):
+    checkpoint = saved(name)
+    params = jax.tree.map(jnp.asarray, checkpoint.params())
+    prompt = [3, 1, 4, 1, 5]
+    generated = generate.generate(checkpoint.config, params, prompt, max_tokens=7)
+    everything = np.asarray([prompt + generated])
+    logits = jax.jit(lambda p, t: decoder.apply(checkpoint.config, p, t))(params, everything)
+    np.testing.assert_array_equal(np.argmax(logits[0, len(prompt) - 1 : -1], -1), generated)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_every_method_prunes_it(name, saved, tmp_path):
+    checkpoint = saved(name, layers=1)
+    for method in METHODS.values():
+        out = tmp_path / method.__name__
+        prune_model(checkpoint, out, method=method(), pattern=Unstructured(0.5), calibration=tokens(16, batch=4))
+        pruned = load(out)
+        for path in checkpoint.shapes:
+            before, after = checkpoint.read(path), pruned.read(path)
+            if path.startswith("blocks/") and path.endswith("kernel"):
+                assert np.mean(after == 0) == pytest.approx(0.5, abs=0.01), path
+            else:
+                np.testing.assert_array_equal(after, before, err_msg=path)
