@@ -25,7 +25,7 @@ from jprune.pipeline.run import activation_dtype, evaluation_windows
 from jprune.pipeline.stopwatch import Stopwatch, peak_memory_bytes
 from jprune.pipeline.units import units_of_blocks, units_of_hidden
 from jprune.structured import importance
-from jprune.structured.groups import Units, merge
+from jprune.structured.groups import Units, positions
 from jprune.structured.methods import DropLayers, LLMPruner
 from jprune.structured.selection import Kept, Target
 
@@ -249,13 +249,14 @@ def planned(checkpoint: Checkpoint, method: StructuredMethod, target: Target | N
     if isinstance(method, DropLayers):
         return checkpoint.select({}, method.kept(np.zeros(checkpoint.config.layers)))
     if method.layers is not None:
-        return checkpoint.select({}, _first(checkpoint, method.layers))
+        return checkpoint.select({}, method.kept_layers(checkpoint.config.layers))
     if method.globally:
         return None
     assert target is not None  # check_target
     units = _units(checkpoint, method)
     alike = {u.name: np.zeros(u.count) for u in units}
-    return _pruned(checkpoint, units, alike, method, target, parameters(checkpoint), None)
+    kept = _chosen(checkpoint, units, alike, method, target, parameters(checkpoint), None)
+    return checkpoint.select(positions(units, kept))
 
 
 def parameters(checkpoint: Checkpoint) -> int:
@@ -299,15 +300,18 @@ def _smaller(
         layers = method.kept(influences)
         return checkpoint.select({}, layers), layers
     if method.layers is not None:
-        layers = _first(checkpoint, method.layers)
+        layers = method.kept_layers(checkpoint.config.layers)
         return checkpoint.select({}, layers), layers
     assert target is not None
-    whole, view, initial = parameters(checkpoint), checkpoint, None
+    whole, view = parameters(checkpoint), checkpoint
+    # Found once: in a smaller model the same trace may give units of other kinds (one KV head is no group).
+    units = _units(checkpoint, method)
+    initial = {u.name: u.count for u in units}
     for step in range(1, method.steps + 1):
-        units = _units(view, method)
-        initial = initial or {u.name: u.count for u in units}
         scores = _scores(view, units, method, step, examples, functools.partial(_report, progress, step, method.steps))
-        view = _pruned(view, units, scores, method, target.step(step, method.steps, whole), whole, initial)
+        kept = _chosen(view, units, scores, method, target.step(step, method.steps, whole), whole, initial)
+        keep = positions(units, kept)
+        view, units = view.select(keep), tuple(u.after(kept[u.name], keep) for u in units)
     return view, everything
 
 
@@ -322,13 +326,7 @@ def _units(checkpoint: Checkpoint, method: LLMPruner) -> tuple[Units, ...]:
     return method.prunable(units_of_blocks(checkpoint, method.kinds), checkpoint.config.layers)
 
 
-def _first(checkpoint: Checkpoint, count: int) -> tuple[int, ...]:
-    if count >= checkpoint.config.layers:
-        raise JpruneError(f"the model has {checkpoint.config.layers} layers; --layers {count} removes none")
-    return tuple(range(count))
-
-
-def _pruned(
+def _chosen(
     view: Checkpoint,
     units: tuple[Units, ...],
     scores: Scores,
@@ -336,8 +334,8 @@ def _pruned(
     target: Target,
     whole: int,
     initial: Mapping[str, int] | None,
-) -> Checkpoint:
-    """One step: the view with the units that the scores and the target leave."""
+) -> Kept:
+    """One step: the units that the scores and the target leave."""
 
     def choose(ratio: float) -> Kept:
         return method.select(units, scores, ratio, initial=initial)
@@ -347,8 +345,7 @@ def _pruned(
     def count(kept: Kept) -> int:
         return now - sum((u.count - len(kept[u.name])) * u.parameters for u in units)
 
-    kept = target.reach(choose, count, whole)
-    return view.select(merge(u.keep(kept[u.name]) for u in units))
+    return target.reach(choose, count, whole)
 
 
 def _scores(

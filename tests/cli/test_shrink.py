@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -118,7 +119,6 @@ def test_bad_input(call, tiny_model, token_file, tmp_path, monkeypatch, words, s
     got, _, told = call("prune", kind, tiny_model(), "--calibration", token_file(), *rest)
     assert got == status
     assert len(told.splitlines()) == 1
-    import re
 
     assert re.search(message, told), told
     assert not (tmp_path / "x").exists()

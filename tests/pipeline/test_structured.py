@@ -138,6 +138,14 @@ def test_steps_reach_the_same_size(checkpoint, tmp_path):
     assert once.parameters == often.parameters
 
 
+def test_steps_down_to_one_kv_head(tiny_model, tmp_path):
+    """With one KV head left a layer's query heads become a group; they are no units of this run."""
+    checkpoint = load(tiny_model(num_attention_heads=8, num_key_value_heads=4, head_dim=4))
+    method = LLMPruner(steps=4, importance="l2", **OPEN)
+    report = shrink_model(checkpoint, tmp_path / "out", method=method, target=Target(units=0.75))
+    assert {(s["heads"], s["kv_heads"]) for s in report.sizes} == {(2, 1)}
+
+
 def test_layers(checkpoint, tmp_path):
     """Of three layers the one that turns its input least goes; the others run as before."""
     report = shrink_model(checkpoint, tmp_path / "out", method=DropLayers(drop=1), calibration=TOKENS)
@@ -185,7 +193,7 @@ def test_refusals(checkpoint, tmp_path):
         shrink_model(checkpoint, out, method=DropLayers(drop=1), target=Target(units=0.5), calibration=TOKENS)
     with pytest.raises(JpruneError, match="at least one must stay"):
         shrink_model(checkpoint, out, method=DropLayers(drop=3), calibration=TOKENS)
-    with pytest.raises(JpruneError, match="removes none"):
+    with pytest.raises(JpruneError, match="nothing to prune"):
         shrink_model(checkpoint, out, method=LLMPruner(mode="layer", layers=3))
     assert not out.exists()
     assert not list(tmp_path.glob(".out*"))
