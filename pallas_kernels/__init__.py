@@ -7,6 +7,8 @@ Formats, packing, Pallas kernels for NVIDIA GPUs and plain JAX references for ev
 and numpy only, never jprune, so that it can be used on its own.
 """
 
+from pallas_kernels.choose import Choice as Choice
+from pallas_kernels.choose import choose as choose
 from pallas_kernels.errors import FormatError as FormatError
 from pallas_kernels.formats import Bitmap as Bitmap
 from pallas_kernels.formats import Capped as Capped
@@ -21,3 +23,4 @@ from pallas_kernels.shards import matmul_shards as matmul_shards
 from pallas_kernels.shards import pack_shards as pack_shards
 from pallas_kernels.storage import from_arrays as from_arrays
 from pallas_kernels.storage import to_arrays as to_arrays
+from pallas_kernels.sweep import sparsegpt_sweep as sparsegpt_sweep

@@ -1,8 +1,8 @@
 """The Pallas kernels (Triton lowering, NVIDIA GPUs): decode a tile in registers, multiply on tensor cores.
 
-One program multiplies `rows` outputs by the batch over its share of the inputs, tile by tile, and writes float32 partial
-sums; the shares are added up by XLA, in one order, so results are the same in every run. Weights are the left operand:
-the tensor cores' long side is then the outputs, and a batch of 1 costs what one of 16 does.
+One program multiplies `rows` outputs by the batch over its share of the inputs, tile by tile, and writes float32
+partial sums; the shares are added up by XLA, in one order, so results are the same in every run. Weights are the left
+operand: the tensor cores' long side is then the outputs, and a batch of 1 costs what one of 16 does.
 
 Triton in Pallas is deprecated since jax 0.11 and still the only way to write these loads in plain Pallas. All that
 depends on it is in this module.
@@ -132,9 +132,7 @@ def _multiply_kernel(*refs, make: Callable[..., _Reader], tile: Tile, steps: int
         following = reader.ahead(jnp.minimum(k + 1, steps - 1))
         weights = reader.read(k, ahead)
         x = plt.load(x_ref.at[known, inputs + k * columns])
-        product = plt.dot(
-            weights.astype(dot_dtype), x.astype(dot_dtype), trans_b=True, precision=lax.Precision.HIGHEST
-        )
+        product = plt.dot(weights.astype(dot_dtype), x.astype(dot_dtype), trans_b=True, precision=lax.Precision.HIGHEST)
         return following, total + product.astype(jnp.float32)
 
     start = jnp.zeros((tile.rows, block), jnp.float32)

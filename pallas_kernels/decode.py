@@ -3,8 +3,8 @@
 A nibble of the bitmap says which of 4 neighbours are stored. Their values are next to each other in the stream, so
 where a weight's value lies is the number of bits set before its own. All 4 are placed by byte permutes whose selectors
 come from the nibble by multiplication, and what is not stored is cleared by a mask that comes from it too:
-2 to 3 instructions a weight, no branch, no table. Everything is int32 arrays of one shape; `w` is `words` or a backend's
-version of it.
+2 to 3 instructions a weight, no branch, no table. Everything is int32 arrays of one shape; `w` is `words` or a
+backend's version of it.
 """
 
 from collections.abc import Sequence
@@ -50,28 +50,25 @@ def quad_8(word, nibble, before, w) -> jax.Array:
     return w.permute(word, word, selector & const(0x7777)) & w.permute(signs, signs, 0xBA98)
 
 
-def widen(word, values: str, dtype, w) -> tuple[jax.Array, jax.Array]:
+def widen(word, values: str, dtype, w) -> list[jax.Array]:
     """4 8-bit values in a word as two words of two bfloat16 or float16 each; exact."""
     if values == "int8" and dtype == jnp.float16:
         # 0x6400 + u is 1024 + u in float16: the value is that, with its sign bit flipped, less 1024 + 128.
         word = word ^ const(0x80808080)
         bias = jnp.full_like(word, const(0x64806480))
         magic = jnp.full_like(word, const(0x64646464))
-        return tuple(w.subtract_pairs(w.permute(word, magic, s), bias, dtype) for s in (0x4140, 0x4342))  # type: ignore
+        return [w.subtract_pairs(w.permute(word, magic, s), bias, dtype) for s in (0x4140, 0x4342)]
     zero = jnp.zeros_like(word)
     if values == "int8":
         # 0x4300 + u is 128 + u in bfloat16 for 7 bits u; adding the sign bit, 0x80, makes it 256: that is taken away.
-        pairs = (w.permute(word, zero, s) for s in (0x4140, 0x4342))
-        bias = const(0x43004300)
-        return tuple(  # type: ignore
-            w.subtract_pairs((p & const(0x007F007F)) | bias, (p & const(0x00800080)) | bias, dtype) for p in pairs
-        )
+        pairs = [w.permute(word, zero, s) for s in (0x4140, 0x4342)]
+        base = const(0x43004300)
+        return [w.subtract_pairs((p & const(0x007F007F)) | base, (p & const(0x00800080)) | base, dtype) for p in pairs]
     # e4m3: its exponent and mantissa, in place, are those of a float16 or bfloat16 a power of two too small.
     shift, power = (1, 8) if dtype == jnp.float16 else (4, 120)
-    pairs = (w.permute(word, zero, s) for s in (0x1404, 0x3424))
-    return tuple(  # type: ignore
-        w.scale_pairs((p & const(0x80008000)) | w.shift_right(p & const(0x7F007F00), shift), power, dtype) for p in pairs
-    )
+    pairs = [w.permute(word, zero, s) for s in (0x1404, 0x3424)]
+    placed = [(p & const(0x80008000)) | w.shift_right(p & const(0x7F007F00), shift) for p in pairs]
+    return [w.scale_pairs(p, power, dtype) for p in placed]
 
 
 def interleave(elements: Sequence[jax.Array]) -> jax.Array:
@@ -111,14 +108,14 @@ def capped_group(byte, planes: Sequence[jax.Array], values: str, dtype, w) -> li
     if dtype_size(values) == 2:
         first, second = planes[0], planes[-1]
         base = jnp.full_like(byte, FIRST_16)
-        words = (
+        words = [
             *quad_16(first, second, low, base, w),
             *quad_16(first, second, high, skipped * const(0x22222222) + base, w),
-        )
+        ]
     else:
         word = planes[0] if len(planes) == 1 else (planes[0] & 0xFFFF) | (planes[1] << 16)
         quads = (quad_8(word, low, jnp.zeros_like(byte), w), quad_8(word, high, skipped * const(0x1111), w))
-        words = tuple(word for quad in quads for word in widen(quad, values, dtype, w))
+        words = [word for quad in quads for word in widen(quad, values, dtype, w)]
     return halves(words, dtype, w)
 
 
@@ -149,7 +146,7 @@ def bitmap_quad(nibble, words: Sequence[jax.Array], first, values: str, dtype, w
     if dtype_size(values) == 2:
         a, b, c = words
         amount = (first & 1) << 4
-        quad = quad_16(w.funnel_right(a, b, amount), w.funnel_right(b, c, amount), nibble, const(FIRST_16), w)
+        quad = [*quad_16(w.funnel_right(a, b, amount), w.funnel_right(b, c, amount), nibble, const(FIRST_16), w)]
     else:
         a, b = words
         word = w.funnel_right(a, b, (first & 3) << 3)

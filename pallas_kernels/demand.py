@@ -65,6 +65,19 @@ def measure(mask: Mask) -> Demand:
     return Demand(*(int(x) for x in (_measure if xp is np else _measure_jit)(mask, xp)))
 
 
+def _tile_counts(mask, tile, xp):
+    return to_tiles(mask, tile, xp).sum((-1, -2), dtype=np.int32)
+
+
+_tile_counts_jit = jax.jit(_tile_counts, static_argnums=(1, 2))
+
+
+def count_tiles(mask: Mask, format: Format) -> np.ndarray:
+    """Stored values of each of a format's tiles, `[tiles out, tiles in]`."""
+    xp = namespace(mask)
+    return np.asarray((_tile_counts if xp is np else _tile_counts_jit)(mask, TILES[format.name], xp))
+
+
 def check(mask: Mask, format: Format) -> None:
     """Raises a FormatError that names the first tile that does not fit, and the formats that would hold the mask."""
     if format.name == "bitmap":

@@ -60,16 +60,15 @@ def matmul(
     if x.ndim < 1 or x.shape[-1] != d_in:
         raise FormatError(f"x is [..., {d_in}] for {packed!r}; got shape {tuple(x.shape)}")
     if values is not None and packed.scale is not None:
-        raise FormatError(f"{packed!r} has quantised values, which cannot be trained: unpack it, or pack without values=")
+        raise FormatError(f"{packed!r} has quantised values, which cannot be trained: pack without values=")
     rows = jnp.asarray(x).reshape(-1, d_in)
     if rows.shape[0] == 0:
         return jnp.zeros((*x.shape[:-1], d_out), x.dtype)
     return _matmul(interpret, rows, values, packed).reshape(*x.shape[:-1], d_out)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(interpret, x, values, packed):
+def _differentiable(interpret, x, values, packed):
     if values is not None:
         packed = with_values(packed, values)
     return _multiplier(interpret)(x, packed)
@@ -209,4 +208,5 @@ def _multiply_dense(x, packed, interpret):
     return jnp.concatenate(parts, axis=1)
 
 
-_matmul.__wrapped__.defvjp(_matmul_forward, _matmul_backward)
+_differentiable.defvjp(_matmul_forward, _matmul_backward)
+_matmul = jax.jit(_differentiable, static_argnums=0)

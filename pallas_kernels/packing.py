@@ -14,8 +14,8 @@ import numpy as np
 
 from pallas_kernels import bitmap, capped
 from pallas_kernels._shapes import Bool, Float, Shaped
-from pallas_kernels.arrays import namespace, to_tiles
-from pallas_kernels.demand import check, holds
+from pallas_kernels.arrays import namespace
+from pallas_kernels.demand import check, count_tiles, holds
 from pallas_kernels.errors import FormatError
 from pallas_kernels.formats import FLOATS, QUANTISED, TILES, VERSION, Capped, Packed, dtype_of, parse
 
@@ -68,8 +68,7 @@ def pack(
         if traced:
             length = bitmap.stream_length(parsed.name, _tiles(kernel.shape, tile), itemsize, capacity or 0)
         else:
-            counts = (_counts if xp is np else _counts_jit)(mask, tile, xp)
-            length = bitmap.stream_length(parsed.name, np.asarray(counts), itemsize)
+            length = bitmap.stream_length(parsed.name, count_tiles(mask, parsed), itemsize)
         if length >= 2**31:
             raise FormatError(f"{format} indexes values with 32 bits; {length} values need the kernel cut into parts")
     function = _pack if xp is np else _pack_jit
@@ -94,13 +93,6 @@ def _check_kernel(kernel, mask, values, name) -> None:
 
 def _tiles(shape, tile) -> int:
     return -(-shape[1] // tile[0]) * -(-shape[0] // tile[1])
-
-
-def _counts(mask, tile, xp):
-    return to_tiles(mask, tile, xp).sum((-1, -2), dtype=np.int32)
-
-
-_counts_jit = jax.jit(_counts, static_argnums=(1, 2))
 
 
 def _pack(kernel, mask, parsed, meta, length, capacity, xp: ModuleType) -> Packed:

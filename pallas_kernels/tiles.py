@@ -52,8 +52,12 @@ def block_of(n: int) -> int:
 
 def shape_class(packed: Packed, n: int) -> str:
     """What calls share a configuration: format, values, rows of x, and whether the kernel outgrows the cache."""
-    weights = packed.shape[0] * packed.shape[1]
-    return f"{packed.format} {packed.values} n={block_of(n)} {'large' if weights > _LARGE else 'small'}"
+    return class_name(packed.format, packed.values, packed.shape[0] * packed.shape[1], n)
+
+
+def class_name(format: str, values: str, weights: int, n: int) -> str:
+    """The same, of a kernel that is not packed yet."""
+    return f"{format} {values} n={block_of(n)} {'large' if weights > _LARGE else 'small'}"
 
 
 @functools.cache

@@ -45,9 +45,13 @@ def funnel_right(low: jax.Array, high: jax.Array, amount: jax.Array) -> jax.Arra
 
 def _pairwise(function, dtype, *words):
     """A function of two 16-bit floats side by side in each word."""
-    halves = [[lax.bitcast_convert_type(w.astype(jnp.int16), dtype), lax.bitcast_convert_type(
-        shift_right(w, 16).astype(jnp.int16), dtype)] for w in words]
-    low, high = (lax.bitcast_convert_type(function(*h).astype(dtype), jnp.int16).astype(jnp.int32) for h in zip(*halves))
+
+    def half(*parts):
+        result = function(*parts).astype(dtype)
+        return lax.bitcast_convert_type(result, jnp.int16).astype(jnp.int32)
+
+    low = half(*(low_half(w, dtype) for w in words))
+    high = half(*(high_half(w, dtype) for w in words))
     return (low & 0xFFFF) | (high << 16)
 
 

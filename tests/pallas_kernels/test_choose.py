@@ -1,0 +1,87 @@
+"""`choose`: the formats that hold a mask, and the bytes that packing then takes."""
+
+import numpy as np
+import pytest
+from sparse_kernels import random_kernel, random_mask
+
+import pallas_kernels as pk
+from pallas_kernels import tiles
+
+
+@pytest.mark.parametrize("values", ["bfloat16", "float32", "int8"])
+@pytest.mark.parametrize("fits", ["capped:2", "bitmap"])
+def test_bytes_are_those_of_packing(rng, fits, values):
+    mask = random_mask(rng, 200, 150, fits)
+    kernel = random_kernel(rng, mask, "float32" if values != "bfloat16" else "bfloat16")
+    choices = pk.choose(mask, values=values)
+    assert [c.nbytes for c in choices if c.holds] == sorted(c.nbytes for c in choices if c.holds)
+    for choice in choices:
+        if choice.format == "dense":
+            assert choice.nbytes == mask.size * (4 if values == "float32" else 2)
+        elif choice.holds:
+            packed = pk.pack(kernel, choice.format, values=values)
+            assert packed.nbytes == choice.nbytes
+        else:
+            assert choice.nbytes == 0
+            with pytest.raises(pk.FormatError):
+                pk.pack(kernel, choice.format, values=values)
+    names = {c.format for c in choices}
+    assert ("tiled_csl" in names) == (values == "bfloat16")
+    assert {c.format for c in choices if c.holds} >= {fits, "dense"}
+
+
+def test_expected_time_comes_from_the_table(rng, monkeypatch):
+    mask = random_mask(rng, 64, 64, "capped:4")
+    assert all(c.speedup is None for c in pk.choose(mask) if c.format != "dense")  # nothing was measured yet
+    entry = {"microseconds": 2.0, "dense_microseconds": 3.0}
+    classes = {"capped:4 bfloat16 n=16 small": entry, "capped:1 bfloat16 n=16 small": entry}
+    monkeypatch.setattr(tiles, "table", lambda: {"A GPU": {"classes": classes}})
+    found = {c.format: c.speedup for c in pk.choose(mask, batch=7, device="A GPU")}
+    assert found["capped:4"] == 1.5
+    assert found["capped:1"] is None  # does not hold the mask
+    assert found["bitmap"] is None
+    assert {c.speedup for c in pk.choose(mask, batch=64, device="A GPU")} == {1.0, None}
+
+
+def test_tiles_from_the_table(rng, monkeypatch):
+    packed = pk.pack(np.zeros((512, 256), np.float32).astype("float16"), "bitmap")
+    default = tiles.choose_tile(packed, 5)
+    assert (default.rows, default.warps, default.stages) == (128, 4, 1)
+    monkeypatch.setattr(tiles, "device", lambda: ("A GPU", 10))
+    entry = {"rows": 64, "warps": 8, "stages": 3, "resident": 2}
+    table = {"A GPU": {"decode_above": 7, "classes": {"bitmap float16 n=16 small": entry}}}
+    monkeypatch.setattr(tiles, "table", lambda: table)
+    chosen = tiles.choose_tile(packed, 5)
+    assert (chosen.rows, chosen.warps, chosen.stages) == (64, 8, 3)
+    assert tiles.decode_above() == 7
+    assert tiles.choose_tile(packed, 33) == tiles.Tile(split=tiles.choose_tile(packed, 33).split)
+
+
+@pytest.mark.parametrize(("kernel", "n"), [((8192, 28672), 16), ((8192, 8192), 64), ((64, 128), 1), ((300, 5000), 100)])
+def test_splits_fill_the_gpu(kernel, n):
+    """At most one program in four waits for a place or leaves one empty where the kernel is large enough to choose."""
+    d_in, d_out = kernel
+    packed = pk.Bitmap(
+        shape=kernel,
+        dtype="bfloat16",
+        values="bfloat16",
+        tile=(128, 64),
+        bits=np.zeros(1, np.int32),
+        tiles=np.zeros(1, np.int32),
+        rows=np.zeros(1, np.int16),
+        words=np.zeros(d_in * d_out // 4, np.int32),
+    )
+    tile = tiles.choose_tile(packed, n)
+    assert 1 <= tile.split <= 16
+    programs = -(-d_out // tile.rows) * tile.split
+    if d_in * d_out > 1e7:
+        waves = programs / (4 * tiles.CORES)
+        assert waves / np.ceil(waves) > 0.75
+    if d_in < 256:
+        assert tile.split == 1  # nothing to share
+
+
+@pytest.mark.parametrize("wrong", [{"rows": 96}, {"warps": 0}, {"split": 0}])
+def test_bad_tiles(wrong):
+    with pytest.raises(pk.FormatError, match="Tile"):
+        tiles.Tile(**wrong)

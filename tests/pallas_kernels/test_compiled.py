@@ -1,0 +1,88 @@
+"""What compilers make of the kernels, without a GPU: every one lowers for CUDA, and none grows unnoticed.
+
+Ceilings are in `ceilings.json`: registers and instructions of the main loop for sm_80 and sm_90. A change may lower
+them, and then writes them anew with `python scripts/kernel_code.py --record tests/pallas_kernels/ceilings.json`; one
+that raises them has to say why. They belong to one version of the `triton` package; under another only the issue's own
+limits are checked. Without the package only the lowering is.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels import formats
+
+HERE = Path(__file__).parent
+spec = importlib.util.spec_from_file_location("kernel_code", HERE.parents[1] / "scripts/kernel_code.py")
+kernel_code = importlib.util.module_from_spec(spec)
+sys.modules["kernel_code"] = kernel_code  # dataclasses look their module up
+spec.loader.exec_module(kernel_code)
+
+RECORDED = json.loads((HERE / "ceilings.json").read_text())
+CASES = {case.name: case for case in kernel_code.cases()}
+LIMITS = {"capped:4": 5.5, "bitmap": 9.0}
+"""Instructions a weight of 16 bits on sm_90 that are allowed at most, whatever was recorded."""
+
+
+def test_every_kernel_has_a_ceiling():
+    assert set(RECORDED["kernels"]) == set(CASES)
+    assert all(set(entry) == set(kernel_code.ARCHITECTURES) for entry in RECORDED["kernels"].values())
+    for name, entry in RECORDED["kernels"].items():
+        limit = next((LIMITS[f] for f in LIMITS if name.startswith((f"{f} bfloat16 x", f"{f} float16 x"))), None)
+        assert limit is None or entry["sm_90"]["per_weight"] <= limit, name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lowers_for_cuda(name):
+    case = CASES[name]
+    (call,) = kernel_code.triton_calls(case.function, case.arguments)
+    assert "tt.func" in call[0]
+    assert ("tt.dot" in call[0]) == ("n=" in name)
+
+
+def test_whole_functions_lower_for_cuda():
+    """With dispatch, padding, sums and chunks around the kernels; the reference is not in it."""
+    packed = kernel_code.abstract_packed("bitmap", "int8", "bfloat16", (1000, 700))
+
+    def calls(n):
+        x = jax.ShapeDtypeStruct((n, 1000), jnp.bfloat16)
+        return kernel_code.triton_calls(pk.matmul, (x, packed))
+
+    assert len(calls(3)) == 1
+    (decode,) = calls(500)
+    assert "tt.dot" not in decode[0]
+    csl = formats.TiledCSL(
+        shape=(128, 128),
+        dtype="bfloat16",
+        values="bfloat16",
+        tile=(128, 64),
+        offsets=jax.ShapeDtypeStruct((3,), jnp.int32),
+        items=jax.ShapeDtypeStruct((400,), jnp.int32),
+    )
+    assert kernel_code.triton_calls(pk.matmul, (jax.ShapeDtypeStruct((3, 128), jnp.bfloat16), csl)) == []
+    block = jax.ShapeDtypeStruct((128, 100), jnp.float32)
+    inverse = jax.ShapeDtypeStruct((128, 128), jnp.float32)
+    keep = jax.ShapeDtypeStruct((128, 100), jnp.bool_)
+    assert len(kernel_code.triton_calls(pk.sparsegpt_sweep, (block, inverse, keep))) == 1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:triton")
+@pytest.mark.parametrize("arch", kernel_code.ARCHITECTURES)
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_below_its_ceiling(name, arch):
+    triton = pytest.importorskip("triton", reason="compiles with the triton package")
+    code = kernel_code.measure(CASES[name], arch)
+    ceiling = RECORDED["kernels"][name][arch]
+    if RECORDED["versions"] == {"jax": jax.__version__, "triton": triton.__version__}:
+        assert code.registers <= ceiling["registers"]
+        assert code.loop <= ceiling["instructions"]
+    assert code.spilled == 0
+    for format, limit in LIMITS.items():
+        if arch == "sm_90" and name.startswith((f"{format} bfloat16 x", f"{format} float16 x")):
+            assert code.per_weight <= limit
