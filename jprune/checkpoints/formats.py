@@ -19,6 +19,9 @@ from jprune.models import families
 from jprune.models.config import DecoderConfig
 
 Format = Literal["hf", "jprune", "decilm", "orbax"]
+# What transformers 5.23 does with sizes, beyond what its documentation says.
+_HEAD_DIM = ("PhiForCausalLM", "Phi3ForCausalLM", "CohereForCausalLM")  # head_dim is no key of theirs, but is read
+_DIVIDED = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")  # heads must divide hidden_size though head_dim is given
 
 
 Writer = huggingface.Writer | orbax.Writer
@@ -98,9 +101,31 @@ def _restated(checkpoint: Checkpoint, format: Format) -> Checkpoint:
             "Prune with --uniform for equal sizes in all layers, or write --format jprune, which jprune loads, or "
             "--format decilm, which vLLM loads"
         )
-    if format == "hf" and _is_llama_in_name_only(config):
-        return checkpoint.restated(_as_mistral(checkpoint.hf_config, config))
+    if format == "hf":
+        _check_derived(config)
+        if _is_llama_in_name_only(config):
+            return checkpoint.restated(_as_mistral(checkpoint.hf_config, config))
     return checkpoint
+
+
+def _check_derived(config: DecoderConfig) -> None:
+    """Refuses sizes that transformers takes from others and not from config.json."""
+    family = families.ARCHITECTURES[config.architecture]
+
+    def refused(why: str) -> JpruneError:
+        return JpruneError(f"transformers' {config.architecture} {why}. Write --format jprune, which jprune loads")
+
+    reads_head_dim = "head_dim" in family.defaults or config.architecture in _HEAD_DIM
+    if not reads_head_dim and config.heads * config.head_dim != config.d_model:
+        raise refused(
+            f"makes its heads hidden_size / num_attention_heads wide, but hidden_size is {config.d_model} here, with "
+            f"{config.heads} heads of {config.head_dim}: prune neither heads nor hidden dimensions"
+        )
+    width = family.names.get("intermediate_size", "intermediate_size")
+    if width not in family.defaults and config.d_ff != 4 * config.d_model:
+        raise refused(f"is 4 * hidden_size = {4 * config.d_model} wide in its feed-forward part, not {config.d_ff}")
+    if config.architecture in _DIVIDED and config.d_model % config.heads:
+        raise refused(f"wants num_attention_heads ({config.heads}) to divide hidden_size ({config.d_model})")
 
 
 def _differences(config: DecoderConfig) -> str:

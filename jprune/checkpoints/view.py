@@ -4,6 +4,7 @@ Structured pruning changes no weight that stays, so its result is such a view: c
 and every tensor cut out of the larger one when it is read.
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 Keep = Mapping[str, Mapping[int, Sequence[int] | np.ndarray]]
 """The positions that stay, by path and axis; other axes stay whole."""
 
+_BY_LAYER = ("windows", "ropes")
+_UNTOUCHED = tuple(
+    field.name
+    for field in dataclasses.fields(DecoderConfig)
+    if field.name not in ("d_model", "layers", "heads", "kv_heads", "d_ff", "sizes", *_BY_LAYER)
+)
 _SELECTABLE = ("heads", "kv_heads", "d_ff", "d_model")
 
 
@@ -121,14 +128,12 @@ def _config(checkpoint: "Checkpoint", found: Mapping[str, tuple[int, ...]], left
         )
         for i in range(len(left))
     ]
-    d_model = found["embed/embedding"][1]
+    d_model = found["blocks/0/attn/o/kernel"][2]
     hf_config = families.resized(
         checkpoint.hf_config, d_model=d_model, head_dim=checkpoint.config.head_dim, layers=left, sizes=sizes
     )
     config = families.config(hf_config)
-    said = (config.d_model, [config.layer(i) for i in range(config.layers)])
-    if said != (d_model, sizes):
-        raise JpruneError(f"{config.architecture}: no form of its config.json is known that says the sizes of a part")
+    _check_meaning(checkpoint.config, config, d_model, sizes, left)
     names = parameters(config)
     for path, shape in shapes(config).items():
         for axis, (is_, should) in enumerate(zip(found[path], shape)):
@@ -139,6 +144,25 @@ def _config(checkpoint: "Checkpoint", found: Mapping[str, tuple[int, ...]], left
                     f"belong with it; an axis must be cut alike wherever it occurs"
                 )
     return hf_config
+
+
+def _check_meaning(
+    whole: DecoderConfig, part: DecoderConfig, d_model: int, sizes: list[LayerSizes], left: list[int]
+) -> None:
+    """The smaller config must have the sizes that were asked for and compute as before: some families derive more from
+    their sizes (Gemma the scale of its embedding from the hidden size, ALiBi its slopes from the number of heads)."""
+    if (part.d_model, [part.layer(i) for i in range(part.layers)]) != (d_model, sizes):
+        raise JpruneError(f"{whole.architecture}: its config.json has no way to say the sizes of this part")
+    if whole.alibi and any(now.heads != whole.layer(i).heads for now, i in zip(sizes, left)):
+        raise JpruneError(f"{whole.architecture}: ALiBi's slopes follow from the number of heads, so all must stay")
+    expected = {name: getattr(whole, name) for name in _UNTOUCHED}
+    expected |= {name: tuple(by_layer[i] for i in left) for name in _BY_LAYER if (by_layer := getattr(whole, name))}
+    for name, value in expected.items():
+        if getattr(part, name) != value:
+            raise JpruneError(
+                f"{whole.architecture} derives {name} from its sizes: it would become {getattr(part, name)} instead of "
+                f"{value}, and the part would not compute what it did"
+            )
 
 
 def _cut(values: np.ndarray, positions: Mapping[int, np.ndarray]) -> np.ndarray:

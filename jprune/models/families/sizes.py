@@ -50,12 +50,14 @@ def resized(
     Args:
         hf_config: of the model as it was.
         d_model: the hidden size.
-        head_dim: of all heads. It is always written, since hidden_size / num_attention_heads no longer gives it.
+        head_dim: of all heads; written where hidden_size / num_attention_heads does not give it.
         layers: numbers, in the model as it was, of the layers that are left.
         sizes: of each layer that is left.
     """
     hf = {key: value for key, value in hf_config.items() if key != KEY}
-    hf |= {"hidden_size": d_model, "head_dim": head_dim, "num_hidden_layers": len(layers)}
+    hf |= {"hidden_size": d_model, "num_hidden_layers": len(layers)}
+    if "head_dim" in hf or any(layer.heads * head_dim != d_model for layer in sizes):
+        hf["head_dim"] = head_dim
     common = collections.Counter(sizes).most_common(1)[0][0]
     hf |= {key: getattr(common, ours) for ours, key in NAMES.items()}
     own = {str(i): _difference(layer, common) for i, layer in enumerate(sizes) if layer != common}
