@@ -80,6 +80,14 @@ class DecoderConfig:
     mlp_bias: bool = False
     head_bias: bool = False
 
+    # Experts; 0 where every layer has one MLP
+    experts: int = 0
+    experts_per_token: int = 0
+    d_expert: int = 0  # width of one of them
+    d_shared: int = 0  # width of the expert that sees every token; 0: there is none
+    normalise_routing: bool = False  # the weights of a token's experts sum to one
+    dense_layers: tuple[int, ...] = ()  # layers that have one MLP all the same
+
     # Numbers
     score_scale: float | None = None  # of attention scores; None: head_dim ** -0.5
     score_cap: float | None = None  # scores s become cap * tanh(s / cap)
@@ -106,6 +114,11 @@ class DecoderConfig:
                 "check num_attention_heads and num_key_value_heads in config.json"
             )
         self._check_sizes()
+        if self.experts and not (1 <= self.experts_per_token <= self.experts and self.d_expert >= 1):
+            raise JpruneError(
+                f"{self.architecture}: {self.experts_per_token} of {self.experts} experts of width {self.d_expert} for "
+                "each token; expected at least one, no more than there are, and a width"
+            )
         for name, known in (("activation", ACTIVATIONS), ("norm", NORMS), ("qk_norm_kind", QK_NORMS)):
             if (value := getattr(self, name)) not in known:
                 raise JpruneError(f"{self.architecture}: unsupported {name} {value!r}; supported: {', '.join(known)}")
@@ -157,6 +170,10 @@ class DecoderConfig:
         """The rotary embedding of one layer."""
         return self.ropes[index] if self.ropes else self.rope
 
+    def has_experts(self, index: int) -> bool:
+        """Whether a layer routes its tokens to experts."""
+        return bool(self.experts) and index not in self.dense_layers
+
     def size(self, axis: str, path: str) -> int:
         """The length of an axis (a name that `parameters` gives) of the parameter at a path."""
         if axis == "group":  # query heads of a key/value head
@@ -186,9 +203,6 @@ def parameters(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
         "attn/o/kernel": "heads head_dim d_model",
         **_norm(config, "attn_post_norm", when=config.post_norm),
         **_norm(config, "mlp_norm", when=config.pre_norm and not config.shared_norm),
-        "mlp/gate/kernel": "d_model d_ff",
-        "mlp/up/kernel": "d_model d_ff",
-        "mlp/down/kernel": "d_ff d_model",
         **_norm(config, "mlp_post_norm", when=config.post_norm),
     }
     if config.qkv_bias:
@@ -204,10 +218,6 @@ def parameters(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
             axes = "head_dim" if config.qk_norm_kind == "shared" else f"{heads} head_dim"
             block |= {f"attn/{name}/scale": axes}
             block |= {f"attn/{name}/bias": axes} if config.qk_norm_bias else {}
-    if config.mlp_bias:
-        block |= {"mlp/gate/bias": "d_ff", "mlp/up/bias": "d_ff", "mlp/down/bias": "d_model"}
-    if not config.gated:
-        block = {path: axes for path, axes in block.items() if not path.startswith("mlp/gate/")}
     width = "d_model" if config.d_embed is None else "d_embed"
     model = {"embed/embedding": f"vocab {width}"}
     if config.d_embed is not None:
@@ -215,7 +225,9 @@ def parameters(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
     if config.positions:
         model |= {"embed/positions": "positions d_model"}
     model |= _norm(config, "embed/norm", when=config.embed_norm)
-    model |= {f"blocks/{i}/{path}": names for i in range(config.layers) for path, names in block.items()}
+    for i in range(config.layers):
+        mlp = _experts(config) if config.has_experts(i) else _mlp(config)
+        model |= {f"blocks/{i}/{path}": names for path, names in (block | mlp).items()}
     model |= _norm(config, "final_norm", when=config.final_norm)
     if config.d_embed is not None:
         model |= {"project_out/kernel": "d_model d_embed"}
@@ -224,6 +236,34 @@ def parameters(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
     if config.head_bias:
         model |= {"head/bias": "vocab"}
     return {path: tuple(names.split()) for path, names in model.items()}
+
+
+def _mlp(config: DecoderConfig) -> dict[str, str]:
+    mlp = {
+        "mlp/gate/kernel": "d_model d_ff",
+        "mlp/up/kernel": "d_model d_ff",
+        "mlp/down/kernel": "d_ff d_model",
+    }
+    if config.mlp_bias:
+        mlp |= {"mlp/gate/bias": "d_ff", "mlp/up/bias": "d_ff", "mlp/down/bias": "d_model"}
+    return {path: axes for path, axes in mlp.items() if config.gated or not path.startswith("mlp/gate/")}
+
+
+def _experts(config: DecoderConfig) -> dict[str, str]:
+    mlp = {
+        "mlp/router/kernel": "d_model experts",
+        "mlp/experts/gate/kernel": "experts d_model d_expert",
+        "mlp/experts/up/kernel": "experts d_model d_expert",
+        "mlp/experts/down/kernel": "experts d_expert d_model",
+    }
+    if config.d_shared:
+        mlp |= {
+            "mlp/shared_gate/kernel": "d_model",
+            "mlp/shared/gate/kernel": "d_model d_shared",
+            "mlp/shared/up/kernel": "d_model d_shared",
+            "mlp/shared/down/kernel": "d_shared d_model",
+        }
+    return mlp
 
 
 def _norm(config: DecoderConfig, name: str, *, when: bool = True) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jprune.errors import JpruneError
 from jprune.models.attention import Cache, alibi_slopes, attend
@@ -55,6 +55,8 @@ class Options:
     score_scale: float | None
     score_cap: float | None
     qk_norm_kind: str
+    experts_per_token: int
+    normalise_routing: bool
 
     @classmethod
     def of(cls, config: DecoderConfig, index: int) -> "Options":
@@ -71,6 +73,8 @@ class Options:
             score_scale=config.score_scale,
             score_cap=config.score_cap,
             qk_norm_kind=config.qk_norm_kind,
+            experts_per_token=config.experts_per_token,
+            normalise_routing=config.normalise_routing,
         )
 
 
@@ -182,6 +186,50 @@ class MLP(nnx.Module):
         return self.down(act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x))
 
 
+class Experts(nnx.Module):
+    """A router sends every token to a few of many MLPs and mixes what they give; one more may see every token.
+
+    All experts compute all tokens, with the inputs of those that are not sent to them set to zero: what an expert reads
+    is what it was sent, which is what its kernels are pruned by. That costs experts / experts_per_token times the
+    products that a dispatch would need.
+    """
+
+    def __init__(self, params: Params, options: Options):
+        self.router = Linear(params["router"])
+        self.gate, self.up, self.down = (
+            nnx.Param(params["experts"][name]["kernel"]) for name in ("gate", "up", "down")
+        )
+        self.shared = MLP(params["shared"], activation=options.activation) if "shared" in params else None
+        self.shared_gate = Linear(params["shared_gate"]) if "shared_gate" in params else None
+        self.options = options
+
+    def __call__(self, x: Float[Array, "B T d_model"]) -> Float[Array, "B T d_model"]:
+        """Each position by itself."""
+        weights, sent = self._route(x)  # [B, T, experts]
+        inputs = jnp.where(jnp.moveaxis(sent, -1, 0)[..., None], x, jnp.zeros((), x.dtype))  # [experts, B, T, d_model]
+        act = ACTIVATIONS[self.options.activation]
+        hidden = act(_each(inputs, self.gate)) * _each(inputs, self.up)
+        y = jnp.einsum("ebtd,bte->btd", _each(hidden, self.down), weights)
+        if self.shared is not None and self.shared_gate is not None:
+            y = y + jax.nn.sigmoid(self.shared_gate(x))[..., None] * self.shared(x)
+        return y
+
+    def _route(self, x: Float[Array, "B T d_model"]) -> tuple[Float[Array, "B T E"], Bool[Array, "B T E"]]:
+        """The weight of every expert for every token, and whether it is sent there."""
+        odds = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
+        best, which = jax.lax.top_k(odds, min(self.options.experts_per_token, odds.shape[-1]))
+        if self.options.normalise_routing:
+            best = best / jnp.sum(best, axis=-1, keepdims=True)
+        chosen = jax.nn.one_hot(which, odds.shape[-1], dtype=jnp.float32)  # [B, T, k, experts]
+        return jnp.sum(chosen * best[..., None], axis=-2).astype(x.dtype), jnp.any(chosen > 0, axis=-2)
+
+
+def _each(x: Float[Array, "E B T d_in"], kernel: nnx.Param) -> Float[Array, "E B T d_out"]:
+    """Every expert's kernel against its own inputs, in one dot_general."""
+    stacked = kernel.get_value().astype(x.dtype)  # [experts, d_in, d_out]
+    return jax.lax.dot_general(x, stacked, (((3,), (1,)), ((0,), (0,))))
+
+
 class Block(nnx.Module):
     """One decoder layer: attention and MLP, each added to the residual stream, one after the other or side by side."""
 
@@ -191,7 +239,8 @@ class Block(nnx.Module):
             Norm(params[name], options.norm) if name in params else None for name in norms
         )
         self.attn = Attention(params["attn"], options)
-        self.mlp = MLP(params["mlp"], activation=options.activation)
+        mlp = params["mlp"]
+        self.mlp = Experts(mlp, options) if "experts" in mlp else MLP(mlp, activation=options.activation)
         self.options = options
 
     def __call__(

@@ -21,12 +21,15 @@ from jprune.models.families import (
     granite,
     llama,
     mistral,
+    mixtral,
     olmo2,
     opt,
     phi,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
+    qwen3_moe,
     sizes,
     stablelm,
 )
@@ -52,6 +55,9 @@ FAMILIES: tuple[Family, ...] = (
     cohere.FAMILY,
     stablelm.FAMILY,
     granite.FAMILY,
+    mixtral.FAMILY,
+    qwen2_moe.FAMILY,
+    qwen3_moe.FAMILY,
 )
 ARCHITECTURES: dict[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")

@@ -129,6 +129,18 @@ def _longrope(given: Mapping[str, Any], context: int, implied_factor: float) -> 
     }
 
 
+def experts(hf: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The fields of a mixture of `count` experts whose layers are sparse at every `decoder_sparse_step`-th."""
+    step, dense = hf["decoder_sparse_step"], hf["mlp_only_layers"] or ()
+    return {
+        "experts": count,
+        "experts_per_token": hf["num_experts_per_tok"],
+        "d_expert": hf["moe_intermediate_size"],
+        "normalise_routing": bool(hf["norm_topk_prob"]),
+        "dense_layers": tuple(i for i in range(hf["num_hidden_layers"]) if i in dense or (i + 1) % step),
+    }
+
+
 def windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
     """The sliding window of each layer, where `layer_types` names the layers that have one."""
     kinds = hf["layer_types"]
