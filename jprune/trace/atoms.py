@@ -1,13 +1,14 @@
 """The algebra of axes: an axis is an atom, a product of axes (major to minor), or several axes one after another.
 
 Equations of a jaxpr make axes equal (`unify`), regroup them (`regroup`, as a reshape does) or take parts (`cut`, as a
-slice does). Each of these may refine an atom, and then it is refined wherever it occurs: the axis of 32 that one reshape
-splits into 4 x 8 is made of an atom of 4 and one of 8 in every value that has it. Union-find keeps this near-linear. Where
-two ways of splitting cut across each other (12 as 3 x 4 and as 4 x 3), no common atoms exist: `Misfit`.
+slice does). Each of these may refine an atom, and then it is refined wherever it occurs: the axis of 32 that one
+reshape splits into 4 x 8 is made of an atom of 4 and one of 8 in every value that has it. Union-find keeps this
+near-linear. Where two ways of splitting cut across each other (12 as 3 x 4 and as 4 x 3), no common atoms exist:
+`Misfit`.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 LEAF, PRODUCT, SUM = "leaf", "product", "sum"
 
@@ -209,7 +210,7 @@ def _refine(leaf: Axis, kind: str, sizes: tuple[int, int]) -> tuple[Axis, Axis]:
     return first, second
 
 
-def _align(xs: list[Axis], ys: list[Axis], divide) -> None:
+def _align(xs: list[Axis], ys: list[Axis], divide: Callable[[Axis, int], tuple[Axis, Axis]]) -> None:
     """Unifies the factors (or terms) of two equal axes from the left, dividing the larger where they differ."""
     xs, ys = xs[::-1], ys[::-1]
     parts = factors if divide is split else terms

@@ -1,4 +1,4 @@
-"""Elementwise equations on single numbers of which some are not known."""
+"""Equations on single numbers of which some are not known."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,7 +7,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jprune.trace.jaxpr import CASTS, IDENTITIES, Equation
+from jprune.trace.jaxpr import CASTS, ELEMENTWISE, IDENTITIES, Equation
+
+POINTWISE = ELEMENTWISE | {
+    *("real", "imag", "conj", "complex", "asinh", "acosh", "atanh", "nextafter", "lgamma", "digamma", "erf_inv"),
+    *("population_count", "clz"),
+}
+"""Each element of the result depends on the same element of each operand."""
+
+IDEMPOTENT = {"reduce_max", "reduce_min", "reduce_and", "reduce_or"}
+"""Reductions of one repeated number to that number."""
 
 Number = float | int | bool | None
 """A known number; None for one that is not known, but finite wherever it is in the whole network; nan for a number
@@ -65,6 +74,21 @@ def apply(equation: Equation, numbers: Sequence[Number]) -> Number:
     return math.nan if number != number else number  # one nan for all: states are compared
 
 
+def fold(equation: Equation, numbers: Sequence[Number]) -> Number:
+    """The one number that a result consists of, if each operand consists of one (None: it does not)."""
+    name = equation.primitive.name
+    if name in POINTWISE or name in IDENTITIES:
+        return apply(equation, numbers)
+    if name in ("broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", *IDEMPOTENT):
+        return numbers[0]
+    if name in ("reduce_sum", "reduce_prod") and numbers[0] is not None:
+        times = math.prod(equation.invars[0].aval.shape[i] for i in equation.params["axes"])
+        if name == "reduce_sum":
+            return numbers[0] * times
+        return numbers[0] ** times if abs(numbers[0]) <= 1 else None
+    return None
+
+
 def _partly(name: str, equation: Equation, numbers: Sequence[Number]) -> Number:
     known = [x for x in numbers if x is not None]
     match name:
@@ -96,4 +120,4 @@ def _partly(name: str, equation: Equation, numbers: Sequence[Number]) -> Number:
 
 
 def _is_simple(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer) or dtype == bool
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)

@@ -7,6 +7,9 @@ higher order still hold a jaxpr of their own.
 """
 
 import dataclasses
+import os
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -92,8 +95,21 @@ class Trace:
 
 
 def trace(f: Callable, params: PyTree, *args: PyTree) -> Trace:
-    """Traces ``f(params, *args)``; arrays and `jax.ShapeDtypeStruct`s serve alike."""
-    closed, output = jax.make_jaxpr(f, return_shape=True)(params, *args)
+    """Traces ``f(params, *args)``; arrays and `jax.ShapeDtypeStruct`s serve alike.
+
+    Raises:
+      JpruneError: f raises while it is traced; the message says at which line.
+    """
+    try:
+        closed, output = jax.make_jaxpr(f, return_shape=True)(params, *args)
+    except JpruneError:
+        raise
+    except Exception as error:
+        words = str(error).strip().split("\n\n")[0]
+        raise JpruneError(
+            f"expected a function that JAX can trace, but tracing it failed at {_written_at(error)} with "
+            f"{type(error).__name__}: {words}"
+        ) from error
     flat = _Inliner()
     inputs = getattr(closed, "jaxpr", closed).invars
     outputs = flat.run(closed, inputs)
@@ -174,11 +190,31 @@ def where_written(equation: Equation) -> str:
     return source_info_util.summarize(equation.source_info)
 
 
+def _written_at(error: BaseException) -> str:
+    """The innermost line of user code that an error came through."""
+    libraries = tuple(
+        os.path.dirname(path) for name in ("jax", "numpy", "flax", "jaxtyping") if (path := _file_of(name)) is not None
+    )
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename[:1] != "<" and f.filename != __file__]
+    ours = [f for f in frames if not f.filename.startswith(libraries)] or frames
+    if not ours:
+        return "an unknown line"
+    return f"{ours[-1].filename}:{ours[-1].lineno} ({ours[-1].name}: {ours[-1].line})"
+
+
+def _file_of(module: str) -> str | None:
+    return getattr(sys.modules.get(module), "__file__", None)
+
+
 class _Inliner:
     def __init__(self) -> None:
         self.constants: dict[Var, Any] = {}
         self.equations: list[Equation] = []
         self.seen: dict[Any, list[Var]] = {}
+        self.callers: list[Any] = []
+        """Where the calls around the equations are written, the innermost last."""
+        self.unwritten: dict[int, bool] = {}
+        """Which equations, by their traceback's identity, are not in user code, as the bodies of jnp's functions."""
 
     def run(self, closed: Any, inputs: Sequence[Atom]) -> list[Atom]:
         """Appends the equations of a jaxpr applied to `inputs`; returns what its outputs are called now."""
@@ -196,7 +232,9 @@ class _Inliner:
             operands = [read(x) for x in equation.invars]
             name = equation.primitive.name
             if name in CALLS:
+                self.callers.append(self.source(equation))
                 results = self.run(_body(equation), operands)
+                self.callers.pop()
             elif name in ("optimization_barrier", "name"):
                 # They only speak to the compiler, and a barrier would tie values together that nothing else does.
                 results = operands
@@ -212,10 +250,20 @@ class _Inliner:
             return self.seen[key]
         # New variables even here: the body of a function that is called twice appears twice.
         results = [jex.Var(x.aval) for x in equation.outvars]
-        self.equations.append(equation.replace(invars=operands, outvars=results))
+        source = self.source(equation)
+        self.equations.append(equation.replace(invars=operands, outvars=results, source_info=source))
         if key is not None:
             self.seen[key] = results
         return results
+
+    def source(self, equation: Equation) -> Any:
+        """Where an equation is written; where its call is, if it is not in user code."""
+        if not self.callers:
+            return equation.source_info
+        key = id(equation.source_info.traceback)
+        if key not in self.unwritten:
+            self.unwritten[key] = not where_written(equation)
+        return self.callers[-1] if self.unwritten[key] else equation.source_info
 
 
 def _body(equation: Equation) -> Any:

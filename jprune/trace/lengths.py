@@ -14,8 +14,9 @@ from jax.extend import core as jex
 from jprune.trace.atoms import Axis
 from jprune.trace.elementwise import Number
 from jprune.trace.jaxpr import Atom, Equation, Trace, Var, where_written
-from jprune.trace.layout import REDUCTIONS, Layout
+from jprune.trace.layout import Layout
 from jprune.trace.removed import Removed
+from jprune.trace.rules import REDUCTIONS
 
 POWERS = (0.25, 0.5, 1.0, 1.5, 2.0)
 """Of a length and of its reciprocal."""
@@ -103,13 +104,12 @@ class _Walk:
         if number is None or not math.isfinite(number) or abs(number) in (0, 1):
             return
         dtype = equation.outvars[0].aval.dtype
-        rounding = 4 * float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 1e-6
+        rounding = 2 * float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 1e-6
+        magnitude = abs(math.log(abs(number)))
         for atoms in sums:
             together = math.prod(x.size for x in atoms)
             for suspected, size in ((atoms, together), *(((x,), x.size) for x in atoms)):
-                if size > 1 and any(
-                    abs(abs(number) ** (s / p) - size) <= size * rounding * 4 for p in POWERS for s in (1, -1)
-                ):
+                if size > 1 and any(abs(magnitude - p * math.log(size)) <= rounding for p in POWERS):
                     self.suspect(suspected, number, equation)
 
     def suspect(self, atoms: Iterable[Axis], number: Number, equation: Equation) -> None:

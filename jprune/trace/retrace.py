@@ -16,11 +16,12 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
-from jprune.trace.atoms import PRODUCT, SUM, Axis, find
-from jprune.trace.elementwise import Number, apply
-from jprune.trace.jaxpr import IDENTITIES, Equation, PyTree, Trace, Var, trace, where_written
-from jprune.trace.layout import POINTWISE, Layout
-from jprune.trace.removed import Removed, close, number_of
+from jprune.trace.atoms import ONE, PRODUCT, SUM, Axis, find
+from jprune.trace.elementwise import Number, fold
+from jprune.trace.jaxpr import Equation, PyTree, Trace, Var, trace, where_written
+from jprune.trace.layout import Layout
+from jprune.trace.removed import Removed, close
+from jprune.trace.states import number_of, uniform
 
 FACTORS = (2, 3, 5, 7, 11, 13)
 MOST_EQUATIONS = 60_000
@@ -50,8 +51,8 @@ def confirmed(
     guilty = {free[leaf] for leaf in suspected}
     innocent = {leaf: n for leaf, n in grown.items() if free[leaf] not in guilty}
     frozen = dict(suspected)
-    if guilty and innocent and check(innocent) == "":
-        return frozen
+    if guilty and check(innocent) == "":
+        roles = [role for role in roles if role in guilty]
     if len(roles) * len(flat.equations) > MOST_EQUATIONS:
         return frozen
     for role in roles:
@@ -94,7 +95,9 @@ class _Check:
         if len(larger.equations) != len(self.flat.equations):
             return None
         numbers = _Numbers(larger)
-        changed = ""
+        changed = self._constants(larger)
+        if changed is None:
+            return None
         for a, b in zip(self.flat.equations, larger.equations, strict=True):
             if a.primitive is not b.primitive or len(a.invars) != len(b.invars):
                 return None
@@ -104,12 +107,44 @@ class _Check:
                 continue  # what it makes is looked at where it is used
             for x, y in zip(a.invars, b.invars):
                 old, new = self.numbers.of(x), numbers.of(y)
-                if old != new and not self._is_length(a, old, new, grown):
+                if id(a) in self.means and old is not None:  # the divisor of a mean must change as the length does
+                    if not self._is_length(a, new, grown):
+                        changed = changed or _words(a, old, new)
+                elif not _same(old, new):
                     changed = changed or _words(a, old, new)
-            for key in ("y", "exponent", "limit_indices") if a.primitive.name == "integer_pow" else ():
-                if a.params.get(key) != b.params.get(key):
-                    changed = changed or _words(a, a.params.get(key), b.params.get(key))
+            if self._terms(a, a) != self._terms(a, b):
+                changed = changed or _words(a, self._terms(a, a), self._terms(a, b))
+            if a.params.get("y") != b.params.get("y"):  # the exponent of integer_pow
+                changed = changed or _words(a, a.params.get("y"), b.params.get("y"))
         return changed
+
+    def _constants(self, larger: Trace) -> str | None:
+        """As `_compare`, for the arrays that f closes over."""
+        if len(self.flat.constants) != len(larger.constants):
+            return None
+        for var, (a, b) in zip(self.flat.constants, zip(self.flat.constants.values(), larger.constants.values())):
+            same = np.shape(a) == np.shape(b)
+            varies = any(axis is not None and axis is not ONE for axis in self.layout.axes[var])
+            if not same and varies:
+                return None
+            if same and varies and not _equal(a, b):
+                return "an array that f closes over or computes from numbers depends on its length"
+        return ""
+
+    def _terms(self, a: Equation, b: Equation) -> int:
+        """Of how many equal terms `b`, which is equation `a` with other sizes, makes a sum or a product."""
+        name, params = a.primitive.name, a.params
+        if name in ("reduce_sum", "reduce_prod", "reduce_xor"):
+            axes = [params["axes"]]
+        elif name == "dot_general":
+            axes = list(params["dimension_numbers"][0])
+        else:
+            return 1
+        layouts = [self.layout.read(x) for x in a.invars]
+        shape = b.invars[0].aval.shape
+        return math.prod(
+            shape[its[0]] for its in zip(*axes) if all(layouts[side][i] is None for side, i in enumerate(its))
+        )
 
     def _as_expected(self, a: Equation, b: Equation, grown: Mapping[Axis, int]) -> bool:
         """Whether the results have the shapes that their atoms give."""
@@ -121,11 +156,9 @@ class _Check:
                     return False
         return True
 
-    def _is_length(self, equation: Equation, old: Number, new: Number, grown: Mapping[Axis, int]) -> bool:
-        """Whether a number is the divisor of a mean, and has changed as the length of that mean has."""
-        total = self.means.get(id(equation))
-        if total is None or old is None or new is None:
-            return False
+    def _is_length(self, equation: Equation, new: Number, grown: Mapping[Axis, int]) -> bool:
+        """Whether the divisor of a mean is its length when its atoms have grown."""
+        total = self.means[id(equation)]
         axes = self.layout.read(total.invars[0])
         length = math.prod(
             n if (axis := axes[i]) is None else _size(axis, grown)
@@ -141,19 +174,27 @@ class _Numbers:
     def __init__(self, flat: Trace):
         self.known: dict[Var, Number] = {}
         for var, value in flat.constants.items():
-            if np.size(value) == 1:
-                self.known[var] = number_of(value)
+            self.known[var] = uniform(value)
         for equation in flat.equations:
-            name = equation.primitive.name
-            if name in POINTWISE or name in IDENTITIES or name in ("broadcast_in_dim", "reshape", "squeeze"):
-                numbers = [self.of(x) for x in equation.invars]
-                if None not in numbers:
-                    (x,) = equation.outvars
-                    pointwise = name in POINTWISE or name in IDENTITIES
-                    self.known[x] = apply(equation, numbers) if pointwise else numbers[0]
+            numbers = [self.of(x) for x in equation.invars]
+            if numbers and None not in numbers and len(equation.outvars) == 1:
+                self.known[equation.outvars[0]] = fold(equation, numbers)
 
     def of(self, x: Any) -> Number:
         return number_of(x.val) if isinstance(x, jex.Literal) else self.known.get(x)
+
+
+def _same(a: Number, b: Number) -> bool:
+    return a == b or (a is not None and b is not None and a != a and b != b)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two constants are the same."""
+    if a is b or a.dtype != b.dtype:
+        return a is b
+    if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+    return bool(np.array_equal(np.asarray(a), np.asarray(b)))
 
 
 def _size(axis: Axis, grown: Mapping[Axis, int]) -> int:
@@ -168,6 +209,6 @@ def _size(axis: Axis, grown: Mapping[Axis, int]) -> int:
 
 def _words(equation: Equation, old: Any, new: Any) -> str:
     return (
-        f"a number in {equation.primitive.name} at {where_written(equation)} comes from its length: "
-        f"it is {old}, and {new} for a larger one"
+        f"a number in {equation.primitive.name} at {where_written(equation)} does not go with its length: "
+        f"it is {old}, and {new} when it is larger"
     )
