@@ -90,11 +90,11 @@ def choose_tile(packed: Packed, n: int) -> Tile:
         rows=rows,
         warps=entry.get("warps", 4),
         stages=entry.get("stages", 1),
-        split=_split(packed, n, rows, resident * cores),
+        split=split_of(packed, n, rows, resident * cores),
     )
 
 
-def _split(packed: Packed, n: int, rows: int, places: int) -> int:
+def split_of(packed: Packed, n: int, rows: int, places: int) -> int:
     """Shares of the inputs: fills the GPU's places evenly, at the price of writing and reading partial sums.
 
     Work comes in waves of `places` programs, and a last wave that is half empty takes as long as a full one.

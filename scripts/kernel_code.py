@@ -279,7 +279,6 @@ def main() -> None:
             numbers = {
                 "registers": code.registers,
                 "instructions": code.loop,
-                "spilled": code.spilled,
                 "per_weight": round(code.per_weight, 2),
             }
             ceilings.setdefault(case.name, {})[arch] = numbers
