@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jprune.errors import JpruneError
+
 S = TypeVar("S")
 
 
@@ -129,6 +131,62 @@ class Moments:
     def variance(self) -> Float[Array, "d_in"]:
         """Population variance of every input."""
         return self.squares / jnp.maximum(self.tokens, 1).astype(jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """A sum for each of a stack of kernels that have inputs of their own, such as experts.
+
+    A token that is not sent to an expert has zeros there; they add nothing to a sum, and are not counted.
+    """
+
+    each: Any
+    """A `SquaredNorm` or `Gram` with one more axis in front of every field."""
+
+    @classmethod
+    def zeros(cls, kind: Any, d_in: int, count: int) -> "Stacked":
+        """Nothing seen yet by `count` kernels."""
+        if not issubclass(kind, _Sum):
+            raise JpruneError(
+                f"{kind.__name__} would count the zeros of tokens that an expert does not see; of stacked kernels only "
+                "SquaredNorm and Gram can be gathered"
+            )
+        return cls(jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), kind.zeros(d_in)))
+
+    @property
+    def d_in(self) -> int:
+        """Number of inputs of each kernel."""
+        return self.each.total.shape[1]
+
+    @property
+    def tokens(self) -> Any:
+        """Number of tokens that each kernel has seen, int32 [count]."""
+        return self.each.tokens
+
+    def update(self, x: Float[Array, "count tokens d_in"]) -> "Stacked":
+        """Having seen `x` too."""
+        added = jax.vmap(lambda each, x: each.update(x))(self.each, x)
+        seen = jnp.sum(jnp.any(x != 0, axis=-1), axis=-1, dtype=jnp.int32)
+        return Stacked(dataclasses.replace(added, tokens=self.each.tokens + seen))
+
+    def merge(self, other: "Stacked") -> "Stacked":
+        """Having seen what either has seen."""
+        return Stacked(self.each.merge(other.each))
+
+    def of(self, index: int) -> Any:
+        """What one kernel has seen."""
+        return jax.tree.map(lambda x: x[index], self.each)
+
+    def alike(self) -> Any:
+        """What a kernel has seen if nothing is known of it: inputs all of one size, and none like another."""
+        total = jnp.ones if self.each.total.ndim == 2 else jnp.eye
+        return dataclasses.replace(self.of(0), total=total(self.d_in, dtype=jnp.float32), tokens=jnp.int32(0))
+
+
+def zeros(kind: Any, d_in: int, *stack: int) -> Any:
+    """A statistic that has seen nothing: of one kernel, or of a stack of so many."""
+    return Stacked.zeros(kind, d_in, *stack) if stack else kind.zeros(d_in)
 
 
 @jax.jit

@@ -49,6 +49,8 @@ class Prune(Command):
     """REGEX=PATTERN: another sparsity or N:M for what the expression finds; the last that finds a kernel counts."""
     dtype: str | None = None
     """Of the activations: float32, bfloat16 or float16. By default float32 on CPU, else what the weights have."""
+    expert_tokens: int = 128
+    """An expert that sees fewer calibration tokens than this is pruned by magnitude, whatever the method."""
     format: Format = "hf"
     """Of the result: hf (safetensors, for every Hugging Face loader) or orbax."""
     evaluate: str | None = None
@@ -79,6 +81,7 @@ class Prune(Command):
             "skip": self.skip,
             "overrides": dict(_override(text) for text in self.override),
             "dtype": self.dtype,
+            "expert_tokens": self.expert_tokens,
         }
         options["memory"] = None if self.memory is None else memory.parse(self.memory)
         if self.plan:

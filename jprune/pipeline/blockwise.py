@@ -44,6 +44,7 @@ def prune_blocks(
     dtype: DTypeLike = jnp.float32,
     progress: Callable[[Progress], None] = lambda _: None,
     stopwatch: Stopwatch | None = None,
+    expert_tokens: int = 0,
 ) -> list[KernelReport]:
     """Prunes `kernels` and writes every parameter of the model to the journal's result; goes on with what is done.
 
@@ -57,6 +58,7 @@ def prune_blocks(
       dtype: of the activations. Statistics and solvers are float32 in any case.
       progress: called often.
       stopwatch: gets the phases "calibration", "solve" and "io" (waiting for what runs in the background).
+      expert_tokens: see `UnitRun`.
 
     Returns:
       One report per pruned kernel, in the order of the units.
@@ -64,7 +66,8 @@ def prune_blocks(
     Raises:
       JpruneError: weights or activations that are not finite, a Gram matrix that cannot be factorised, a full disk.
     """
-    run = _Blocks(checkpoint, kernels, method, tokens, journal, layout, dtype, progress, stopwatch or Stopwatch())
+    stopwatch = stopwatch or Stopwatch()
+    run = _Blocks(checkpoint, kernels, method, tokens, journal, layout, dtype, progress, stopwatch, expert_tokens)
     with jax.default_matmul_precision("highest"):  # float32 means float32: no TF32, no bfloat16 passes
         return run.all()
 
@@ -83,7 +86,9 @@ class _Blocks:
         dtype: DTypeLike,
         progress: Callable[[Progress], None],
         stopwatch: Stopwatch,
+        expert_tokens: int,
     ):
+        self.expert_tokens = expert_tokens
         self.checkpoint, self.method, self.tokens, self.journal = checkpoint, method, tokens, journal
         self.layout, self.dtype, self.progress, self.stopwatch = layout, dtype, progress, stopwatch
         self.kernels: dict[str, list[Kernel]] = {}
@@ -147,6 +152,7 @@ class _Blocks:
                 spill=self.journal.run.spill,
                 stopwatch=self.stopwatch,
                 progress=functools.partial(self._report, i),
+                expert_tokens=self.expert_tokens,
             )
             after = None
             if self.method.statistic is None:

@@ -18,7 +18,7 @@ import numpy as np
 from jprune.methods import Method
 from jprune.pipeline.plan import Kernel, Unit
 from jprune.pipeline.stagewise import Spec, finish, inputs_of, observe
-from jprune.statistics import Gram, Statistic
+from jprune.statistics import Gram, Stacked, Statistic, zeros
 
 AT_ONCE = 2
 """Micro-batches that are computed side by side."""
@@ -90,7 +90,7 @@ class _Wanted:
 
     def __init__(self, kernel: Kernel):
         self.kernel = kernel
-        self._key = (kernel.path, kernel.shape, kernel.in_axes, kernel.stage, kernel.pattern)
+        self._key = (kernel.path, kernel.shape, kernel.in_axes, kernel.batch_axes, kernel.stage, kernel.pattern)
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -114,7 +114,7 @@ def _working(function: Callable, shapes: tuple, wanted: tuple[_Wanted, ...], met
     for stage, matmuls in enumerate(plan.matmuls):
         inputs = inputs_of(matmuls)
         statistics = {
-            i: jax.eval_shape(functools.partial(method.statistic.zeros, kernels[path].d_in))
+            i: jax.eval_shape(functools.partial(zeros, method.statistic, kernels[path].d_in, *kernels[path].stack))
             for path, ids in inputs.items()
             for i in ids
         }
@@ -131,9 +131,12 @@ def _working(function: Callable, shapes: tuple, wanted: tuple[_Wanted, ...], met
 
 def _solving(method: Method, kernels: dict[str, Kernel], dtypes: dict[str, Any], statistic: Statistic | None) -> int:
     """Bytes for solving for kernels that share an input, without the statistic."""
-    matrices = {p: jax.ShapeDtypeStruct((k.d_in, k.size // k.d_in), dtypes[p]) for p, k in kernels.items()}
+    count = math.prod(next(iter(kernels.values())).stack)  # one of a stack is solved for at a time
+    matrices = {p: jax.ShapeDtypeStruct((k.d_in, k.size // k.d_in // count), dtypes[p]) for p, k in kernels.items()}
     patterns = {p: k.pattern for p, k in kernels.items()}
-    copies = sum(m.size * m.dtype.itemsize for m in matrices.values())
+    copies = count * sum(m.size * m.dtype.itemsize for m in matrices.values())
+    if isinstance(statistic, Stacked):
+        statistic = jax.eval_shape(lambda s: s.of(0), statistic)
     try:
         program = jax.jit(lambda m, s: method.together(m, s, patterns, {})).lower(matrices, statistic)
     except jax.errors.JAXTypeError:  # a method that looks at values cannot be traced

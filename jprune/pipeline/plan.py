@@ -6,6 +6,7 @@ Known from shapes and one abstract trace of each distinct block; no weight is re
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ from jprune.trace import ParamMatmul, matmuls
 
 PyTree = Any
 HEAD = "head/kernel"
+_LEFT_ALONE = re.compile("^head/|/(router|shared_gate)/")
+"""Pruned only where an expression finds it: the head, and the small kernels that send tokens to experts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +61,18 @@ class Kernel:
     in_axes: tuple[int, ...]
     stage: int
     pattern: Pattern
+    batch_axes: tuple[int, ...] = ()
+    """Of a stack of kernels, such as experts, each with inputs of its own."""
 
     @property
     def d_in(self) -> int:
         """Number of inputs of the matrix view."""
         return math.prod(self.shape[axis] for axis in self.in_axes)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """How many kernels there are in a stack; empty if it is a single one."""
+        return (math.prod(self.shape[axis] for axis in self.batch_axes),) if self.batch_axes else ()
 
     @property
     def size(self) -> int:
@@ -102,7 +112,7 @@ def matmul_kernels(checkpoint: Checkpoint) -> dict[str, tuple[Unit, ParamMatmul]
 def prunable(checkpoint: Checkpoint, kernels: Iterable[Kernel] = ()) -> list[str]:
     """Paths of the prunable parameters: the kernels of the blocks, and the head where it is among `kernels`."""
     chosen = {kernel.path for kernel in kernels}
-    return [path for path in matmul_kernels(checkpoint) if path != HEAD or path in chosen]
+    return [path for path in matmul_kernels(checkpoint) if path in chosen or not _LEFT_ALONE.search(path)]
 
 
 def choose_kernels(
@@ -119,7 +129,7 @@ def choose_kernels(
       checkpoint: the model.
       pattern: for every kernel without an override.
       where: regular expressions over paths such as ``blocks/3/attn/q/kernel``; by default all kernels of all blocks.
-        The head is pruned only where an expression finds it.
+        The head and the routers of experts are pruned only where an expression finds them.
       skip: regular expressions; what they find is left alone.
       overrides: other patterns by regular expression; of several that find a kernel the last one counts.
 
@@ -127,7 +137,7 @@ def choose_kernels(
       JpruneError: an expression that finds nothing; a pattern that does not fit a kernel.
     """
     found = matmul_kernels(checkpoint)
-    candidates = [path for path in found if path != HEAD or where]
+    candidates = [path for path in found if where or not _LEFT_ALONE.search(path)]
     chosen = trees.choose(candidates, list(where) or None, skip)
     if not chosen:
         raise JpruneError("the filters leave no kernel to prune; widen --where or narrow --skip")
@@ -143,6 +153,7 @@ def choose_kernels(
             in_axes=matmul.in_axes,
             stage=matmul.stage,
             pattern=own.get(path, pattern),
+            batch_axes=matmul.batch_axes,
         )
         kernel.pattern.check(kernel.d_in, path)
         kernels.append(kernel)
@@ -152,4 +163,4 @@ def choose_kernels(
 @functools.lru_cache(maxsize=64)
 def _matmuls(function: Callable, shapes: tuple, d_model: int) -> tuple[ParamMatmul, ...]:
     params = trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in shapes})
-    return matmuls(function, params, jax.ShapeDtypeStruct((1, 8, d_model), jnp.float32))
+    return matmuls(function, params, jax.ShapeDtypeStruct((1, 8, d_model), jnp.float32), stacked=True)

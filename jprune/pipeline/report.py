@@ -41,11 +41,15 @@ class KernelReport:
     size: int
     loss: float | None
     """Reconstruction loss over the calibration tokens, where the method knows it."""
+    few_tokens: tuple[int, ...] = ()
+    """Experts that saw too few tokens, and were pruned by magnitude."""
 
     @classmethod
     def from_json(cls, contents: Mapping[str, Any]) -> "KernelReport":
         """Out of what `dataclasses.asdict` made of it, and JSON after that."""
-        return cls(**{**contents, "shape": tuple(contents["shape"])})
+        return cls(
+            **{**contents, "shape": tuple(contents["shape"]), "few_tokens": tuple(contents.get("few_tokens", ()))}
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

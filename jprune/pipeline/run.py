@@ -58,6 +58,12 @@ class Recipe:
     """Other patterns for the kernels that a regular expression finds."""
     dtype: str | None = None
     """Of the activations: float32 on CPU, elsewhere what the weights have."""
+    expert_tokens: int = 128
+    """An expert that sees fewer calibration tokens than this is pruned by magnitude, whatever the method."""
+
+    def __post_init__(self):
+        if self.expert_tokens < 0:
+            raise JpruneError(f"expert_tokens must not be negative, got {self.expert_tokens}")
 
 
 def prune_model(
@@ -206,6 +212,7 @@ class _Task:
                 dtype=self.dtype,
                 progress=tell,
                 stopwatch=self.stopwatch,
+                expert_tokens=self.recipe.expert_tokens,
             )
             with self.stopwatch.phase("io"):
                 writer.close()
@@ -223,6 +230,12 @@ class _Task:
         except JpruneError as error:  # hours of work are not thrown away for it
             after = None
             notices.append(f"the perplexity after pruning could not be measured: {error}")
+        if few := {k["path"]: len(k["few_tokens"]) for k in done["kernels"] if k.get("few_tokens")}:
+            notices.append(
+                f"{max(few.values())} experts of {max(few, key=lambda path: few[path])} saw fewer than "
+                f"{self.recipe.expert_tokens} calibration tokens and were pruned by magnitude (so were some in "
+                f"{len(few)} kernels in all, see few_tokens in jprune.json); more calibration text helps"
+            )
         sizes = {path: int(np.prod(shape.shape)) for path, shape in self.checkpoint.shapes.items()}
         report = Report(
             out=self.job.partial,
@@ -239,7 +252,10 @@ class _Task:
         contents = _record(
             self.checkpoint, self.method, self.recipe, self.calibration, self.evaluation, self.dtype, report
         )
-        record.write(self.job.partial, contents | {"layout": dataclasses.asdict(layout), "resumed": self.job.resumed})
+        with writing.explained(self.job.partial):
+            record.write(
+                self.job.partial, contents | {"layout": dataclasses.asdict(layout), "resumed": self.job.resumed}
+            )
         return report
 
     def _before(self, tell: Callable[[Progress], None]) -> Perplexity | None:
@@ -293,6 +309,7 @@ def _fingerprint(
         "--skip": recipe.skip,
         "--override": {regex: pattern_text(pattern) for regex, pattern in recipe.overrides.items()},
         "--dtype": jnp.dtype(dtype).name,
+        "--expert-tokens": recipe.expert_tokens,
         "--format": format,
         **{f"the version of {name}": version for name, version in environment(dtype)["versions"].items()},
     }

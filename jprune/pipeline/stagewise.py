@@ -21,8 +21,9 @@ from jprune.pipeline.layout import Layout
 from jprune.pipeline.plan import Kernel, Unit
 from jprune.pipeline.report import KernelReport
 from jprune.pipeline.spill import Arrays, Batches, Room
+from jprune.pipeline.stacks import solve_stacks
 from jprune.pipeline.stopwatch import Stopwatch
-from jprune.statistics import Statistic
+from jprune.statistics import Statistic, zeros
 from jprune.trace import Stages, stages
 
 PyTree = Any
@@ -41,6 +42,7 @@ class UnitRun:
       spill: folder for those that do not fit.
       stopwatch: gets the phases "calibration" and "solve".
       progress: called with the part of the unit that is done, what is at work, and the loss of the last kernel.
+      expert_tokens: an expert that saw fewer tokens is pruned by magnitude, see `solve_stacks`.
     """
 
     def __init__(
@@ -54,13 +56,14 @@ class UnitRun:
         spill: Any,
         stopwatch: Stopwatch,
         progress: Callable[[float, str, float | None], None],
+        expert_tokens: int = 0,
     ) -> None:
         self.unit = unit
         self.wanted = {_relative(kernel, unit): kernel for kernel in kernels}
         self.method = method
         self.reports: list[KernelReport] = []
         self._layout, self._room, self._spill = layout, room, spill
-        self._stopwatch, self._progress = stopwatch, progress
+        self._stopwatch, self._progress, self._expert_tokens = stopwatch, progress, expert_tokens
 
     def without_data(self, params: Params) -> Params:
         """The unit's parameters, pruned by a method that needs no statistic."""
@@ -162,15 +165,28 @@ class UnitRun:
         self, params: Mapping[str, jax.Array], kernels: Mapping[str, Kernel], statistic: Statistic | None
     ) -> Params:
         """Prunes kernels that read one input; reports on each."""
+        few: tuple[int, ...] = ()
         with self._stopwatch.phase("solve"):
-            matrices = {k.path: trees.to_matrix(params[path], k.in_axes) for path, k in kernels.items()}
-            patterns = {k.path: k.pattern for k in kernels.values()}
-            results = jax.block_until_ready(self.method.together(matrices, statistic, patterns, {}))
+            if next(iter(kernels.values())).stack:
+                results, few = solve_stacks(
+                    self.method,
+                    {k.path: (k, params[path]) for path, k in kernels.items()},
+                    statistic,
+                    self._expert_tokens,
+                )
+            else:
+                matrices = {k.path: trees.to_matrix(params[path], k.in_axes) for path, k in kernels.items()}
+                patterns = {k.path: k.pattern for k in kernels.values()}
+                solved = jax.block_until_ready(self.method.together(matrices, statistic, patterns, {}))
+                results = {
+                    k.path: (trees.from_matrix(solved[k.path].kernel, k.shape, k.in_axes), solved[k.path].loss)
+                    for k in kernels.values()
+                }
         pruned = {}
         for path, kernel in kernels.items():
-            result = results[kernel.path]
-            zeros = int(result.kernel.size - jnp.count_nonzero(result.kernel))
-            loss = None if result.loss is None else float(result.loss)
+            pruned[path], loss = results[kernel.path]
+            zeros = int(pruned[path].size - jnp.count_nonzero(pruned[path]))
+            loss = None if loss is None else float(loss)
             if loss is not None and not math.isfinite(loss):
                 raise JpruneError(f"{kernel.path}: pruning it gave weights that are not finite (loss {loss})")
             self.reports.append(
@@ -181,14 +197,15 @@ class UnitRun:
                     zeros=zeros,
                     size=kernel.size,
                     loss=loss,
+                    few_tokens=few,
                 )
             )
-            pruned[path] = trees.from_matrix(result.kernel, kernel.shape, kernel.in_axes)
         return pruned
 
     def _zeros(self, inputs: Mapping[str, tuple[int, ...]]) -> dict[int, Statistic]:
         assert self.method.statistic is not None
-        return {i: self.method.statistic.zeros(self.wanted[path].d_in) for path, ids in inputs.items() for i in ids}
+        kernels = {i: self.wanted[path] for path, ids in inputs.items() for i in ids}
+        return {i: zeros(self.method.statistic, k.d_in, *k.stack) for i, k in kernels.items()}
 
 
 class _Flight:
@@ -238,7 +255,9 @@ class Spec(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _stages(spec: Spec) -> Stages:
     params = trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in spec.shapes})
-    return stages(spec.function, params, jax.ShapeDtypeStruct(*spec.x), where=lambda path: path in spec.chosen)
+    return stages(
+        spec.function, params, jax.ShapeDtypeStruct(*spec.x), where=lambda path: path in spec.chosen, stacked=True
+    )
 
 
 @functools.lru_cache(maxsize=256)

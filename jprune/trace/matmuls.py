@@ -1,6 +1,7 @@
 """Every matmul of a value against a parameter: which leaf, which of its axes, what feeds it, and how deep it lies."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,8 @@ class ParamMatmul:
     """How many matmuls lie before this one on the longest path that leads to it."""
     input_id: int
     """Equal for matmuls that read the same value over the same axes."""
+    batch_axes: tuple[int, ...] = ()
+    """Axes of the leaf that run along with axes of the value: it is a stack of kernels, each with inputs of its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,10 +63,16 @@ class Input:
 
     value: Var
     columns: tuple[Digit, ...]
+    batch: tuple[Digit, ...] = ()
+    """The digits that number the kernels of a stack."""
 
-    def matrix(self, x: Shaped[Array | np.ndarray, "..."]) -> Shaped[Array | np.ndarray, "tokens d_in"]:
-        """The matrix view of the value: features in the order of the kernel's `in_axes`."""
-        return matrix(x, self.columns)
+    def matrix(self, x: Shaped[Array | np.ndarray, "..."]) -> Shaped[Array | np.ndarray, "*stack tokens d_in"]:
+        """The matrix view of the value: features in the order of the kernel's `in_axes`; for a stack, one for each."""
+        if not self.batch:
+            return matrix(x, self.columns)
+        count = math.prod(d.size for d in self.batch)
+        rows = matrix(x, (*self.batch, *self.columns))
+        return rows.reshape(len(rows), count, -1).swapaxes(0, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +102,9 @@ class Found:
     skipped: tuple[Skipped, ...]
 
 
-def matmuls(f: Callable, params: PyTree, *args: PyTree, where: Where = None) -> tuple[ParamMatmul, ...]:
+def matmuls(
+    f: Callable, params: PyTree, *args: PyTree, where: Where = None, stacked: bool = False
+) -> tuple[ParamMatmul, ...]:
     """Every matmul of ``f(params, *args)`` against a parameter leaf, in the order in which they are written.
 
     A parameter counts wherever it has gone through casts, transposes, reshapes and the like on its way to the matmul,
@@ -105,11 +116,12 @@ def matmuls(f: Callable, params: PyTree, *args: PyTree, where: Where = None) -> 
       params: its parameters: a pytree of arrays or of `jax.ShapeDtypeStruct`s.
       *args: its other arguments, likewise. Nothing is computed.
       where: which parameters' matmuls count; the others are equations like any other, and add nothing to `stage`.
+      stacked: whether stacks of kernels count (experts: see `ParamMatmul.batch_axes`).
 
     Raises:
       JpruneError: `where` finds nothing, or a matmul that counts lies inside control flow.
     """
-    return tuple(find(trace(f, params, *args), where).matmuls.values())
+    return tuple(find(trace(f, params, *args), where, stacked=stacked).matmuls.values())
 
 
 def skipped(f: Callable, params: PyTree, *args: PyTree) -> tuple[Skipped, ...]:
@@ -117,9 +129,9 @@ def skipped(f: Callable, params: PyTree, *args: PyTree) -> tuple[Skipped, ...]:
     return find(trace(f, params, *args), lambda path: False).skipped
 
 
-def find(flat: Trace, where: Where = None) -> Found:
+def find(flat: Trace, where: Where = None, *, stacked: bool = False) -> Found:
     """Walks the equations of a trace: first for what each value is, then for the depth of the matmuls that count."""
-    values = _classify(flat)
+    values = _classify(flat, stacked)
     wanted = _choose(values, where)
     for equation, paths in values.inside:
         if refused := sorted(wanted & paths):
@@ -144,6 +156,7 @@ def find(flat: Trace, where: Where = None) -> Found:
                     out_axes=product.out_axes,
                     stage=level,
                     input_id=inputs.setdefault(product.input, len(inputs)),
+                    batch_axes=product.batch_axes,
                 )
             if result not in values.origins:
                 depth[result] = level + (result in chosen)
@@ -164,6 +177,7 @@ class _Product:
     path: str
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
+    batch_axes: tuple[int, ...]
     kernel: Operand
     input: Input
 
@@ -184,7 +198,7 @@ class _Values:
         return self.views.get(x, (x, whole(x.aval.shape)))
 
 
-def _classify(flat: Trace) -> _Values:
+def _classify(flat: Trace, stacked: bool) -> _Values:
     paths = {x: path for path, x in flat.params.items()}
     values = _Values(origins=dict.fromkeys(flat.constants, frozenset()) | {x: frozenset([p]) for x, p in paths.items()})
     makers: dict[Var, Equation] = {}
@@ -195,7 +209,7 @@ def _classify(flat: Trace) -> _Values:
         if fixed:
             values.origins.update(dict.fromkeys(equation.outvars, made_of))
         elif made_of and equation.primitive.name in MATMULS:
-            product = _product(equation, values, paths, makers)
+            product = _product(equation, values, paths, makers, stacked)
             if isinstance(product, _Product):
                 values.products[equation.outvars[0]] = product
             elif product is not None:
@@ -214,7 +228,7 @@ def _classify(flat: Trace) -> _Values:
 
 
 def _product(
-    equation: Equation, values: _Values, paths: Mapping[Var, str], makers: Mapping[Var, Equation]
+    equation: Equation, values: _Values, paths: Mapping[Var, str], makers: Mapping[Var, Equation], stacked: bool
 ) -> _Product | str | None:
     """The matmul, or why it is none of a value against a leaf; None if no operand is made of parameters alone."""
     sides = [i for i, x in enumerate(equation.invars[:2]) if isinstance(x, jex.Var) and values.origins.get(x)]
@@ -228,38 +242,64 @@ def _product(
         maker = makers[kernel]
         return f"its kernel is no view of a parameter, but made by {maker.primitive.name} at {where_written(maker)}"
     contracted, batch = equation.params["dimension_numbers"]
-    if any(equation.invars[side].aval.shape[axis] > 1 for axis in batch[side]):
+    along = [i for i in batch[side] if equation.invars[side].aval.shape[i] > 1]
+    if along and not stacked:
         return "its kernel has a batch axis (stacked kernels, as of experts)"
+    batch_axes = {d.axis for i in along for d in axes[i]}
     in_axes = {d.axis for i in contracted[side] for d in axes[i]}
-    out_axes = {d.axis for i, digits in enumerate(axes) if i not in contracted[side] for d in digits}
-    if cut := in_axes & out_axes:
+    out_axes = {d.axis for i, digits in enumerate(axes) if i not in (*contracted[side], *along) for d in digits}
+    if cut := in_axes & out_axes or batch_axes & (in_axes | out_axes):
         return f"a reshape of the kernel leaves part of axis {min(cut)} to be summed over, and part not"
     # A reshape loses sight of axes of size one. They may count as either, but a matmul has at least one input axis.
-    unseen = [i for i in range(kernel.aval.ndim) if i not in in_axes | out_axes]
+    unseen = [i for i in range(kernel.aval.ndim) if i not in in_axes | out_axes | batch_axes]
     in_axes = in_axes or set(unseen[:1])
     if not in_axes or not contracted[side]:
         return "it sums over no axis of the parameter"
     return _Product(
         path=paths[kernel],
         in_axes=tuple(sorted(in_axes)),
-        out_axes=tuple(i for i in range(kernel.aval.ndim) if i not in in_axes),
+        out_axes=tuple(i for i in range(kernel.aval.ndim) if i not in in_axes | batch_axes),
+        batch_axes=tuple(sorted(batch_axes)),
         kernel=Operand(side=side, axes=axes),
-        input=_input(values, equation.invars[1 - side], contracted[1 - side], [axes[i] for i in contracted[side]]),
+        input=_input(
+            values,
+            equation.invars[1 - side],
+            contracted[1 - side],
+            [axes[i] for i in contracted[side]],
+            [theirs for own, theirs in zip(batch[side], batch[1 - side]) if own in along],
+            [axes[i] for i in along],
+        ),
     )
 
 
-def _input(values: _Values, operand: Var, contracted: Sequence[int], kernel: Sequence[Sequence[Digit]]) -> Input:
-    """The operand of a matmul whose axes `contracted` meet the digits `kernel` of the leaf, in the leaf's order."""
+def _input(
+    values: _Values,
+    operand: Var,
+    contracted: Sequence[int],
+    kernel: Sequence[Sequence[Digit]],
+    batch: Sequence[int],
+    stack: Sequence[Sequence[Digit]],
+) -> Input:
+    """The operand of a matmul whose axes `contracted` meet the digits `kernel` of the leaf, in the leaf's order.
+
+    Its axes `batch` run along with the digits `stack` of the leaf.
+    """
     # If the kernel's digits cut across the axes of the value that the operand is a view of, they do not cut across the
     # axes of the operand itself: those that are contracted have the kernel's sizes.
     met: list[Axes | None] = []
+    ours, theirs = [*contracted, *batch], [*kernel, *stack]
     for root, axes in (values.view(operand), (operand, whole(operand.aval.shape))):
-        value, met = root, [regroup(axes[i], [d.size for d in digits]) for i, digits in zip(contracted, kernel)]
+        value, met = root, [regroup(axes[i], [d.size for d in digits]) for i, digits in zip(ours, theirs)]
         if None not in met:
             break
-    pairs = [pair for digits, theirs in zip(kernel, met) for pair in zip(digits, theirs or ())]
-    pairs.sort(key=lambda pair: (pair[0].axis, -pair[0].stride))
-    return Input(value=value, columns=join(d for _, theirs in pairs for d in theirs))
+
+    def ordered(digits: Sequence[Sequence[Digit]], met: Sequence[Axes | None]) -> tuple[Digit, ...]:
+        pairs = [pair for own, other in zip(digits, met) for pair in zip(own, other or ())]
+        pairs.sort(key=lambda pair: (pair[0].axis, -pair[0].stride))
+        return join(d for _, other in pairs for d in other)
+
+    count = len(contracted)
+    return Input(value=value, columns=ordered(kernel, met[:count]), batch=ordered(stack, met[count:]))
 
 
 def _inside(equation: Equation, origins: Mapping[Any, frozenset[str]]) -> Iterator[str]:

@@ -7,12 +7,13 @@ from typing import Any
 import jax
 
 from jprune.errors import JpruneError
+from jprune.statistics import zeros
 from jprune.trace.jaxpr import PyTree, trace
 from jprune.trace.matmuls import Where, find
 
 
 def observe(
-    f: Callable[..., PyTree], statistic: type[Any], *, where: Where = None
+    f: Callable[..., PyTree], statistic: type[Any], *, where: Where = None, stacked: bool = False
 ) -> Callable[..., tuple[PyTree, dict[str, Any]]]:
     """``f`` that also returns a statistic of the inputs of every matmul against a parameter.
 
@@ -21,6 +22,7 @@ def observe(
       statistic: what to remember of inputs, a class as in `jprune.statistics` (`Gram` for example). Matmuls that read
         the same value share one; of a parameter that is used more than once, the statistics of all inputs are merged.
       where: which parameters' matmuls count; all if None.
+      stacked: whether stacks of kernels count, as in `matmuls`; their statistic is a `Stacked`.
 
     Returns:
       A function (params, *args) -> (f(params, *args), {path: statistic}), to be jitted like f. Its derivatives are not
@@ -34,12 +36,12 @@ def observe(
     @functools.wraps(f)
     def observed(params: PyTree, *args: PyTree) -> tuple[PyTree, dict[str, Any]]:
         flat = trace(f, params, *args)
-        found = find(flat, where)
+        found = find(flat, where, stacked=stacked)
         run = flat.runner("observe", flat.equations, flat.args, [*flat.outputs, *(i.value for i in found.inputs)])
         values = run(jax.tree.leaves(params), jax.tree.leaves(args))
         output = jax.tree.unflatten(flat.output_tree, values[: len(flat.outputs)])
         matrices = [i.matrix(x) for i, x in zip(found.inputs, values[len(flat.outputs) :])]
-        seen = [statistic.zeros(x.shape[1]).update(x) for x in matrices]
+        seen = [zeros(statistic, x.shape[-1], *x.shape[:-2]).update(x) for x in matrices]
         statistics: dict[str, Any] = {}
         in_axes: dict[str, tuple[int, ...]] = {}
         for matmul in found.matmuls.values():

@@ -49,7 +49,7 @@ class Stages:
         values = dict(zip(self.trace.args, leaves))
         return tuple(values[x] for x in self.carries[0])
 
-    def inputs(self, stage: int, carry: Carry) -> dict[int, Shaped[Array | np.ndarray, "tokens d_in"]]:
+    def inputs(self, stage: int, carry: Carry) -> dict[int, Shaped[Array | np.ndarray, "*stack tokens d_in"]]:
         """What the matmuls of a stage read, by input_id, out of the carry that segment `stage` returned."""
         values = dict(zip(self.carries[stage + 1], carry, strict=True))
         ids = dict.fromkeys(m.input_id for m in self.matmuls[stage])
@@ -60,7 +60,7 @@ class Stages:
         return jax.tree.unflatten(self.trace.output_tree, carry)
 
 
-def stages(f: Callable, params: PyTree, *args: PyTree, where: Where = None) -> Stages:
+def stages(f: Callable, params: PyTree, *args: PyTree, where: Where = None, stacked: bool = False) -> Stages:
     """Cuts ``f(params, *args)`` into segments between its stages.
 
     Args:
@@ -68,12 +68,13 @@ def stages(f: Callable, params: PyTree, *args: PyTree, where: Where = None) -> S
       params: its parameters: a pytree of arrays or of `jax.ShapeDtypeStruct`s.
       *args: its other arguments, likewise. The segments work for arrays of these shapes and dtypes.
       where: which parameters' matmuls count, as in `matmuls`.
+      stacked: whether stacks of kernels count, as in `matmuls`.
 
     Raises:
       JpruneError: `where` finds nothing, or a matmul that counts lies inside control flow.
     """
     flat = trace(f, params, *args)
-    found = find(flat, where)
+    found = find(flat, where, stacked=stacked)
     depth = max((m.stage + 1 for m in found.matmuls.values()), default=0)
     by_stage = tuple(tuple(m for m in found.matmuls.values() if m.stage == s) for s in range(depth))
     plan = _Plan(flat, found)

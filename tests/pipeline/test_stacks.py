@@ -1,0 +1,170 @@
+"""Experts: stacks of kernels are found, observe what they are sent, and are pruned one by one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jprune
+from jprune import trees
+from jprune.errors import JpruneError
+from jprune.methods import Magnitude, SparseGPT, Wanda
+from jprune.models import decoder, families
+from jprune.patterns import Unstructured
+from jprune.pipeline.plan import Kernel
+from jprune.pipeline.stacks import solve_stacks
+from jprune.statistics import Gram, Moments, SquaredNorm, Stacked
+from jprune.trace import matmuls, observe, stages
+
+EXPERTS = 3
+MIXTRAL = {
+    "model_type": "mixtral",
+    "vocab_size": 20,
+    "hidden_size": 12,
+    "intermediate_size": 10,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_local_experts": EXPERTS,
+    "num_experts_per_tok": 1,
+}
+
+
+@pytest.fixture
+def block(getkey):
+    config = families.config(MIXTRAL)
+    params = decoder.init_params(config, getkey())["blocks"]["0"]
+    params = jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, params)
+    return decoder.block(config, 0), params, jax.random.normal(getkey(), (2, 7, 12))
+
+
+def test_stacks_are_listed_where_asked_for(block):
+    found = {m.path: m for m in matmuls(*block, stacked=True)}
+    up = found["mlp/experts/up/kernel"]
+    assert (up.batch_axes, up.in_axes, up.out_axes) == ((0,), (1,), (2,))
+    assert up.input_id == found["mlp/experts/gate/kernel"].input_id
+    assert not any("experts" in m.path for m in matmuls(*block))
+    assert {m.path for m in matmuls(*block)} == {path for path in found if "experts" not in path}
+
+
+def test_a_stack_with_its_batch_axis_last(rng):
+    def f(params, x):
+        return jnp.einsum("ted,dfe->etf", x, params["w"])
+
+    params = {"w": jnp.asarray(rng.normal(size=(4, 5, 3)), jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(6, 3, 4)), jnp.float32)
+    (found,) = matmuls(f, params, x, stacked=True)
+    assert (found.batch_axes, found.in_axes, found.out_axes) == ((2,), (0,), (1,))
+    gram = observe(f, Gram, stacked=True)(params, x)[1]["w"]
+    np.testing.assert_allclose(gram.each.total, np.einsum("ted,tef->edf", x, x), rtol=1e-5)
+
+
+def test_an_expert_observes_the_tokens_it_is_sent(block):
+    """By hand: route with NumPy, and gather the rows of every expert."""
+    f, params, x = block
+    seen = jax.jit(observe(f, Gram, stacked=True))(params, x)[1]
+    cut = stages(f, params, x, stacked=True)
+    carry = cut.start(x)
+    for segment in cut.segments[:3]:  # up to the router's input
+        carry = segment(params, carry)
+    (rows,) = cut.inputs(2, carry).values()
+    rows = np.asarray(rows)
+    expert = np.argmax(rows @ np.asarray(params["mlp"]["router"]["kernel"]), axis=1)
+    p = params["mlp"]["experts"]
+    for e in range(EXPERTS):
+        mine = rows[expert == e]
+        own = seen["mlp/experts/gate/kernel"].of(e)
+        assert own.tokens == len(mine)
+        np.testing.assert_allclose(own.total, mine.T @ mine, atol=1e-4)
+        gate, up = (mine @ np.asarray(p[name]["kernel"][e]) for name in ("gate", "up"))
+        hidden = gate / (1 + np.exp(-gate)) * up
+        np.testing.assert_allclose(seen["mlp/experts/down/kernel"].of(e).total, hidden.T @ hidden, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [Magnitude(), Wanda(), SparseGPT()])
+def test_every_kernel_of_a_stack_is_pruned_by_itself(method, rng):
+    values = jnp.asarray(rng.normal(size=(3, 8, 6)), jnp.float32)
+    kernel = Kernel(
+        path="w", unit="u", shape=(3, 8, 6), in_axes=(1,), batch_axes=(0,), stage=0, pattern=Unstructured(0.5)
+    )
+    x = jnp.asarray(rng.normal(size=(3, 20, 8)), jnp.float32).at[1, 4:].set(0)  # expert 1 sees four tokens
+    statistic = method.statistic and Stacked.zeros(method.statistic, 8, 3).update(x)
+    results, few = solve_stacks(method, {"w": (kernel, values)}, statistic, 5)
+    pruned, loss = results["w"]
+    assert few == ((1,) if statistic else ())
+    assert (loss is None) == (not isinstance(method, SparseGPT))
+    for e in range(3):
+        own = None if statistic is None else method.statistic.zeros(8).update(x[e])
+        reference = method if e != 1 else Magnitude()
+        pattern = Unstructured(0.5, "output" if isinstance(method, Wanda) else None)
+        expected = reference(values[e], own, pattern)
+        if not (e == 1 and isinstance(method, SparseGPT)):  # its block-wise mask is no plain magnitude mask
+            np.testing.assert_allclose(pruned[e], expected.kernel, atol=1e-5)
+        assert np.mean(np.asarray(pruned[e]) == 0) == 0.5
+    none_few = solve_stacks(method, {"w": (kernel, values)}, statistic, 0)[1]
+    assert none_few == ()
+
+
+def test_the_batch_axis_may_be_anywhere(rng):
+    values = jnp.asarray(rng.normal(size=(8, 6, 3)), jnp.float32)
+    kernel = Kernel(
+        path="w", unit="u", shape=(8, 6, 3), in_axes=(0,), batch_axes=(2,), stage=0, pattern=Unstructured(0.5)
+    )
+    pruned, _ = solve_stacks(Magnitude(), {"w": (kernel, values)}, None, 0)[0]["w"]
+    for e in range(3):
+        expected = Magnitude()(values[..., e], None, Unstructured(0.5)).kernel
+        np.testing.assert_array_equal(pruned[..., e], expected)
+
+
+def test_what_adds_up_of_a_stack(rng):
+    x = jnp.asarray(rng.normal(size=(2, 10, 4)), jnp.float32)
+    whole = Stacked.zeros(SquaredNorm, 4, 2).update(x)
+    halves = Stacked.zeros(SquaredNorm, 4, 2).update(x[:, :3]).merge(Stacked.zeros(SquaredNorm, 4, 2).update(x[:, 3:]))
+    np.testing.assert_allclose(whole.each.total, halves.each.total, rtol=1e-6)
+    np.testing.assert_array_equal(halves.tokens, [10, 10])
+    assert whole.d_in == 4
+    assert dataclasses.replace(whole.of(1)).tokens == 10
+    with pytest.raises(JpruneError, match="Moments would count the zeros"):
+        Stacked.zeros(Moments, 4, 2)
+
+
+def test_routers_are_left_alone_unless_asked_for(tmp_path, tiny_experts):
+    checkpoint = jprune.load(tiny_experts)
+    tokens = np.random.default_rng(0).integers(0, 20, (4, 16)).astype(np.int32)
+    plain = jprune.prune_model(
+        checkpoint, tmp_path / "a", method=Wanda(), pattern=Unstructured(0.5), calibration=tokens, expert_tokens=60
+    )
+    assert {k.path.split("/", 2)[2] for k in plain.kernels} == {
+        *(f"attn/{name}/kernel" for name in "qkvo"),
+        *(f"mlp/experts/{name}/kernel" for name in ("gate", "up", "down")),
+    }
+    few = {k.path: k.few_tokens for k in plain.kernels if k.few_tokens}
+    assert set(few) == {f"blocks/0/mlp/experts/{name}/kernel" for name in ("gate", "up", "down")}
+    assert any("saw fewer than 60" in notice for notice in plain.notices)
+    asked = jprune.prune_model(
+        checkpoint, tmp_path / "b", method=Magnitude(), pattern=Unstructured(0.5), where=("router",)
+    )
+    assert [k.path for k in asked.kernels] == ["blocks/0/mlp/router/kernel"]
+
+
+@pytest.fixture
+def tiny_experts(tmp_path):
+    """A small Mixtral on disk, one tensor an expert."""
+    import json
+
+    from safetensors.numpy import save_file
+
+    config = families.config(MIXTRAL)
+    params = trees.flatten(decoder.init_params(config, jax.random.key(0)))
+    tensors = {}
+    for path, e in families.table(config).items():
+        for index, key in enumerate(e.keys):
+            tensors[key] = np.zeros(e.shape, np.float32)
+            e.write_to(index, 10 * np.asarray(params[path]), tensors[key])
+    folder = tmp_path / "mixtral"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(MIXTRAL | {"architectures": ["MixtralForCausalLM"]}))
+    return folder
