@@ -172,7 +172,9 @@ def _by_path(opened: Source, config: DecoderConfig, source: str) -> dict[str, St
     if opened.layout == "hugging_face":
         table = families.table(config)
         expected = {key: entry.shape for entry in table.values() for key in entry.keys}
-        given = {families.stored_key(config, key): tensor for key, tensor in opened.tensors.items()}
+        given: Mapping[str, StoredTensor] = {
+            families.stored_key(config, key): tensor for key, tensor in opened.tensors.items()
+        }
     else:
         expected = shapes(config)
         given = opened.tensors

@@ -124,9 +124,10 @@ def _config(checkpoint: "Checkpoint", found: Mapping[str, tuple[int, ...]], left
         LayerSizes(
             heads=found[f"blocks/{i}/attn/q/kernel"][1],
             kv_heads=found[f"blocks/{i}/attn/k/kernel"][1],
-            d_ff=found[f"blocks/{i}/mlp/down/kernel"][0],
+            # Layers of experts have no such kernel.
+            d_ff=found.get(f"blocks/{i}/mlp/down/kernel", (checkpoint.config.layer(old).d_ff,))[0],
         )
-        for i in range(len(left))
+        for i, old in enumerate(left)
     ]
     d_model = found["blocks/0/attn/o/kernel"][2]
     hf_config = families.resized(
@@ -157,6 +158,7 @@ def _check_meaning(
         raise JpruneError(f"{whole.architecture}: ALiBi's slopes follow from the number of heads, so all must stay")
     expected = {name: getattr(whole, name) for name in _UNTOUCHED}
     expected |= {name: tuple(by_layer[i] for i in left) for name in _BY_LAYER if (by_layer := getattr(whole, name))}
+    expected["dense_layers"] = tuple(new for new, old in enumerate(left) if old in whole.dense_layers)
     for name, value in expected.items():
         if getattr(part, name) != value:
             raise JpruneError(

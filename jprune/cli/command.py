@@ -1,11 +1,8 @@
 """What the commands have in common."""
 
 import dataclasses
-from typing import Literal
 
 import tyro
-
-Format = Literal["hf", "orbax"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ from jprune.cli import display
 from jprune.cli.command import Command
 from jprune.errors import JpruneError
 from jprune.models.config import LAYER_SIZES, describe
+from jprune.pipeline.journal import count_zeros
 from jprune.pipeline.output import new_folder
 from jprune.pipeline.plan import matmul_kernels, prunable
 from jprune.pipeline.report import Progress
-from jprune.pipeline.journal import count_zeros
 from jprune.pipeline.run import activation_dtype, evaluation_windows, parse_dtype
 
 _SIZES = ("vocab", "d_model", "layers", "heads", "kv_heads", "head_dim", "d_ff", "context", "tied")

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import tyro
 
 from jprune import patterns
+from jprune.checkpoints.formats import Format
 from jprune.cli import display
-from jprune.cli.command import Command, Format
+from jprune.cli.command import Command
 from jprune.errors import JpruneError, UsageError
 from jprune.methods import Method
 from jprune.patterns import NM, Pattern, Scope, Unstructured
@@ -52,7 +53,8 @@ class Prune(Command):
     expert_tokens: int = 128
     """An expert that sees fewer calibration tokens than this is pruned by magnitude, whatever the method."""
     format: Format = "hf"
-    """Of the result: hf (safetensors, for every Hugging Face loader) or orbax."""
+    """Of the result: hf (safetensors, for every Hugging Face loader), jprune (where layers differ in size), decilm (for
+    vLLM) or orbax."""
     evaluate: str | None = None
     """Text whose perplexity is measured before and after, named as for --calibration."""
     plan: bool = False

@@ -119,12 +119,24 @@ def explicit(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
 def resized(hf_config: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     """The config.json of a model with other sizes; see `jprune.models.families.sizes.resized`."""
+    hf_config = _with_layers_named(hf_config)
     defaults = ARCHITECTURES[_architecture(hf_config)].defaults
     # A number of layers counted from the first one is no default any more when layers are gone.
     counted = {key: defaults[key] for key in ("max_window_layers",) if key in defaults}
     smaller = sizes.resized({**counted, **hf_config}, **options)
     names = ARCHITECTURES[_architecture(hf_config)].names
     return {names.get(key, key): value for key, value in smaller.items()}
+
+
+def _with_layers_named(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.json that says of each layer what would follow from its number, which changes when others go."""
+    known = ARCHITECTURES[_architecture(hf_config)].defaults
+    named: dict[str, Any] = {}
+    if "layer_types" in known and not hf_config.get("layer_types") and any(windows := config(hf_config).windows):
+        named["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    if "mlp_only_layers" in known and (dense := config(hf_config).dense_layers):
+        named |= {"mlp_only_layers": list(dense), "decoder_sparse_step": 1}
+    return {**hf_config, **named}
 
 
 def table(config: DecoderConfig) -> dict[str, Entry]:

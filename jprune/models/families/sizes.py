@@ -68,6 +68,8 @@ def resized(
         hf["layer_types"] = [hf["layer_types"][i] for i in layers]
     if hf.get("max_window_layers") is not None:
         hf["max_window_layers"] = sum(i < hf["max_window_layers"] for i in layers)
+    if hf.get("mlp_only_layers"):
+        hf["mlp_only_layers"] = [new for new, old in enumerate(layers) if old in hf["mlp_only_layers"]]
     return hf
 
 
