@@ -334,14 +334,18 @@ class Writer:
         entry = self._entries[path]
         return entry.read(*(self._shards[key].read(key) for key in entry.keys))
 
-    def keep(self, path: str, checksum: int) -> bool:
-        """Whether the file holds what an earlier process wrote, by its checksum; it need not be written again then."""
+    def keep(self, checksums: Mapping[str, int]) -> bool:
+        """Whether the files hold what an earlier process wrote, by its checksums; it is then not written again."""
+        if not all(self._intact(path, checksum) for path, checksum in checksums.items()):
+            return False
+        for path in checksums:
+            self._pending.pop(path, None)
+        return True
+
+    def _intact(self, path: str, checksum: int) -> bool:
         entry = self._entries[path]
         there = self._shards[entry.key].read(entry.key) if _plain(entry) else self.read(path)
-        if writing.checksum(there) != checksum:
-            return False
-        self._pending.pop(path, None)
-        return True
+        return writing.checksum(there) == checksum
 
     def sync(self, paths: Iterable[str]) -> None:
         """Returns when these parameters are on the disk, so that a power failure no longer takes them."""

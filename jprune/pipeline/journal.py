@@ -82,9 +82,7 @@ class Journal:
     def done(self, name: str, paths: Iterable[str]) -> bool:
         """Whether a unit is done, and its parameters lie undamaged in the result."""
         mark = self.run.marked(name)
-        if mark is None or set(mark["tensors"]) != set(paths):
-            return False
-        if not all(self._result.keep(path, checksum) for path, checksum in mark["tensors"].items()):
+        if mark is None or set(mark["tensors"]) != set(paths) or not self._result.keep(mark["tensors"]):
             return False
         self._marks[name] = mark
         return True

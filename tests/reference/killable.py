@@ -1,16 +1,17 @@
 """A pruning run in a process of its own that dies at a chosen moment, as a machine does.
 
-`prune` counts the operations by which a run changes the disk (opening a file to write, syncing, renaming, unlinking)
+`Disk` counts the operations by which a run changes the disk (opening a file to write, syncing, renaming, unlinking),
 and ends the process before the one it is told. After a power failure, additionally, files hold what they held when they
-were last synced. Processes are forked from a server that has imported JAX but not started it (`start_server`).
+were last synced. Or from one operation on, the disk is full. Processes are forked from a server that has imported JAX
+but not started it (`start_server`).
 """
 
 import builtins
+import errno
 import io
+import itertools
 import multiprocessing
 import os
-import pathlib
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 
 _context = multiprocessing.get_context("forkserver")
 DEAD = 9  # exit status of a process that was to die
+_open, _fsync = io.open, os.fsync
 
 
 def start_server() -> None:
@@ -43,21 +45,21 @@ def start(*args: Any, **kwargs: Any) -> Any:
 def prune(
     options: dict[str, Any],
     *,
+    watched: str,
     die_at: int | None = None,
     power: bool = False,
     count_into: str | None = None,
-    watched: str = "",
     cache: str | None = None,
     stderr: str | None = None,
 ) -> None:
     """Runs `prune_model(**options)`.
 
     Args:
-      options: of prune_model; "method" by its name.
-      die_at: the operation before which to die.
-      power: die as by a power failure: files lose what was not synced.
-      count_into: file for the number of operations.
+      options: of prune_model.
       watched: operations below this folder count.
+      die_at: the operation before which to die.
+      power: die as by a power failure.
+      count_into: file for the number of operations.
       cache: folder for compiled programs.
       stderr: file for what goes wrong.
     """
@@ -70,66 +72,76 @@ def prune(
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    from jprune.methods import METHODS
     from jprune.pipeline import forecast, prune_model
 
     forecast.windows_at_once = lambda length: 2
-    disk = _Disk(Path(watched), die_at, power)
-    if watched:
-        disk.install()
-    options = {**options, "method": METHODS[options["method"]]()}
-    prune_model(**options)
+    with Disk(Path(watched), die_at=die_at, power=power) as disk:
+        prune_model(**options)
     if count_into:
         Path(count_into).write_text(str(disk.count))
-    sys.stdout.flush()
-    os._exit(0)
 
 
-class _Disk:
-    """Counts what is done to files below a folder, and knows what of it has been synced."""
+class Disk:
+    """Counts what is done to files below a folder, and knows what of it has been synced.
 
-    def __init__(self, folder: Path, die_at: int | None, power: bool):
-        self.folder = str(folder)
+    Args:
+      folder: operations elsewhere do not count.
+      die_at: the operation before which the process ends.
+      power: what has not been synced is lost then.
+      full_at: the operation from which on nothing more can be written.
+    """
+
+    def __init__(
+        self, folder: Path, *, die_at: int | None = None, power: bool = False, full_at: int | None = None
+    ) -> None:
         self.count = 0
-        self._die_at = die_at
-        self._power = power
+        self._folder = str(folder)
+        self._die_at, self._power, self._full_at = die_at, power, full_at
         self._synced: dict[int, bytes] = {}  # by inode
         self._lock = threading.Lock()
-        self._fsync = os.fsync
+        self._before: list[tuple[Any, str, Any]] = []
 
-    def install(self) -> None:
+    def __enter__(self) -> "Disk":
         for name in ("replace", "rename", "unlink", "mkdir", "rmdir"):
-            self._wrap(os, name)
-        os.fsync = self._sync
-        opened = io.open
+            self._wrap(os, name, writes=False)
+        self._wrap(os, "truncate", writes=True)
+        self._patch(os, "fsync", self._sync)
+        for module in (builtins, io):
+            self._patch(module, "open", self._open)
+        return self
 
-        def open_(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            if isinstance(file, str | os.PathLike) and set(mode) & set("wax+"):
-                self._operation(file)
-            return opened(file, mode, *args, **kwargs)
+    def __exit__(self, *_: Any) -> None:
+        for module, name, function in self._before:
+            setattr(module, name, function)
 
-        builtins.open = io.open = open_
-        pathlib.io.open = open_ if hasattr(pathlib, "io") else opened
+    def _patch(self, module: Any, name: str, function: Any) -> None:
+        self._before.append((module, name, getattr(module, name)))
+        setattr(module, name, function)
 
-    def _wrap(self, module: Any, name: str) -> None:
+    def _wrap(self, module: Any, name: str, *, writes: bool) -> None:
         function = getattr(module, name)
 
         def wrapped(path: Any, *args: Any, **kwargs: Any) -> Any:
-            self._operation(path)
+            self._operation(path, writes=writes)
             return function(path, *args, **kwargs)
 
-        setattr(module, name, wrapped)
+        self._patch(module, name, wrapped)
+
+    def _open(self, file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if isinstance(file, str | os.PathLike) and set(mode) & set("wax+"):
+            self._operation(file, writes=True)
+        return _open(file, mode, *args, **kwargs)
 
     def _sync(self, descriptor: int) -> None:
         path = os.readlink(f"/proc/self/fd/{descriptor}")
-        self._operation(path)
-        self._fsync(descriptor)
-        if self._power and path.startswith(self.folder) and os.path.isfile(path):
+        self._operation(path, writes=True)
+        _fsync(descriptor)
+        if self._power and path.startswith(self._folder) and os.path.isfile(path):
             with self._lock:
                 self._synced[os.stat(path).st_ino] = Path(path).read_bytes()
 
-    def _operation(self, path: Any) -> None:
-        if not str(os.fspath(path) if not isinstance(path, int) else path).startswith(self.folder):
+    def _operation(self, path: Any, *, writes: bool) -> None:
+        if not str(path if isinstance(path, int) else os.fspath(path)).startswith(self._folder):
             return
         with self._lock:
             self.count += 1
@@ -137,10 +149,12 @@ class _Disk:
                 if self._power:
                     self._lose()
                 os._exit(DEAD)
+            if writes and self._full_at is not None and self.count >= self._full_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
 
     def _lose(self) -> None:
         """Every file goes back to what was synced of it: renames have reached the disk, contents have not."""
-        for folder, _, names in os.walk(self.folder):
+        for folder, _, names in os.walk(self._folder):
             for name in names:
                 path = os.path.join(folder, name)
                 descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC)
@@ -161,4 +175,4 @@ def random_points(count: int, total: int, seed: int = 0) -> list[int]:
     """Distinct operations, all over the run."""
     edges = np.linspace(1, total, count + 1).astype(int)
     rng = np.random.default_rng(seed)
-    return [int(rng.integers(low, max(high, low + 1))) for low, high in zip(edges, edges[1:])]
+    return [int(rng.integers(low, max(high, low + 1))) for low, high in itertools.pairwise(edges)]
