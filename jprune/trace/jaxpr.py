@@ -180,6 +180,15 @@ def flat_body(closed: Any) -> Body:
     return Body(equations=_live(flat.equations, outputs), inputs=inputs, outputs=outputs, constants=flat.constants)
 
 
+def scan_counts(equation: Equation) -> tuple[int, int]:
+    """How many operands of a scan are constants of its body, and how many the carry; the others are scanned over."""
+    params = equation.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = (len(part) for part in params["ft_in"].unpack())  # jax >= 0.12
+    return consts, carry
+
+
 def variables(equation: Equation) -> list[Var]:
     """The operands of an equation that are not literals."""
     return [x for x in equation.invars if isinstance(x, jex.Var)]

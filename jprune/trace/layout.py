@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from jprune.trace.atoms import ONE, Axis, Misfit, atom, freeze
-from jprune.trace.jaxpr import Atom, Body, Equation, Trace, Var, flat_body
+from jprune.trace.jaxpr import Atom, Body, Equation, Trace, Var, flat_body, scan_counts
 from jprune.trace.rules import Axes, concrete, elementwise, follow, opaque, reason, tie
 
 _LOOKED_AT = 1 << 22  # elements of a constant that are compared to see whether it varies along an axis
@@ -66,7 +66,7 @@ class Layout:
         params = equation.params
         body = self.bodies[id(equation)] = flat_body(params["jaxpr"])
         inputs = body.inputs
-        n_consts, n_carry = params["num_consts"], params["num_carry"]
+        n_consts, n_carry = scan_counts(equation)
         steps = atom(params["length"], reason("scanned over by", equation))
         for axes in operands[n_consts + n_carry :]:
             tie(axes[0], steps)

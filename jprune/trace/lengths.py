@@ -13,7 +13,7 @@ from jax.extend import core as jex
 
 from jprune.trace.atoms import Axis
 from jprune.trace.elementwise import Number
-from jprune.trace.jaxpr import Atom, Equation, Trace, Var, where_written
+from jprune.trace.jaxpr import Atom, Equation, Trace, Var, scan_counts, where_written
 from jprune.trace.layout import Layout
 from jprune.trace.removed import Removed
 from jprune.trace.rules import REDUCTIONS
@@ -52,8 +52,8 @@ class _Walk:
                 self.sums.update((x, self.read(y)) for x, y in inputs)
                 self.run(body.equations)
                 # What the carry has summed over it has summed over in the next step too.
-                first = params["num_consts"]
-                for x, y in zip(body.inputs[first : first + params["num_carry"]], body.outputs):
+                first, n_carry = scan_counts(equation)
+                for x, y in zip(body.inputs[first : first + n_carry], body.outputs):
                     self.sums[x] |= self.read(y)
                 self.run(body.equations)
                 self.sums.update(zip(equation.outvars, map(self.read, body.outputs), strict=True))

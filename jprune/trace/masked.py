@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Shaped
 
 from jprune.errors import JpruneError
 from jprune.trace.atoms import ONE, Axis, find, leaves
-from jprune.trace.jaxpr import Atom, Equation, PyTree, Trace, Var
+from jprune.trace.jaxpr import Atom, Equation, PyTree, Trace, Var, scan_counts
 from jprune.trace.layout import Layout
 from jprune.trace.removed import Mean, Removed
 
@@ -111,7 +111,7 @@ class _Run:
 
     def _scan(self, equation: Equation, operands: list[Any]) -> list[Any]:
         params, body = equation.params, self.layout.bodies[id(equation)]
-        n_consts, n_carry = params["num_consts"], params["num_carry"]
+        n_consts, n_carry = scan_counts(equation)
         consts, carry, rows = (
             operands[:n_consts],
             operands[n_consts : n_consts + n_carry],

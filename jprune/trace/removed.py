@@ -17,7 +17,7 @@ from jax.extend import core as jex
 
 from jprune.trace.atoms import Axis
 from jprune.trace.elementwise import IDEMPOTENT, Number, fold
-from jprune.trace.jaxpr import CASTS, IDENTITIES, Atom, Equation, Trace, Var, variables, where_written
+from jprune.trace.jaxpr import CASTS, IDENTITIES, Atom, Equation, Trace, Var, scan_counts, variables, where_written
 from jprune.trace.layout import Layout
 from jprune.trace.rules import CUMULATIVE, REDUCTIONS, WINDOWS, untouched
 from jprune.trace.states import State, States, Where, known
@@ -249,8 +249,8 @@ class Removed(States):
 
     def _scan(self, equation: Equation, operands: list[State]) -> Sequence[State]:
         """The body is walked until the carry's states stay; they only ever become less known."""
-        params, body = equation.params, self.layout.bodies[id(equation)]
-        n_consts, n_carry = params["num_consts"], params["num_carry"]
+        body = self.layout.bodies[id(equation)]
+        n_consts, n_carry = scan_counts(equation)
         self.constants(body.constants)
         carry = operands[n_consts : n_consts + n_carry]
         inputs = body.inputs
