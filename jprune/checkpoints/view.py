@@ -36,6 +36,11 @@ _SELECTABLE = ("heads", "kv_heads", "d_ff", "d_model")
 def open_source(checkpoint: "Checkpoint", keep: Keep, layers: Sequence[int] | None) -> Source:
     """The source behind `Checkpoint.select`, which says what is expected and what is raised."""
     config = checkpoint.config
+    if config.experts:
+        raise JpruneError(
+            f"{config.architecture}: no part can be taken of a mixture of experts yet; layers, heads and channels of its "
+            "dense relatives can"
+        )
     left = _checked_layers(config, layers)
     positions = _checked_positions(config, keep)
     whole = {new: path for path in checkpoint.shapes if (new := _renumbered(path, left)) is not None}

@@ -124,6 +124,9 @@ def resized(hf_config: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     # A number of layers counted from the first one is no default any more when layers are gone.
     counted = {key: defaults[key] for key in ("max_window_layers",) if key in defaults}
     smaller = sizes.resized({**counted, **hf_config}, **options)
+    windows = tuple(config(hf_config).windows[i] for i in options["layers"])
+    if config(smaller).windows != windows and "layer_types" in defaults:  # a pattern that counts layers
+        smaller["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in windows]
     names = ARCHITECTURES[_architecture(hf_config)].names
     return {names.get(key, key): value for key, value in smaller.items()}
 
