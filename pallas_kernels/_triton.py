@@ -4,12 +4,11 @@ One program multiplies `rows` outputs by the batch over its share of the inputs,
 partial sums; the shares are added up by XLA, in one order, so results are the same in every run. Weights are the left
 operand: the tensor cores' long side is then the outputs, and a batch of 1 costs what one of 16 does.
 
-Triton in Pallas is deprecated since jax 0.11 and still the only way to write these loads in plain Pallas. All that
-depends on it is in this module.
+Triton in Pallas is deprecated since jax 0.11, which warns when it lowers a kernel, and still the only way to write
+these loads in plain Pallas. What depends on it is in this module, in `ptx` and in `sweep`.
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -197,17 +196,15 @@ def _call(kernel, grid, out, tile: Tile, interpret: bool, name: str) -> Callable
         return pl.BlockSpec(x.shape, lambda *ids: (0,) * len(x.shape))
 
     def run(*arrays):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "(?s).*Triton.*", DeprecationWarning)
-            return pl.pallas_call(
-                kernel,
-                grid=grid,
-                in_specs=[whole(x) for x in arrays],
-                out_specs=whole(out),
-                out_shape=out,
-                compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-                interpret=interpret,
-                name=name,
-            )(*arrays)
+        return pl.pallas_call(
+            kernel,
+            grid=grid,
+            in_specs=[whole(x) for x in arrays],
+            out_specs=whole(out),
+            out_shape=out,
+            compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+            interpret=interpret,
+            name=name,
+        )(*arrays)
 
     return run

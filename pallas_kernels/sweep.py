@@ -14,7 +14,6 @@ faster; `sweep_reference` has the signature at which the solver would switch ove
 """
 
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -166,21 +165,19 @@ def sweep_kernel(weights, inverse, keep, *, nm: tuple[int, int] | None = None, i
     def whole(*shape):
         return pl.BlockSpec(shape, lambda *ids: (0,) * len(shape))
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?s).*Triton.*", DeprecationWarning)
-        swept, loss, *chosen = pl.pallas_call(
-            functools.partial(_kernel, nm=nm),
-            grid=(outputs // OUTPUTS,),
-            in_specs=[whole(outputs, padded), whole(padded, padded), whole(padded), whole(padded, outputs)],
-            out_specs=[whole(outputs, padded), whole(outputs), whole(outputs, padded)][:results],
-            out_shape=[
-                jax.ShapeDtypeStruct((outputs, padded), jnp.float32),
-                jax.ShapeDtypeStruct((outputs,), jnp.float32),
-                jax.ShapeDtypeStruct((outputs, padded), jnp.int8),
-            ][:results],
-            compiler_params=plt.CompilerParams(num_warps=_WARPS, num_stages=1),
-            interpret=interpret,
-            name="sparsegpt_sweep",
-        )(transposed, after, diagonal, kept)
+    swept, loss, *chosen = pl.pallas_call(
+        functools.partial(_kernel, nm=nm),
+        grid=(outputs // OUTPUTS,),
+        in_specs=[whole(outputs, padded), whole(padded, padded), whole(padded), whole(padded, outputs)],
+        out_specs=[whole(outputs, padded), whole(outputs), whole(outputs, padded)][:results],
+        out_shape=[
+            jax.ShapeDtypeStruct((outputs, padded), jnp.float32),
+            jax.ShapeDtypeStruct((outputs,), jnp.float32),
+            jax.ShapeDtypeStruct((outputs, padded), jnp.int8),
+        ][:results],
+        compiler_params=plt.CompilerParams(num_warps=_WARPS, num_stages=1),
+        interpret=interpret,
+        name="sparsegpt_sweep",
+    )(transposed, after, diagonal, kept)
     mask = chosen[0][:d_out, :block].T != 0 if chosen else keep
     return jnp.where(mask, swept[:d_out, :block].T, 0.0), mask, loss[:d_out]

@@ -24,6 +24,10 @@ kernel_code = importlib.util.module_from_spec(spec)
 sys.modules["kernel_code"] = kernel_code  # dataclasses look their module up
 spec.loader.exec_module(kernel_code)
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:triton"),
+]
 RECORDED = json.loads((HERE / "ceilings.json").read_text())
 CASES = {case.name: case for case in kernel_code.cases()}
 LIMITS = {"capped:4": 5.5, "bitmap": 9.0}
@@ -72,7 +76,6 @@ def test_whole_functions_lower_for_cuda():
     assert len(kernel_code.triton_calls(pk.sparsegpt_sweep, (block, inverse, keep))) == 1
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:triton")
 @pytest.mark.parametrize("arch", kernel_code.ARCHITECTURES)
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_below_its_ceiling(name, arch):
