@@ -40,9 +40,9 @@ that the family's test tries, tied and untied heads, 2 x 40 tokens, float32 on a
 It was run with jax {jax}, transformers {transformers} and torch {torch}.
 
 What is not supported is refused with the reason: Falcon with ALiBi (Falcon-RW), GPT-2 with cross-attention, OPT
-without scales in its norms, encoders such as EmbeddingGemma, and every architecture that is not in the table. DeepSeek-V2
-and V3 are not in it: their attention has kernels of its own (low-rank queries, keys and values, part of each key shared
-by all heads), which the decoder's attention cannot express.
+without scales in its norms, encoders such as EmbeddingGemma, and every architecture that is not in the table.
+DeepSeek-V2 and V3 are not in it: their attention has kernels of its own (low-rank queries, keys and values, part of
+each key shared by all heads), which the decoder's attention cannot express.
 
 Mixtures of experts compute every expert on every token, with zeros where a token is not sent: exact, and simple to
 prune by what each expert saw, but as slow as all experts together. Structured pruning of experts' models is refused.

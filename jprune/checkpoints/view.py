@@ -38,8 +38,8 @@ def open_source(checkpoint: "Checkpoint", keep: Keep, layers: Sequence[int] | No
     config = checkpoint.config
     if config.experts:
         raise JpruneError(
-            f"{config.architecture}: no part can be taken of a mixture of experts yet; layers, heads and channels of its "
-            "dense relatives can"
+            f"{config.architecture}: no part can be taken of a mixture of experts yet; those of its "
+            "dense relatives can, layer by layer or channel by channel"
         )
     left = _checked_layers(config, layers)
     positions = _checked_positions(config, keep)
