@@ -2,9 +2,11 @@
 
 Quantised tensors are dequantised to float32 when they are read; F32, F16 and BF16 stay as they are. For the
 architecture "llama" (Llama, Mistral, SmolLM2, ...) llama.cpp stores the rows of q and k in the order of its interleaved
-rotary embedding: rows (2j, 2j+1) of a head are Hugging Face's rows (j, j + head_dim/2). We put them back.
+rotary embedding: rows (2j, 2j+1) of a head are Hugging Face's rows (j, j + head_dim/2). We put them back. Families that
+are not laid out like Llama are in `gguf_families`.
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -16,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-from jprune.checkpoints import gguf_header
+from jprune.checkpoints import gguf_families, gguf_header
 from jprune.checkpoints.source import Source, StoredTensor, identify
 from jprune.errors import JpruneError
 
@@ -62,6 +64,12 @@ def open_source(path: Path) -> Source:
             "`llama-gguf-split --merge FIRST_PART OUT.gguf`"
         )
     config = hugging_face_config(header)
+    if (arch := header.metadata["general.architecture"]) in gguf_families.LAYOUTS:
+        tensors = {
+            key: _put_back(_stored(header, header.tensors[name], {}), undo)
+            for name, (key, undo) in gguf_families.names(header, arch, config).items()
+        }
+        return _source(path, header, config, tensors)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     if config["model_type"] != "llama":
         heads = {}
@@ -70,6 +78,10 @@ def open_source(path: Path) -> Source:
         for t in header.tensors.values()
         if t.name != _ROPE_FACTORS
     }
+    return _source(path, header, config, tensors)
+
+
+def _source(path: Path, header: gguf_header.Header, config: dict, tensors: dict[str, StoredTensor]) -> Source:
     return Source(
         config=config,
         tensors=tensors,
@@ -77,6 +89,12 @@ def open_source(path: Path) -> Source:
         side_files=functools.partial(_side_files, header),
         identity=functools.partial(identify, path),
     )
+
+
+def _put_back(stored: StoredTensor, undo: Callable[[np.ndarray], np.ndarray]) -> StoredTensor:
+    """A tensor without what llama.cpp's converter did to it."""
+    shape = undo(np.broadcast_to(np.float32(0), stored.shape)).shape
+    return dataclasses.replace(stored, shape=shape, read=lambda: undo(stored.read()))
 
 
 def hugging_face_config(header: gguf_header.Header) -> dict:
@@ -87,10 +105,9 @@ def hugging_face_config(header: gguf_header.Header) -> dict:
     """
     metadata, path = header.metadata, header.path
     arch = metadata.get("general.architecture")
-    if arch not in _ARCHITECTURES:
-        raise JpruneError(
-            f"{path}: GGUF architecture {arch!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
-        )
+    if arch not in _ARCHITECTURES and arch not in gguf_families.LAYOUTS:
+        supported = ", ".join((*_ARCHITECTURES, *gguf_families.LAYOUTS))
+        raise JpruneError(f"{path}: GGUF architecture {arch!r} is not supported; supported: {supported}")
 
     def number(key: str, default: Any = None) -> Any:
         value = metadata.get(f"{arch}.{key}", default)
@@ -103,6 +120,8 @@ def hugging_face_config(header: gguf_header.Header) -> dict:
 
     if number("expert_count", 0) > 0:
         raise JpruneError(f"{path}: mixture-of-experts models are not supported in GGUF files of architecture {arch!r}")
+    if arch in gguf_families.LAYOUTS:
+        return gguf_families.hugging_face_config(header, arch, _vocab_size(header), number)
     width, heads = number("embedding_length"), number("attention.head_count")
     head_dim = number("attention.key_length", width // max(heads, 1))
     if (rotary := number("rope.dimension_count", head_dim)) != head_dim:
@@ -146,7 +165,7 @@ def _rope_scaling(header: gguf_header.Header, arch: str, head_dim: int, number: 
     metadata, path = header.metadata, header.path
     if _ROPE_FACTORS in header.tensors:
         stored = header.tensors[_ROPE_FACTORS]
-        return _llama3_scaling(path, _read_tensor(header, stored), number("rope.freq_base", 10000.0), head_dim)
+        return _llama3_scaling(path, read_tensor(header, stored), number("rope.freq_base", 10000.0), head_dim)
     kind = metadata.get(f"{arch}.rope.scaling.type", "none")
     factor = number("rope.scaling.factor", metadata.get(f"{arch}.rope.scale_linear", 1.0))
     if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
@@ -210,7 +229,7 @@ def _stored(header: gguf_header.Header, tensor: gguf_header.Tensor, heads: dict[
         )
 
     def read() -> np.ndarray:
-        values = _read_tensor(header, tensor)
+        values = read_tensor(header, tensor)
         return values if count is None else undo_rotary_permutation(values, count)
 
     return StoredTensor(
@@ -221,7 +240,8 @@ def _stored(header: gguf_header.Header, tensor: gguf_header.Tensor, heads: dict[
     )
 
 
-def _read_tensor(header: gguf_header.Header, tensor: gguf_header.Tensor) -> np.ndarray:
+def read_tensor(header: gguf_header.Header, tensor: gguf_header.Tensor) -> np.ndarray:
+    """A tensor as it lies in the file, dequantised if it is quantised."""
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 

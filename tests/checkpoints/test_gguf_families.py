@@ -1,0 +1,132 @@
+"""GGUF files of families unlike Llama: written here as llama.cpp's converter is known to write them, and read back.
+
+The names are those of the gguf package; what is done to values is written out by hand. No real file was at hand.
+"""
+
+import gguf as package
+import numpy as np
+import pytest
+
+from jprune.checkpoints import load
+from jprune.errors import JpruneError
+from jprune.models import config as config_module
+from jprune.models import families
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+LONG = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 4.0, 6.0, 8.0]}
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+GEMMA = {"num_key_value_heads": 2, "head_dim": 12}
+CASES = {
+    "gemma": ("gemma", GEMMA, {}),
+    "gemma2": (
+        "gemma2",
+        GEMMA | {"query_pre_attn_scalar": 12, "sliding_window": 8},
+        {"attention.sliding_window": 8, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        GEMMA
+        | {"query_pre_attn_scalar": 12, "sliding_window": 8, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"attention.sliding_window": 8, "rope.freq_base": 1e6, "rope.scaling.factor": 8.0},
+    ),
+    "gpt2": ("gpt2", {}, {}),
+    "phi3": (
+        "phi3",
+        {"num_key_value_heads": 2, "rope_scaling": LONG, "original_max_position_embeddings": 16},
+        {"rope.dimension_count": 8, "rope.scaling.original_context_length": 16},
+    ),
+    "bloom": ("bloom", {}, {}),
+    "gptneox": ("gpt_neox", {}, {"rope.dimension_count": 2, "use_parallel_residual": True}),
+    "falcon": ("falcon", {"new_decoder_architecture": True, "num_key_value_heads": 2}, {}),
+    "falcon-7b": ("falcon", {"num_key_value_heads": 1}, {}),
+}
+
+
+def convert(arch, key, tensor, config):
+    """What the converter does to a tensor."""
+    heads, kv_heads, size = config.heads, config.kv_heads, config.head_dim
+    if arch.startswith("gemma") and key.endswith("norm.weight"):
+        return tensor + 1
+    if arch == "gpt2" and key.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and tensor.ndim == 2:
+        return np.ascontiguousarray(tensor.T)
+    if arch in ("bloom", "gptneox") and "query_key_value" in key:
+        rows = [(part, head) for part in range(3) for head in range(heads)]
+        return np.concatenate([tensor[(3 * head + part) * size :][:size] for part, head in rows])
+    if arch == "falcon" and "query_key_value" in key:
+        group = heads // kv_heads
+        q = [(head // group) * (group + 2) + head % group for head in range(heads)]
+        k = [head * (group + 2) + group for head in range(kv_heads)]
+        v = [head * (group + 2) + group + 1 for head in range(kv_heads)]
+        return np.concatenate([tensor[at * size :][:size] for at in (*q, *k, *v)])
+    return tensor
+
+
+def write(path, arch, hf, metadata, tensors, config):
+    writer = package.GGUFWriter(path, arch)
+    for key, value in {
+        "context_length": config.context,
+        "embedding_length": config.d_model,
+        "feed_forward_length": config.d_ff,
+        "block_count": config.layers,
+        "attention.head_count": config.heads,
+        "attention.head_count_kv": config.kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": 1e-5 if config.norm == "rms" and "gemma" not in arch else 1e-6,
+        "attention.layer_norm_epsilon": 1e-5,
+        **metadata,
+    }.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(f"{arch}.{key}", value)
+    number = next(n for n, name in package.MODEL_ARCH_NAMES.items() if name == arch)
+    names = package.get_tensor_name_map(number, config.layers)
+    for key, tensor in tensors.items():
+        options = [names.get_name(k, try_suffixes=(".weight", ".bias")) for k in (key, key.split(".", 1)[1])]
+        writer.add_tensor(next(filter(None, options)), convert(arch, key, tensor, config))
+    if scaling := hf.get("rope_scaling", {}):
+        for kind in ("long", "short"):
+            if f"{kind}_factor" in scaling:
+                writer.add_tensor(f"rope_factors_{kind}.weight", np.array(scaling[f"{kind}_factor"], np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_gguf_gives_the_model_it_was_made_of(case, tmp_path, rng):
+    model_type, options, metadata = CASES[case]
+    arch = case.split("-")[0]
+    family = next(f for f in families.FAMILIES if f.model_type == model_type)
+    named = {family.names.get(key, key): value for key, value in (SIZES | options).items()}
+    hf = {"model_type": model_type} | named
+    config = families.config(hf)
+    tensors = {
+        key: rng.normal(size=e.shape).astype(np.float32) for e in families.table(config).values() for key in e.keys
+    }
+    path = write(tmp_path / "model.gguf", arch, hf, metadata, tensors, config)
+    loaded = load(path)
+    assert loaded.config == config
+    assert {path: leaf.shape for path, leaf in loaded.shapes.items()} == config_module.shapes(config)
+    for path, e in families.table(config).items():
+        expected = e.read(*(tensors[key] for key in e.keys))
+        np.testing.assert_allclose(loaded.read(path), expected, atol=1e-6, err_msg=path)
+
+
+def test_experts_are_refused(tmp_path):
+    writer = package.GGUFWriter(tmp_path / "m.gguf", "phi3")
+    writer.add_uint32("phi3.expert_count", 4)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(JpruneError, match="mixture-of-experts"):
+        load(tmp_path / "m.gguf")
