@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.arrays import from_tiles, pack_bits, rank, recast, to_tiles, unpack_bits, unsigned
-from pallas_kernels.formats import Bitmap, Packed, TiledCSL, dtype_of
+from pallas_kernels.formats import TILES, Bitmap, Packed, TiledCSL, dtype_of
 
-_SPARE = 16
+SPARE = 16
 """Bytes after the last value, which a kernel may read but not use."""
 _NOWHERE = 0xFFFF
 """Place of an item of TiledCSL that only fills a four."""
@@ -27,9 +27,10 @@ def alignment(name: str, itemsize: int) -> int:
 def stream_length(name: str, counts: np.ndarray | int, itemsize: int, capacity: int = 0) -> int:
     """Values that the stream needs: of the stored values of each tile, or of `capacity` in a number of tiles."""
     align = alignment(name, itemsize)
-    spare = 0 if name == "tiled_csl" else _SPARE // itemsize
+    spare = 0 if name == "tiled_csl" else SPARE // itemsize
     if isinstance(counts, int):
-        return -(-capacity // align) * align + counts * align + spare
+        # One output's worth more: where a traced mask does not fit, all outputs point at the beginning.
+        return -(-capacity // align) * align + counts * align + spare + TILES[name][1]
     return int((-(-counts.astype(np.int64) // align) * align).sum()) + spare
 
 

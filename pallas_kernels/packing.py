@@ -17,7 +17,7 @@ from pallas_kernels._shapes import Bool, Float, Shaped
 from pallas_kernels.arrays import namespace
 from pallas_kernels.demand import check, count_tiles, holds
 from pallas_kernels.errors import FormatError
-from pallas_kernels.formats import FLOATS, QUANTISED, TILES, VERSION, Capped, Packed, dtype_of, parse
+from pallas_kernels.formats import FLOATS, QUANTISED, TILES, VERSION, Bitmap, Capped, Packed, dtype_of, parse
 
 Any2D = Shaped[np.ndarray | jax.Array, "..."]
 """`pack` checks rank and dtype itself, in words for its user."""
@@ -112,6 +112,9 @@ def _poisoned(packed: Packed, mask, parsed, capacity) -> Packed:
     fits = holds(mask, parsed)
     if parsed.name != "capped":
         fits &= mask.sum(dtype=np.int32) <= np.int32(capacity)
+    if isinstance(packed, Bitmap):  # a kernel goes where these point without asking
+        tiles, rows = jnp.where(fits, packed.tiles, np.int32(0)), jnp.where(fits, packed.rows, np.int16(0))
+        packed = dataclasses.replace(packed, tiles=tiles, rows=rows)
     if packed.scale is not None:
         return dataclasses.replace(packed, scale=jnp.where(fits, packed.scale, np.float32(np.nan)))
     module = _module(packed)

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels.bitmap import SPARE
 from pallas_kernels.errors import FormatError
-from pallas_kernels.formats import FORMATS, VERSION, Packed
+from pallas_kernels.formats import FORMATS, VERSION, Bitmap, Packed
 
 _HEADER = "header"
 _META = ("shape", "dtype", "values", "tile", "version", "capacity")
@@ -81,3 +82,10 @@ def _check_shapes(packed: Packed) -> None:
     wrong |= {name: shape for name, shape in planes.items() if shape != (m, k, rows, columns // 8)}
     if wrong:
         raise FormatError(f"{packed!r}: arrays of shapes {wrong}, expected {expected}: damaged?")
+    if isinstance(packed, Bitmap):
+        # A kernel reads where these point, without asking whether anything is there.
+        last = np.bitwise_count(packed.bits[:, :, -1].view(np.uint32)).sum(-1, dtype=np.int64)
+        ends = packed.tiles.astype(np.int64) + packed.rows[:, :, -1] + last
+        room = packed.words.nbytes // packed.itemsize - SPARE // packed.itemsize
+        if packed.tiles.min() < 0 or packed.rows.min() < 0 or ends.max() > room:
+            raise FormatError(f"{packed!r}: places up to {ends.max()} in a stream of {room} values: damaged?")

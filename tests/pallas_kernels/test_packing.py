@@ -151,6 +151,8 @@ def test_loading_refuses_what_it_does_not_know(rng):
         pk.from_arrays({k: v for k, v in arrays.items() if k != "rows"})
     with pytest.raises(pk.FormatError, match=r"arrays of shapes .*'tiles'.*damaged"):
         pk.from_arrays({**arrays, "tiles": np.zeros((3, 3), np.int32)})
+    with pytest.raises(pk.FormatError, match=r"places up to 1\d\d\d in a stream of .* damaged"):
+        pk.from_arrays({**arrays, "tiles": np.full((1, 1), 1000, np.int32)})
     header = bytes(arrays["header"]).replace(b'"version": 1', b'"version": 2')
     with pytest.raises(pk.FormatError, match=r"version 2, newer than 1.*update"):
         pk.from_arrays({**arrays, "header": np.frombuffer(header, np.uint8)})
