@@ -162,6 +162,19 @@ def _concatenate(equation: Equation, operands: list[Axes]) -> list[Axes]:
     return [_at(rest, dimension, concatenation([x for x in parts if x is not None]))]
 
 
+def _stack(equation: Equation, operands: list[Axes]) -> list[Axes]:
+    """The new axis has one unit for each operand, and f tells them apart."""
+    at, shape = equation.params["axis"], equation.outvars[0].aval.shape
+    rest = elementwise([n for i, n in enumerate(shape) if i != at], operands)
+    return [(*rest[:at], concatenation([ONE] * len(operands)), *rest[at:])]
+
+
+def _unstack(equation: Equation, operands: list[Axes]) -> list[Axes]:
+    at = equation.params["axis"]
+    _frozen(operands[0][at], reason("its units are told apart by", equation))
+    return [tuple(x for i, x in enumerate(operands[0]) if i != at)] * len(equation.outvars)
+
+
 def _tile(equation: Equation, operands: list[Axes]) -> list[Axes]:
     return [
         tuple(
@@ -362,6 +375,8 @@ _RULES = {
     "squeeze": _squeeze,
     "reshape": _reshape,
     "concatenate": _concatenate,
+    "stack": _stack,
+    "unstack": _unstack,
     "tile": _tile,
     "pad": _pad,
     "slice": _slice,

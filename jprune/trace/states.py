@@ -5,6 +5,7 @@ are the rules that move elements or treat each by itself; those that sum over ax
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -144,6 +145,22 @@ class States:
         its = self.layout.read(x)[axis]
         return its is None or leaf in self.leaves(its)
 
+    def _stack(self, equation: Equation, operands: Sequence[State], params: Any) -> list[State]:
+        (x,), at = equation.outvars, params["axis"]
+        where: list[Where] = [{} for _ in range(x.aval.ndim)]
+        for i, axis in enumerate(self.layout.axes[x]):
+            if i == at:
+                continue
+            for leaf in self.leaves(axis):
+                numbers = [s.where(i - (i > at), leaf) for s in operands]
+                where[i][leaf] = functools.reduce(join, numbers)
+        everywhere = functools.reduce(join, [s.everywhere for s in operands])
+        return [State(everywhere, tuple(map(known, where)))]
+
+    def _unstack(self, equation: Equation, operands: Sequence[State], params: Any) -> list[State]:
+        kept = [i for i in range(len(operands[0].at)) if i != params["axis"]]
+        return [_move(operands[0], kept)] * len(equation.outvars)
+
     def _tile(self, equation: Equation, operands: Sequence[State], params: Any) -> list[State]:
         return [operands[0]]
 
@@ -220,7 +237,19 @@ class States:
 
 
 _MOVES = {
-    *("broadcast_in_dim", "transpose", "squeeze", "reshape", "concatenate", "tile", "pad", "slice", "dynamic_slice"),
+    *(
+        "broadcast_in_dim",
+        "transpose",
+        "squeeze",
+        "reshape",
+        "concatenate",
+        "stack",
+        "unstack",
+        "tile",
+        "pad",
+        "slice",
+        "dynamic_slice",
+    ),
     *("split", "rev", "dynamic_update_slice", "gather"),
 }
 """Primitives whose rule is the method of their name."""

@@ -135,6 +135,8 @@ RIGHT = {
     "a matmul with itself": lambda h: h @ (jax.nn.relu(h.T @ h) + 1.0),
     "two halves": lambda h: jnp.concatenate([2 * part for part in jnp.split(h, 2, -1)], -1),
     "halves swapped": lambda h: h * jnp.concatenate(jnp.split(h, 2, -1)[::-1], -1),
+    "interleaved halves": lambda h: jnp.stack(jnp.split(h, 2, -1), -1).reshape(h.shape),
+    "added to its neighbours": lambda h: h + sum(jnp.unstack(jnp.stack([h, jnp.sin(h)], 1), axis=1)),
     "halves as an axis": lambda h: h * jnp.tile(h.reshape(4, 2, -1)[:, 0], 2),
     "a hard-coded number": lambda h: h * (h * h).sum(-1, keepdims=True) ** 0.5 * 6**-0.5,
     "a table of something else": lambda h: h * np.arange(4, dtype=np.float32)[:, None],
