@@ -30,25 +30,25 @@ class Layout(NamedTuple):
 
     architecture: str
     settings: Callable[[Header, Number], dict[str, Any]] = lambda header, number: {}  # beside sizes
-    undo: Callable[[str, Values, Mapping[str, Any]], Values] = lambda key, values, hf: values
+    undo: Callable[[Mapping[str, Any], str, Values], Values] = lambda hf, key, values: values
 
 
-def _gemma(key: str, values: Values, hf: Mapping[str, Any]) -> Values:
+def _gemma(hf: Mapping[str, Any], key: str, values: Values) -> Values:
     return values.astype(np.float32) - np.float32(1) if key.endswith("norm.weight") else values
 
 
-def _gpt2(key: str, values: Values, hf: Mapping[str, Any]) -> Values:
+def _gpt2(hf: Mapping[str, Any], key: str, values: Values) -> Values:
     return values.T if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else values
 
 
-def _side_by_side(key: str, values: Values, hf: Mapping[str, Any]) -> Values:
+def _side_by_side(hf: Mapping[str, Any], key: str, values: Values) -> Values:
     if "query_key_value" not in key:
         return values
     parts = values.reshape(3, hf["num_attention_heads"], -1, *values.shape[1:])
     return parts.swapaxes(0, 1).reshape(values.shape)
 
 
-def _falcon(key: str, values: Values, hf: Mapping[str, Any]) -> Values:
+def _falcon(hf: Mapping[str, Any], key: str, values: Values) -> Values:
     if "query_key_value" not in key:
         return values
     heads, kv_heads = hf["num_attention_heads"], hf["num_key_value_heads"]
@@ -184,5 +184,5 @@ def names(header: Header, arch: str, hf: Mapping[str, Any]) -> dict[str, tuple[s
             if name is None:
                 raise JpruneError(f"{header.path}: the gguf package knows no name for {key!r} in architecture {arch!r}")
             if name in found:
-                found[name] = key, functools.partial(LAYOUTS[arch].undo, key, hf=sizes)
+                found[name] = key, functools.partial(LAYOUTS[arch].undo, sizes, key)
     return found

@@ -65,7 +65,11 @@ class _Head(nnx.Module):
 
 
 def _head_modules(params: Params, norm: NormOptions) -> dict[str, Any]:
-    make = {"final_norm": lambda p: Norm(p, norm), "project_out": Linear, "head": _Head}
+    make: dict[str, Callable[[Params], Any]] = {
+        "final_norm": lambda p: Norm(p, norm),
+        "project_out": Linear,
+        "head": _Head,
+    }
     return {name: module(params[name]) for name, module in make.items() if name in params}
 
 
@@ -75,7 +79,11 @@ def _logits(
     for name in ("final_norm", "project_out"):
         x = parts[name](x) if name in parts else x
     head = parts.get("head")
-    kernel = embedding.T if head is None or head.kernel is None else head.kernel.get_value()
+    if head is not None and head.kernel is not None:
+        kernel = head.kernel.get_value()
+    else:
+        assert embedding is not None  # tied
+        kernel = embedding.T
     logits = jnp.tensordot(x, kernel.astype(x.dtype), axes=1, preferred_element_type=jnp.float32)
     if head is not None and head.bias is not None:
         logits = logits + head.bias.get_value().astype(jnp.float32)

@@ -138,6 +138,7 @@ def rotate(
         first, second = pairs[..., 0], pairs[..., 1]
     else:
         first, second = jnp.split(wide, 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    together = jnp.stack(turned, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(turned, axis=-1)
-    return together.astype(x.dtype)
+    pair = [first * cos - second * sin, second * cos + first * sin]
+    if interleaved:
+        pair = [part[..., None] for part in pair]
+    return jnp.concatenate(pair, axis=-1).reshape(x.shape).astype(x.dtype)

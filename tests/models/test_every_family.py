@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from jprune import trees
+from jprune import coupled_axes, trees
 from jprune.checkpoints import huggingface, load
 from jprune.methods import METHODS
 from jprune.models import decoder, families, generate
@@ -105,6 +105,18 @@ def test_a_block_is_understood(name, saved):
         return cut.finish(carry)
 
     np.testing.assert_allclose(in_stages(params, x), jax.jit(f)(params, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_groups_are_found(name):
+    """Heads and feed-forward channels can be left out; heads with ALiBi cannot, for their slopes go by number."""
+    family, architecture, variant = FIRST[name]
+    config = families.config({"architectures": [architecture]} | hf.sizes(family) | variant)
+    x = jax.ShapeDtypeStruct((1, 6, config.d_model), jnp.float32)
+    groups = coupled_axes(decoder.block(config, 0), decoder.abstract_params(config)["blocks"]["0"], x)
+    down = ("mlp/experts/down/kernel", 1) if config.has_experts(0) else ("mlp/down/kernel", 0)
+    assert [g.frozen for g in groups.at(*down)] == [None]
+    assert any(g.frozen is None for g in groups.at("attn/o/kernel", 0)) == (not config.alibi)
 
 
 @pytest.mark.parametrize("name", FIRST)

@@ -52,5 +52,5 @@ FAMILY = Family(
     config=_config,
     model=llama.MODEL,
     block=BLOCK,
-    variants=({"logit_scale": 0.5}, {"use_qk_norm": True, "attention_bias": True}),
+    variants=({"logit_scale": 0.5}, {"logit_scale": 0.5, "use_qk_norm": True, "attention_bias": True}),
 )

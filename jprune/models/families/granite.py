@@ -26,8 +26,8 @@ def _config(architecture: str, hf: Mapping[str, Any]) -> DecoderConfig:
 FAMILY = Family(
     architectures=("GraniteForCausalLM",),
     model_type="granite",
-    defaults=llama.FAMILY.defaults
-    | {
+    defaults={
+        **llama.FAMILY.defaults,
         "embedding_multiplier": 1.0,
         "logits_scaling": 1.0,
         "residual_multiplier": 1.0,

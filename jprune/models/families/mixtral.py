@@ -30,8 +30,8 @@ def _config(architecture: str, hf: Mapping[str, Any]) -> DecoderConfig:
 FAMILY = Family(
     architectures=("MixtralForCausalLM",),
     model_type="mixtral",
-    defaults=mistral.FAMILY.defaults
-    | {
+    defaults={
+        **mistral.FAMILY.defaults,
         "rms_norm_eps": 1e-5,
         "rope_theta": 1_000_000.0,
         "sliding_window": None,

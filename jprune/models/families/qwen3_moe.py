@@ -33,8 +33,8 @@ FAMILY = Family(
     architectures=("Qwen3MoeForCausalLM",),
     model_type="qwen3_moe",
     names={"num_experts": "num_local_experts"},  # transformers 5 writes the latter
-    defaults=qwen3.FAMILY.defaults
-    | {
+    defaults={
+        **qwen3.FAMILY.defaults,
         "hidden_size": 2048,
         "intermediate_size": 6144,
         "num_hidden_layers": 24,

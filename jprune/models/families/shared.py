@@ -74,12 +74,13 @@ def rope(hf: Mapping[str, Any], *, partial: float | None = None, **options: Any)
     part = given.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
     if partial is None and part not in (None, 1.0):
         raise JpruneError("config.json asks for a partial rotary embedding, which this family does not have")
-    if partial is not None and (part := partial if part is None else part) != 1.0:
+    part = partial if part is None else part
+    if part not in (None, 1.0):
         options["dims"] = int(head_dim(hf) * part)
     if any(isinstance(value, Mapping) for value in given.values()):
         raise JpruneError("config.json gives rotary embeddings per layer type; this family has one for all layers")
     try:
-        fields = {"theta": float(given.get("rope_theta") or hf.get("rope_theta") or 10_000.0)}
+        fields: dict[str, Any] = {"theta": float(given.get("rope_theta") or hf.get("rope_theta") or 10_000.0)}
         if kind in ("linear", "dynamic", "llama3"):
             fields["factor"] = float(given["factor"])
         if kind in ("yarn", "llama3", "longrope"):  # `dynamic` grows from max_position_embeddings on
