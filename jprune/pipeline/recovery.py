@@ -18,7 +18,7 @@ from jprune import trees
 from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.models import loss, stacked
-from jprune.pipeline.plan import HEAD, matmul_kernels
+from jprune.pipeline.plan import matmul_kernels
 from jprune.pipeline.run import activation_dtype
 from jprune.train import lora
 from jprune.train.keep_masked import keep_masked
@@ -108,8 +108,9 @@ class Lora(Tuning):
     """The adapters' products count alpha / rank."""
     dropout: float = 0.05
     """Of what the adapters read."""
-    targets: str = "q,k,v,o,gate,up,down"
-    """Kernels that get adapters: names, or regular expressions over paths, separated by commas."""
+    targets: str | None = None
+    """Kernels that get adapters: names such as q,v, or regular expressions over paths, separated by commas. By default
+    all kernels of the blocks (but of experts)."""
     base_dtype: BaseDtype | None = None
     """Of the frozen weights while training: float32, bfloat16, or int8 with a scale for each output. By default float32
     on CPU, else bfloat16. The result's weights are not affected."""
@@ -125,7 +126,7 @@ class Lora(Tuning):
 
     def task(self, checkpoint: Checkpoint, steps: int) -> Task:
         """Adapters on the kernels of the blocks; base weights in `base_dtype`."""
-        in_axes = {path: m.in_axes for path, (_, m) in matmul_kernels(checkpoint).items() if path != HEAD}
+        in_axes = {path: m.in_axes for path, (_, m) in matmul_kernels(checkpoint).items() if path.startswith("blocks/")}
         key = jax.random.key(self.seed)
         adapters = lora.init(checkpoint.shapes, in_axes, rank=self.rank, key=key, targets=self._patterns(in_axes))
         runs = stacked.runs(checkpoint.config, checkpoint.shapes, adapters)
@@ -169,6 +170,8 @@ class Lora(Tuning):
         return lora.by_path(stacked.unstack(trainable))
 
     def _patterns(self, paths: Mapping[str, Any]) -> list[str]:
+        if self.targets is None:
+            return ["kernel$"]
         names = {path.split("/")[-2] for path in paths}
         wanted = [target.strip() for target in self.targets.split(",") if target.strip()]
         if not wanted:

@@ -181,6 +181,17 @@ def test_layers_of_different_sizes(tiny_model, data, tmp_path):
     assert report.losses[-1] < report.losses[0]
 
 
+def test_without_a_gate(tiny_model, data, tmp_path):
+    """By default whatever kernels the blocks of a family have get adapters; not its projections outside of them."""
+    opt = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "ffn_dim": 56, "word_embed_proj_dim": 24}
+    model = tiny_model(**opt, do_layer_norm_before=False, num_key_value_heads=4)
+    report = tune_model(model, tmp_path / "out", method=Lora(**SHORT, rank=2, learning_rate=0.01), data=data)
+    before, after = jprune.load(model), jprune.load(tmp_path / "out")
+    changed = {path for path in before.shapes if not np.array_equal(before.read(path), after.read(path))}
+    assert changed == {p for p in before.shapes if p.startswith("blocks/") and p.endswith("kernel")}
+    assert report.trainable_parameters == 3 * 2 * (4 * 64 + 2 * (32 + 56))
+
+
 def test_killed_and_resumed(tiny_model, data, tmp_path):
     folder = sparse(tiny_model())
     np.save(tmp_path / "data.npy", data)
