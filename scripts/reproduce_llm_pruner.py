@@ -1,6 +1,6 @@
 """LLM-Pruner on the demo model: every importance at the same size, before recovery, and the best of them after it.
 
-    python scripts/reproduce_llm_pruner.py [--parameter-ratio 0.2] [--tune-steps 150] [--keep FOLDER] [--out results.json]
+    python scripts/reproduce_llm_pruner.py [--parameter-ratio 0.2] [--tune-steps 150] [--keep FOLDER] [--out out.json]
 
 Each model is pruned by a `jprune` process of its own, as a user would; perplexities are measured on the same held-out
 windows (the evaluation part of `pydoc`). Recovery is `jprune tune lora` on the other part of `pydoc`, from which the
