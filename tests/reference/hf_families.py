@@ -16,7 +16,7 @@ def sizes(family, *, kv_heads=2, group=2, head_dim=8, layers=2, tied=None):
     heads = kv_heads * group
     common = {
         "vocab_size": VOCAB,
-        "hidden_size": 6 * heads if free["head_dim"] else heads * head_dim,
+        "hidden_size": 12 * heads if free["head_dim"] else heads * head_dim,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
