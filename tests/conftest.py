@@ -1,8 +1,13 @@
 """Every test runs with strict dtype promotion, warnings as errors and four virtual CPU devices."""
 
+import signal
+
 import jax
 import numpy as np
 import pytest
+
+# A shell ignores Ctrl-C for what it starts in the background, and its children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

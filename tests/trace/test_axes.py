@@ -89,10 +89,11 @@ def test_whole_model_of_every_family(tiny_config, family, rng):
 
 
 LLAMA_7B = """
-import resource, time
+import time
 import jax, jax.numpy as jnp
 from jprune import coupled_axes
 from jprune.models import decoder, families
+from jprune.pipeline.stopwatch import peak_memory_bytes
 
 config = families.config({
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
@@ -105,7 +106,7 @@ begin = time.process_time()
 groups = coupled_axes(lambda p, x: decoder.apply(config, p, x), decoder.abstract_params(config), tokens)
 assert groups["blocks/0/attn/k/kernel[0]"].frozen is None
 assert sum(g.size == 11008 and g.frozen is None for g in groups) == 32
-print(time.process_time() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+print(time.process_time() - begin, peak_memory_bytes() / 2**30)
 """
 
 
