@@ -6,6 +6,8 @@ of equal shapes and stacks them on a leading axis, to be laid along a mesh axis.
 
 import dataclasses
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,14 +21,14 @@ from pallas_kernels.matmul import matmul
 from pallas_kernels.packing import pack
 
 
-def pack_shards(kernel: Shaped[Array | np.ndarray, "d_in d_out"], format: str, shards: int, **options) -> Packed:
+def pack_shards(kernel: Shaped[Array | np.ndarray, "d_in d_out"], format: str, shards: int, **options: Any) -> Packed:
     """Packs equal parts of the outputs one by one; every array of the result has a leading axis of `shards`.
 
     Args:
       kernel: `[d_in, d_out]`, not traced.
       format: see `pack`.
       shards: parts; divides d_out.
-      options: `mask` and `values` of `pack`.
+      **options: `mask` and `values` of `pack`.
 
     Raises:
       FormatError: as `pack`; d_out is not a multiple of `shards`.
