@@ -5,7 +5,6 @@ of equal shapes and stacks them on a leading axis, to be laid along a mesh axis.
 """
 
 import dataclasses
-
 from typing import Any
 
 import jax
