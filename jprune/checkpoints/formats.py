@@ -31,7 +31,7 @@ Writer = huggingface.Writer | orbax.Writer
 def write(
     folder: Path, checkpoint: Checkpoint, *, format: Format = "hf", dtypes: Mapping[str, Any] | None = None
 ) -> tuple[str, ...]:
-    """Writes a whole checkpoint, such as a view, tensor by tensor (orbax: all at once).
+    """Writes a whole checkpoint, such as a view, tensor by tensor (orbax: in parts).
 
     Args:
         folder: an empty folder.

@@ -8,6 +8,7 @@ Orbax's v1 API is young; everything that touches it is here.
 """
 
 import functools
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,8 @@ from jprune.errors import JpruneError
 if TYPE_CHECKING:
     from jprune.checkpoints.checkpoint import Checkpoint
 
+PART_BYTES = 2**28
+"""Parameters are saved in parts of at least this size, which are in memory at one time."""
 _PARAMS = "params"
 _MARK = "_CHECKPOINT_METADATA"  # a file that Orbax puts into every checkpoint
 
@@ -65,26 +68,62 @@ def save(
 
 
 class Writer:
-    """Takes parameters one by one, as `huggingface.Writer` does, and saves them all at the end: Orbax saves trees.
+    """Takes parameters one by one, in any order, as `huggingface.Writer` does; a part of them is in memory at a time.
 
     Args:
-        folder: an empty folder.
+        folder: where the checkpoint goes; an Orbax checkpoint that an earlier process left there unfinished is removed.
         checkpoint: where config and tokenizer come from, and which parameters there must be.
         dtypes: the dtype of each parameter in the file, by path; those not named keep what they come in.
+
+    Raises:
+        JpruneError: the disk is full or cannot be written.
     """
 
     def __init__(self, folder: Path, checkpoint: "Checkpoint", dtypes: Mapping[str, Any] | None = None):
         self._folder, self._checkpoint, self._dtypes = folder, checkpoint, dtypes or {}
-        self._values: dict[str, np.ndarray] = {}
+        self._pending = dict(checkpoint.shapes)
+        self._written: dict[str, np.dtype] = {}
+        self._held: dict[str, np.ndarray] = {}
+        with writing.explained(folder):
+            for left in folder.glob(f"{_PARAMS}*"):
+                shutil.rmtree(left)
+            writing.require_space(folder, sum(leaf.size * leaf.dtype.itemsize for leaf in checkpoint.shapes.values()))
 
     def write(self, path: str, array: np.ndarray | jax.Array) -> None:
-        """Keeps one parameter, in our layout."""
+        """Writes one parameter, in our layout, or holds it until there are enough for a part."""
+        if path not in self._pending:
+            raise JpruneError(f"{path!r} is not a parameter of this model, or was written before")
         values = np.asarray(array)
-        self._values[path] = values.astype(self._dtypes.get(path, values.dtype), copy=False)
+        if values.shape != self._pending[path].shape:
+            raise JpruneError(f"{path}: expected shape {self._pending[path].shape}, got {values.shape}")
+        del self._pending[path]
+        self._held[path] = values.astype(self._dtypes.get(path, values.dtype), copy=False)
+        self._written[path] = self._held[path].dtype
+        if sum(held.nbytes for held in self._held.values()) >= PART_BYTES:
+            self._save_part()
+
+    def _save_part(self) -> None:
+        from orbax.checkpoint import v1 as ocp
+
+        with writing.explained(self._folder):
+            ocp.partial.save((self._folder / _PARAMS).resolve(), trees.unflatten(self._held))
+        self._held = {}
 
     def close(self) -> None:
-        """Saves; arguments, errors and what is written are those of `save`."""
-        save(self._folder, self._checkpoint, trees.unflatten(self._values))
+        """Completes the checkpoint.
+
+        Raises:
+            JpruneError: some parameters were never written.
+        """
+        from orbax.checkpoint import v1 as ocp
+
+        if self._pending:
+            raise JpruneError(f"{len(self._pending)} parameters were not written, first {next(iter(self._pending))}")
+        if self._held:
+            self._save_part()
+        with writing.explained(self._folder):
+            ocp.partial.finalize((self._folder / _PARAMS).resolve())
+            huggingface.write_side_files(self._folder, self._checkpoint, self._written)
 
     def __enter__(self) -> "Writer":
         return self

@@ -9,9 +9,8 @@ does not fit goes to disk, or is recomputed where computing is faster than disks
 import dataclasses
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -122,6 +121,11 @@ class Memory:
         return self.room.left
 
     @property
+    def device_left(self) -> int:
+        """Bytes of them where programs run: on the accelerator, or on a CPU all."""
+        return self.room.device
+
+    @property
     def fits(self) -> bool:
         """Whether everything but activations is within the limits: activations can go elsewhere."""
         device = self.device_fixed is None or self.device_limit is None or self.device_fixed <= self.device_limit
@@ -169,19 +173,24 @@ class Forecast:
         """
         windows = 1 if self.shape is None else min(windows_at_once(self.shape[1]), self.shape[0])
         layout = Layout(windows=windows)
-        found = self.memory(layout, exact=False)
-        if exact or max(found.hidden, found.carry) > found.left:
-            found = self.memory(layout, exact=True)
-            while not found.fits and layout.windows > 1:
-                layout = Layout(windows=layout.windows // 2)
-                found = self.memory(layout, exact=True)
+        found = self.memory(layout, exact=exact)
+        while not found.fits and layout.windows > 1:
+            layout = Layout(windows=layout.windows // 2)
+            found = self.memory(layout, exact=exact)
         needed = max(found.hidden, found.carry)
         if needed > found.left and (jax.default_backend() != "cpu" or 2 * needed > _free_disk(disk)):
             layout = Layout(windows=layout.windows, carry_limit=max(found.left - found.hidden, 0))
         return layout, found
 
-    def memory(self, layout: Layout, *, exact: bool) -> Memory:
-        """What a layout takes."""
+    def memory(self, layout: Layout, *, exact: bool = False) -> Memory:
+        """What a layout takes: asks the compiler if that is wanted, or if by a rough bound there is no room."""
+        if not exact:
+            found = self._memory(layout, exact=False)
+            if max(found.hidden, found.carry) <= found.left and found.fits:
+                return found
+        return self._memory(layout, exact=True)
+
+    def _memory(self, layout: Layout, *, exact: bool) -> Memory:
         costs = self.costs(layout)
         peaks = self.working(layout, exact=exact)
         weights = max(cost.weights for cost in costs)
@@ -221,11 +230,12 @@ class Forecast:
         config = self.checkpoint.config
         rates = speed.measure(self.method, d_model=config.d_model, d_ff=config.d_ff, dtype=self.dtype)
         kept = max(found.hidden, found.carry if layout.carry_limit is None else 0)
-        in_memory = min(kept, found.left)
+        on_device = min(kept, found.device_left)
+        on_host = min(kept - on_device, found.left - found.device_left)
         planned = []
         for unit, cost, peak in zip(self.units, self.costs(layout), self.working(layout, exact=True), strict=True):
             on_cpu = found.device_fixed is None
-            host = self.base + UNITS_IN_MEMORY * cost.weights + (peak + in_memory if on_cpu else 0)
+            host = self.base + UNITS_IN_MEMORY * cost.weights + (peak + on_device if on_cpu else on_host)
             planned.append(
                 UnitPlan(
                     name=unit.name,
@@ -233,7 +243,7 @@ class Forecast:
                     flops=cost.forward_flops + cost.statistic_flops + cost.solve_flops,
                     seconds=rates.seconds(cost),
                     peak_memory_bytes=host,
-                    peak_device_memory_bytes=None if on_cpu else cost.weights + peak + in_memory,
+                    peak_device_memory_bytes=None if on_cpu else cost.weights + peak + on_device,
                 )
             )
         sizes = {path: math.prod(shape.shape) for path, shape in self.checkpoint.shapes.items()}
@@ -244,19 +254,19 @@ class Forecast:
         )
         embedding = sum(_nbytes(s) for p, s in self.checkpoint.shapes.items() if p.startswith("embed/"))
         peak = max(self.base + embedding + min(found.hidden, found.left), *(u.peak_memory_bytes for u in planned))
-        on_device = [u.peak_device_memory_bytes for u in planned if u.peak_device_memory_bytes is not None]
+        device_peaks = [u.peak_device_memory_bytes for u in planned if u.peak_device_memory_bytes is not None]
         return Plan(
             kernels=self.kernels,
             sparsity=sparsity,
             tokens=math.prod(self.shape) if self.shape else 0,
             layout=layout,
             units=tuple(planned),
-            activations=_where(found.hidden, found.left),
+            activations=_where(found),
             intermediates=_what(layout, found),
             disk_bytes=2 * found.hidden + (2 * found.carry if kept > found.left else 0),
             memory_limit=self.limit,
             peak_memory_bytes=peak,
-            peak_device_memory_bytes=max(on_device, default=None),
+            peak_device_memory_bytes=max(device_peaks, default=None),
             advice=() if found.fits else self.advice(),
         )
 
@@ -287,15 +297,13 @@ class Forecast:
         return tuple(answers)
 
 
-def describe(decisions: Mapping[str, Any]) -> Layout:
-    """The layout that a run folder remembers."""
-    return Layout(windows=decisions["windows"], carry_limit=decisions["carry_limit"])
-
-
-def _where(hidden: int, left: int) -> str:
-    if hidden == 0:
+def _where(found: Memory) -> str:
+    if found.hidden == 0:
         return "none"
-    return "disk" if hidden > left else "memory"
+    if found.hidden > found.left:
+        return "disk"
+    on_device = found.device_fixed is not None and found.hidden <= found.device_left
+    return "device" if on_device else "memory"
 
 
 def _what(layout: Layout, found: Memory) -> str:

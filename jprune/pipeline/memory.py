@@ -12,6 +12,11 @@ from jprune.pipeline.stopwatch import peak_memory_bytes
 
 SHARE = 0.75
 """Of the free memory that a run may take unless told otherwise."""
+GROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+"""Limits of the control group that this process runs in, version 2 and version 1, and what is used of them."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -45,12 +50,9 @@ def free() -> int:
         candidates.append(int(lines["MemAvailable"].split()[0]) * 1024)
     else:  # macOS does not say what is free; half of all is a careful guess
         candidates.append(_total() // 2)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        if Path(limit).exists() and (most := Path(limit).read_text().strip()) != "max":
-            candidates.append(int(most) - int(Path(used).read_text()) + _file_cache(Path(used).parent))
+    for limit, used in GROUPS:
+        if limit.exists() and (most := limit.read_text().strip()) != "max":
+            candidates.append(int(most) - int(used.read_text()) + _file_cache(used.parent))
     return max(min(candidates), 0)
 
 

@@ -185,7 +185,7 @@ class _Task:
         decided = self.job.decide({**dataclasses.asdict(layout), "machine": machine})
         if self.job.resumed:
             layout = Layout(windows=decided["windows"], carry_limit=decided["carry_limit"])
-            memory = forecast.memory(layout, exact=False)
+            memory = forecast.memory(layout)
         notices = list(dict.fromkeys(n for w in (self.calibration, self.evaluation) if w for n in w.notices))
         if not memory.fits:
             notices.append(f"this may need more than {memory.limit / 1e9:.2g} GB of memory; see --plan")

@@ -33,6 +33,11 @@ class Room:
         self._left = {"device": device, "host": host}
 
     @property
+    def device(self) -> int:
+        """Bytes that may still be taken on the device."""
+        return self._left["device"]
+
+    @property
     def left(self) -> int:
         """Bytes that may still be taken."""
         return sum(self._left.values())

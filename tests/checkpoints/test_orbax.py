@@ -125,3 +125,37 @@ def test_disk_full(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(ocp, "save", save_)
     with pytest.raises(JpruneError, match="is full; free some space"):
         save(load(folder), tmp_path / "orbax")
+
+
+def test_parameters_are_written_in_parts(folder, tmp_path, monkeypatch):
+    original, out = load(folder), tmp_path / "orbax"
+    (out / "params.partial_save").mkdir(parents=True)  # of an earlier process
+    most = max(leaf.size * leaf.dtype.itemsize for leaf in original.shapes.values())
+    monkeypatch.setattr(orbax, "PART_BYTES", most)
+    saves, held = [], []
+    real = orbax.Writer._save_part
+    monkeypatch.setattr(orbax.Writer, "_save_part", lambda self: saves.append(list(self._held)) or real(self))
+    with orbax.Writer(out, original) as writer:
+        for path in reversed(original.shapes):
+            writer.write(path, original.read(path))
+            held.append(sum(values.nbytes for values in writer._held.values()))
+        with pytest.raises(JpruneError, match="written before"):
+            writer.write("embed/embedding", original.read("embed/embedding"))
+    assert len(saves) > 2
+    assert max(held) < most
+    saved = load(out)
+    assert saved.shapes == original.shapes
+    for path in original.shapes:
+        np.testing.assert_array_equal(saved.read(path), original.read(path))
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["params"]
+
+
+def test_a_parameter_that_was_never_written(folder, tmp_path):
+    original = load(folder)
+    (tmp_path / "orbax").mkdir()
+    writer = orbax.Writer(tmp_path / "orbax", original)
+    writer.write("final_norm/scale", original.read("final_norm/scale"))
+    with pytest.raises(JpruneError, match=f"{len(original.shapes) - 1} parameters were not written"):
+        writer.close()
+    with pytest.raises(JpruneError, match="expected shape"):
+        writer.write("embed/embedding", np.zeros(3, np.float32))

@@ -1,0 +1,138 @@
+"""What a run will take, and how it is laid out for the memory there is."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+import jprune
+from jprune import Magnitude, Method, SparseGPT, Unstructured, Wanda
+from jprune.methods import masked
+from jprune.pipeline import forecast, plan_run
+from jprune.pipeline.forecast import Forecast
+from jprune.pipeline.layout import Layout
+from jprune.pipeline.plan import choose_kernels
+from jprune.statistics import Gram
+
+SHAPE = (6, 24)
+
+
+@pytest.fixture
+def made(tiny_model):
+    """A function that makes a forecast of a tiny model, of a process that takes no memory by itself."""
+
+    names = (f"model-{i}" for i in itertools.count())
+
+    def make(method=None, *, limit=10**9, shape=SHAPE, **options):
+        checkpoint = jprune.load(tiny_model(next(names), **options))
+        kernels = choose_kernels(checkpoint, Unstructured(0.5))
+        found = Forecast(checkpoint, kernels, method or SparseGPT(), shape=shape, dtype=np.float32, limit=limit)
+        found.base = 0
+        return found
+
+    return make
+
+
+def test_enough_memory(made, tmp_path):
+    layout, found = made().choose(tmp_path)
+    assert layout == Layout(windows=6)
+    assert found.fits
+    assert found.hidden == 6 * 24 * 32 * 4
+    assert found.carry == 6 * 24 * (32 + 56) * 4  # the residual stream, and what the last matmul reads
+    assert found.left == 10**9 - found.host_fixed
+
+
+def test_smaller_micro_batches_before_it_does_not_fit(made, tmp_path):
+    options = {"method": Wanda(), "shape": (8, 64)}
+    exact = {n: made(**options).memory(Layout(windows=n), exact=True).host_fixed for n in (1, 4, 8)}
+    assert exact[1] < exact[4] < exact[8]
+    assert made(**options, limit=exact[8]).choose(tmp_path)[0].windows == 8
+    layout, found = made(**options, limit=exact[8] - 1).choose(tmp_path)
+    assert layout == Layout(windows=4)
+    assert found.fits
+    layout, found = made(**options, limit=exact[1] - 1).choose(tmp_path)
+    assert layout.windows == 1
+    assert not found.fits
+
+
+def test_what_does_not_fit_is_spilled_or_recomputed(made, tmp_path, monkeypatch):
+    limit = made().memory(Layout(windows=6), exact=True).host_fixed + 6 * 24 * 32 * 4 + 100
+    assert made(limit=limit).choose(tmp_path)[0].carry_limit is None  # there is room on the disk
+    monkeypatch.setattr(forecast, "_free_disk", lambda folder: 1000)
+    layout, found = made(limit=limit).choose(tmp_path)
+    assert layout.carry_limit == 100  # beside the activations between blocks
+    assert not layout.keeps(found.carry)
+
+
+def test_the_peak_does_not_depend_on_the_number_of_blocks(made):
+    few, many = (made(num_hidden_layers=layers).memory(Layout(windows=2), exact=True) for layers in (2, 7))
+    assert dataclasses.asdict(few) == dataclasses.asdict(many)
+
+
+@pytest.mark.parametrize("method", [SparseGPT(), Wanda(), Magnitude()], ids=lambda m: type(m).__name__)
+def test_the_rough_bound_is_one(made, method):
+    shape = (4, 128) if method.statistic else None
+    found = made(method, shape=shape, hidden_size=128, intermediate_size=384, head_dim=32)
+    layout = Layout(windows=2)
+    rough, exact = (found.working(layout, exact=e) for e in (False, True))
+    assert all(0 < e <= r for e, r in zip(exact, rough, strict=True))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LooksAtValues(Method):
+    statistic = Gram
+
+    def __call__(self, kernel, statistic, pattern, keep=None):
+        return masked(kernel, abs(kernel) > float(statistic.total[0, 0]))
+
+
+def test_a_method_that_cannot_be_traced(made):
+    assert all(taken > 0 for taken in made(LooksAtValues()).working(Layout(windows=2), exact=True))
+
+
+def test_the_plan_of_every_block(tiny_model, token_file):
+    plan = plan_run(tiny_model(), method=SparseGPT(), pattern=Unstructured(0.5), calibration=token_file())
+    assert [unit.name for unit in plan.units] == ["blocks/0", "blocks/1", "blocks/2"]
+    first = plan.units[0]
+    weights = 4 * (2 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 56)
+    assert first.bytes_read == weights
+    tokens = 6 * 24
+    gram = 4 / 3 * tokens * (3 * 32**2 + 56**2)
+    solve = (32**3 / 3 + 32 * 2048) + (32**3 / 3 + 32 * 1024) + (32**3 / 3 + 32 * 3584) + (56**3 / 3 + 56 * 1792)
+    assert first.flops == pytest.approx(2 * tokens * weights / 4 + gram + solve)
+    assert plan.flops == pytest.approx(3 * first.flops)
+    assert plan.seconds == pytest.approx(sum(unit.seconds for unit in plan.units))
+    assert plan.seconds > 0
+    assert plan.peak_device_memory_bytes is None
+    assert plan.peak_memory_bytes >= max(unit.peak_memory_bytes for unit in plan.units)
+    assert (plan.activations, plan.intermediates, plan.fits) == ("memory", "kept", True)
+
+
+def test_a_plan_that_does_not_fit_says_what_helps(tiny_model, token_file):
+    options = {"pattern": Unstructured(0.5), "calibration": token_file(), "memory": 1000}
+    plan = plan_run(tiny_model(), method=SparseGPT(), **options)
+    assert not plan.fits
+    assert (plan.activations, plan.intermediates) == ("disk", "disk")
+    text = " ".join(plan.advice)
+    for word in ("--sequence-length", "--dtype bfloat16", "--skip mlp/down", "wanda", "more memory"):
+        assert word in text
+
+
+def test_a_method_without_data_has_no_activations(tiny_model):
+    plan = plan_run(tiny_model(), method=Magnitude(), pattern=Unstructured(0.5))
+    assert (plan.tokens, plan.activations, plan.intermediates, plan.disk_bytes) == (0, "none", "none", 0)
+
+
+def test_out_of_memory_gives_the_advice_of_the_plan(tiny_model, token_file, tmp_path, monkeypatch):
+    from jprune.errors import JpruneError
+    from jprune.pipeline import prune_model, stagewise
+
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(stagewise.UnitRun, "_solve", fail)
+    with pytest.raises(JpruneError, match=r"out of memory; what helps is a shorter --sequence-length.*--skip mlp/down"):
+        prune_model(
+            tiny_model(), tmp_path / "out", method=SparseGPT(), pattern=Unstructured(0.5), calibration=token_file()
+        )
