@@ -36,11 +36,6 @@ _SELECTABLE = ("heads", "kv_heads", "d_ff", "d_model")
 def open_source(checkpoint: "Checkpoint", keep: Keep, layers: Sequence[int] | None) -> Source:
     """The source behind `Checkpoint.select`, which says what is expected and what is raised."""
     config = checkpoint.config
-    if config.experts:
-        raise JpruneError(
-            f"{config.architecture}: no part can be taken of a mixture of experts yet; those of its "
-            "dense relatives can, layer by layer or channel by channel"
-        )
     left = _checked_layers(config, layers)
     positions = _checked_positions(config, keep)
     whole = {new: path for path in checkpoint.shapes if (new := _renumbered(path, left)) is not None}
