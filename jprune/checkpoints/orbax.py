@@ -36,6 +36,12 @@ def is_orbax(folder: Path) -> bool:
     return (folder / _PARAMS / _MARK).exists() or (folder / _MARK).exists()
 
 
+def discard(folder: Path) -> None:
+    """Removes an Orbax checkpoint that an earlier process left in a folder, finished or not."""
+    for left in folder.glob(f"{_PARAMS}*"):
+        shutil.rmtree(left)
+
+
 def save(
     folder: Path, checkpoint: "Checkpoint", params: Mapping[str, Any], contents: Mapping[str, Any] | None = None
 ) -> None:
@@ -85,8 +91,7 @@ class Writer:
         self._written: dict[str, np.dtype] = {}
         self._held: dict[str, np.ndarray] = {}
         with writing.explained(folder):
-            for left in folder.glob(f"{_PARAMS}*"):
-                shutil.rmtree(left)
+            discard(folder)
             writing.require_space(folder, sum(leaf.size * leaf.dtype.itemsize for leaf in checkpoint.shapes.values()))
 
     def write(self, path: str, array: np.ndarray | jax.Array) -> None:

@@ -285,6 +285,7 @@ class _Task:
 
 def _to_orbax(folder: Path) -> None:
     """Adds to a Hugging Face folder the same parameters as an Orbax tree."""
+    orbax.discard(folder)  # half of one, from a process that was killed, would be taken for the model
     source = load(folder)
     with orbax.Writer(folder, source) as writer:
         for path in source.shapes:
