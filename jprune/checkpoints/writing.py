@@ -120,12 +120,17 @@ def explained(folder: Path) -> Iterator[None]:
     except JpruneError:
         raise
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left on device" in str(error):
+        if disk_full(error):
             raise JpruneError(f"the disk of {folder} is full; free some space there or choose another place") from error
         if isinstance(error, OSError):
             raise JpruneError(f"{folder} cannot be written: {error}; check the path and its permissions") from error
         raise
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error says, in its number or in its words, that a disk is full."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left on device" in str(error)
 
 
 def require_space(folder: Path, nbytes: int) -> None:

@@ -151,6 +151,8 @@ def prune_model(
             raise KeyboardInterrupt(advice) from None
         if _out_of_memory(error):
             raise JpruneError(f"out of memory; what helps is {'; '.join(forecast.advice())}. {advice}") from error
+        if writing.disk_full(error) and not isinstance(error, JpruneError):
+            raise JpruneError(f"the disk of {job.partial} is full; free some space there. {advice}") from error
         if isinstance(error, JpruneError) and advice:
             raise type(error)(f"{error}. {advice}") from error
         raise
