@@ -35,39 +35,46 @@ def tokens(length, batch=2):
     return np.random.default_rng(1).integers(0, hf.VOCAB, (batch, length)).astype(np.int32)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_logits_and_files_are_those_of_transformers(name, tmp_path_factory):
+def check_against_transformers(name, folder, *, length=12, **sizes):
+    """Logits, and files that are read and written again."""
     family, architecture, variant = VARIANTS[name]
+    model = hf.model(architecture, hf.sizes(family, **sizes) | variant)
+    checkpoint = load(hf.save(model, folder / "source"))
+    params = jax.tree.map(jnp.asarray, checkpoint.params())
+    ours = jax.jit(lambda p, t: decoder.apply(checkpoint.config, p, t))(params, tokens(length))
+    theirs = hf.logits(model, tokens(length))
+    assert np.abs(theirs).max() > 0.1  # the comparison means something
+    assert np.abs(np.asarray(ours) - theirs).max() <= 1e-4
 
-    @settings(max_examples=2, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(
-        kv_heads=st.integers(1, 3),
-        group=st.integers(1, 3),
-        head_dim=st.sampled_from([8, 16]) if "rope_scaling" not in variant else st.just(8),
-        tied=st.booleans(),
-        length=st.integers(9, 16),
-    )
-    def check(kv_heads, group, head_dim, tied, length):
-        options = hf.sizes(family, kv_heads=kv_heads, group=group, head_dim=head_dim, tied=tied)
-        model = hf.model(architecture, options | variant)
-        source = hf.save(model, tmp_path_factory.mktemp("source"))
-        checkpoint = load(source)
-        params = jax.tree.map(jnp.asarray, checkpoint.params())
-        ours = jax.jit(lambda p, t: decoder.apply(checkpoint.config, p, t))(params, tokens(length))
-        theirs = hf.logits(model, tokens(length))
-        assert np.abs(theirs).max() > 0.1  # the comparison means something
-        assert np.abs(np.asarray(ours) - theirs).max() <= 1e-4
+    (folder / "copy").mkdir()
+    with huggingface.Writer(folder / "copy", checkpoint) as writer:
+        for path in checkpoint.shapes:
+            writer.write(path, checkpoint.read(path))
+    before, after = (load_file(folder / each / "model.safetensors") for each in ("source", "copy"))
+    assert before.keys() == after.keys()
+    for key, stored in before.items():
+        assert after[key].tobytes() == stored.tobytes(), key
 
-        copy = tmp_path_factory.mktemp("copy")
-        with huggingface.Writer(copy, checkpoint) as writer:
-            for path in checkpoint.shapes:
-                writer.write(path, checkpoint.read(path))
-        before, after = (load_file(folder / "model.safetensors") for folder in (source, copy))
-        assert before.keys() == after.keys()
-        for key, stored in before.items():
-            assert after[key].tobytes() == stored.tobytes(), key
 
-    check()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_and_files_are_those_of_transformers(name, tmp_path):
+    check_against_transformers(name, tmp_path)
+
+
+@settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(
+    name=st.sampled_from(list(VARIANTS)),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    wide=st.booleans(),
+    tied=st.booleans(),
+    length=st.integers(9, 16),
+)
+def test_logits_and_files_whatever_the_sizes(tmp_path_factory, name, kv_heads, group, wide, tied, length):
+    head_dim = 16 if wide and "rope_scaling" not in VARIANTS[name][2] else 8
+    folder = tmp_path_factory.mktemp(name)
+    sizes = {"kv_heads": kv_heads, "group": group, "head_dim": head_dim, "tied": tied}
+    check_against_transformers(name, folder, length=length, **sizes)
 
 
 @pytest.fixture
