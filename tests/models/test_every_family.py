@@ -139,7 +139,7 @@ def test_generation_with_a_cache_equals_without(name, saved):
 
 @pytest.mark.parametrize("name", FIRST)
 def test_every_method_prunes_it(name, saved, tmp_path):
-    checkpoint = saved(name, layers=1)
+    checkpoint = saved(name, layers=len(VARIANTS[name][2].get("layer_types", "1")))
     for method in METHODS.values():
         out = tmp_path / method.__name__
         prune_model(
