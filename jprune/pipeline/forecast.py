@@ -28,7 +28,7 @@ from jprune.pipeline.plan import Kernel, prunable, units
 from jprune.pipeline.spill import Room
 from jprune.statistics import Gram
 
-COMPILER = 2**28
+COMPILER = 3 * 2**27
 """Bytes that compiling, and the programs compiled, leave in the process."""
 UNITS_IN_MEMORY = 3
 

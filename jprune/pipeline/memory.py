@@ -1,9 +1,13 @@
 """How much memory there is, and how people write it."""
 
+import ctypes
+import functools
 import os
 import re
 import resource
+import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -64,6 +68,17 @@ def _file_cache(group: Path) -> int:
 
 def _total() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def trim() -> None:
+    """Returns freed memory to the system, where the C library keeps it for itself (glibc: arrays below 32 MiB)."""
+    if (function := _malloc_trim()) is not None:
+        function(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def resident() -> int:

@@ -17,6 +17,7 @@ import numpy as np
 from jprune import trees
 from jprune.errors import JpruneError
 from jprune.methods import Method
+from jprune.pipeline import memory
 from jprune.pipeline.layout import Layout
 from jprune.pipeline.plan import Kernel, Unit
 from jprune.pipeline.report import KernelReport
@@ -104,6 +105,7 @@ class UnitRun:
             kept = self._kept(specs, stage)
             with self._stopwatch.phase("calibration"):
                 statistics = self._observe(params, specs, carries, (first, stage), inputs, kept, (steps, text))
+            memory.trim()
             if kept is not None:
                 if carries is not hidden:
                     carries.drop()
