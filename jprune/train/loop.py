@@ -119,6 +119,7 @@ def train(
     *,
     evaluate: Callable[[PyTree, PyTree], float] | None = None,
     rate: optax.Schedule | None = None,
+    watch: Callable[[PyTree, PyTree], Mapping[str, Any]] | None = None,
     folder: Path | None = None,
     settings: Mapping[str, Any] | None = None,
     resume: bool = False,
@@ -132,10 +133,12 @@ def train(
       trainable: float arrays; what is returned has their dtypes.
       frozen: whatever else the loss reads.
       batches: gives dicts of arrays ``[B, ...]``, "tokens" ``[B, L]`` among them.
-      optimizer: made for `schedule.steps` steps.
+      optimizer: made for `schedule.steps` steps. One that takes extra arguments is given ``frozen``.
       schedule: how long, how often.
       evaluate: (trainable, frozen) -> a mean loss in nats; the lowest is kept.
       rate: the learning rate of a step, for the metrics.
+      watch: (trainable, the optimizer's state) after a step -> what else the metrics say of it, as JSON. What it raises
+        ends the training; the state that was saved last is kept.
       folder: where metrics and checkpoints go; without it nothing is written and nothing can be resumed.
       settings: what else the result depends on, as JSON: a run with other settings is not resumed.
       resume: go on with the run in the folder, if there is one.
@@ -197,11 +200,13 @@ def train(
                 )
             if weight:  # else the batch has nothing to learn
                 with clock.stopped() if step == first else contextlib.nullcontext():  # it compiles
-                    state = jax.block_until_ready(functions.update(*state, total))
+                    state = jax.block_until_ready(functions.update(*state, total, frozen))
             clock.loss = value
             line = {"loss": value, "gradient_norm": norm, "tokens_per_second": round(clock.speed or 0.0, 1)}
             if rate is not None:
                 line["learning_rate"] = float(rate(step))
+            if watch is not None:
+                line.update(watch(*state))
             done = step + 1
             if evaluate is not None and (_due(schedule.evaluate_every, done) or done == schedule.steps):
                 with clock.stopped():
@@ -237,6 +242,7 @@ class _Functions:
     """The jitted parts of a step."""
 
     def __init__(self, loss: Loss, optimizer: optax.GradientTransformation, trainable: PyTree, mesh: Mesh | None):
+        optimizer = optax.with_extra_args_support(optimizer)
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
         whole = None if mesh is None else sharding.state(mesh, jnp.zeros(()))
         place = sharding.state_tree(mesh, like)
@@ -259,10 +265,10 @@ class _Functions:
             count = jnp.maximum(weight, 1e-20)
             return value / count, optax.tree.norm(gradients) / count, weight
 
-        def update(trainable: PyTree, optimizer_state: PyTree, total: tuple) -> tuple[PyTree, PyTree]:
+        def update(trainable: PyTree, optimizer_state: PyTree, total: tuple, frozen: PyTree) -> tuple[PyTree, PyTree]:
             gradients = jax.tree.map(lambda g, p: (g / total[2]).astype(p.dtype), total[0], trainable)
             with jax.numpy_dtype_promotion("standard"):  # optax raises floats to whole numbers
-                updates, optimizer_state = optimizer.update(gradients, optimizer_state, trainable)
+                updates, optimizer_state = optimizer.update(gradients, optimizer_state, trainable, frozen=frozen)
                 return optax.apply_updates(trainable, updates), optimizer_state
 
         states = None

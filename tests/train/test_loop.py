@@ -138,6 +138,19 @@ def test_where_things_lie():
         sharding.make_mesh(data=3)
 
 
+def test_optimizers_see_what_is_frozen_and_metrics_what_they_did(tmp_path):
+    def update(updates, state, params=None, *, frozen):
+        del params
+        return jax.tree.map(jnp.zeros_like, updates), state + jnp.sum(frozen["embedding"])
+
+    counts = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update)
+    options = {"folder": tmp_path, "watch": lambda trainable, state: {"seen": float(state)}}
+    trained = train(loss, *start(), Stream(), counts, Schedule(steps=3), **options)
+    total = start()[1]["embedding"].sum()
+    for line in (trained.history, metrics.read(tmp_path / metrics.NAME)):
+        np.testing.assert_allclose([step["seen"] for step in line], [total, 2 * total, 3 * total], rtol=1e-5)
+
+
 def test_the_best_is_kept(tmp_path):
     """By an evaluation that likes the middle; in memory or in the folder."""
     results = []
