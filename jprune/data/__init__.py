@@ -3,6 +3,7 @@
 from jprune.data.batches import Batches as Batches
 from jprune.data.batches import token_batches as token_batches
 from jprune.data.held_out import overlap as overlap
+from jprune.data.mixture import Mixture as Mixture
 from jprune.data.training import evaluation_batches as evaluation_batches
 from jprune.data.training import training_batches as training_batches
 from jprune.data.windows import Windows as Windows
