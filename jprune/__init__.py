@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from jprune.pipeline import Recipe as Recipe
     from jprune.pipeline import plan_run as plan_run
     from jprune.pipeline import prune_model as prune_model
+    from jprune.train.gradual import gradual as gradual
     from jprune.train.keep_masked import keep_masked as keep_masked
 
 _LAZY = {
@@ -45,6 +46,7 @@ _LAZY = {
     "Recipe": "jprune.pipeline",
     "plan_run": "jprune.pipeline",
     "prune_model": "jprune.pipeline",
+    "gradual": "jprune.train.gradual",
     "keep_masked": "jprune.train.keep_masked",
 }
 

@@ -10,6 +10,7 @@ element too many and all ties with it.
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,20 +41,40 @@ def select(
     d_in, d_out = scores.shape
     if isinstance(pattern, Unstructured):
         pattern = pattern.among("output")
-    if keep is not None:
-        scores = jnp.where(keep, scores, -jnp.inf)
     match pattern:
         case NM(n, m):
             pattern.check(d_in)
-            mask = keep_n_of_m(scores, n, m)
+            mask = keep_n_of_m(scores if keep is None else jnp.where(keep, scores, -jnp.inf), n, m)
+            return mask if keep is None else mask & keep
         case Unstructured(per="kernel"):
-            mask = ~smallest(scores.reshape(-1, 1), pattern.zeros(d_in, d_out)).reshape(scores.shape)
+            return without_lowest(scores, pattern.zeros(d_in, d_out), per="kernel", keep=keep)
         case Unstructured(per="block"):
             raise JpruneError(
                 'per="block" is for SparseGPT, which sees a kernel block by block; use "output" or "kernel"'
             )
         case Unstructured():
-            mask = ~smallest(scores, int(d_in * pattern.sparsity))
+            return without_lowest(scores, int(d_in * pattern.sparsity), per="output", keep=keep)
+
+
+def without_lowest(
+    scores: Float[Array, "d_in d_out"],
+    count: Int[Array, ""] | int,
+    *,
+    per: Literal["output", "kernel"],
+    keep: Bool[Array, "d_in d_out"] | None = None,
+) -> Bool[Array, "d_in d_out"]:
+    """The mask that prunes the `count` lowest scores of each output, or of the whole kernel.
+
+    Args:
+      scores: importance, higher = keep; must not be NaN.
+      count: how many; may be traced, so that it can follow a schedule.
+      per: where scores compete.
+      keep: as for `select`.
+    """
+    if keep is not None:
+        scores = jnp.where(keep, scores, -jnp.inf)
+    columns = scores.reshape(-1, 1) if per == "kernel" else scores
+    mask = ~smallest(columns, count).reshape(scores.shape)
     return mask if keep is None else mask & keep
 
 

@@ -145,3 +145,14 @@ def test_errors():
         masks.select(jnp.ones((6, 2)), NM(2, 4))
     with pytest.raises(JpruneError, match='use "output" or "kernel"'):
         masks.select(jnp.ones((6, 2)), Unstructured(0.5, "block"))
+
+
+@pytest.mark.parametrize("per", ["output", "kernel"])
+def test_a_traced_count_prunes_as_a_pattern_does(rng, per):
+    """One compiled function for every count; ties and masks of an earlier pruning included."""
+    scores, keep = rng.integers(0, 9, size=(40, 6)).astype(np.float32), rng.random((40, 6)) < 0.8
+    size = 40 if per == "output" else 240
+    pruned = jax.jit(lambda count: masks.without_lowest(jnp.asarray(scores), count, per=per, keep=jnp.asarray(keep)))
+    for share in (0.0, 0.25, 0.5, 0.9):
+        expected = numpy_scores.select(np.where(keep, scores, -np.inf), sparsity=share, per=per) & keep
+        np.testing.assert_array_equal(pruned(jnp.int32(size * share)), expected)

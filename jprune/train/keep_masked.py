@@ -5,6 +5,7 @@ final update instead, and is chained last: where the mask is False, the update b
 exactly zero, whatever the parameter was. Masks live in the state with one bit a weight, packed along the last axis.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -53,17 +54,22 @@ def keep_masked(masks: PyTree) -> optax.GradientTransformation:
     def update(updates: PyTree, state: KeepMaskedState, params: PyTree | None = None) -> tuple[PyTree, KeepMaskedState]:
         if params is None:
             raise JpruneError("keep_masked needs the parameters: call update(updates, state, params)")
-        old = trees.flatten(params)
-
-        def keep(path: tuple, u: Array) -> Array:
-            name = trees.path_name(path)
-            if name not in state.masks:
-                return u
-            return jnp.where(unpack(state.masks[name], u.shape), u, -old[name].astype(u.dtype))
-
-        return jax.tree_util.tree_map_with_path(keep, updates), state
+        return to_zero(updates, params, state.masks), state
 
     return optax.GradientTransformation(init, update)
+
+
+def to_zero(updates: PyTree, params: PyTree, masks: Mapping[str, UInt8[Array, "..."]]) -> PyTree:
+    """Updates after which parameters are exactly zero wherever their packed mask, by path, is False."""
+    old = trees.flatten(params)
+
+    def one(path: tuple, u: Array) -> Array:
+        name = trees.path_name(path)
+        if name not in masks:
+            return u
+        return jnp.where(unpack(masks[name], u.shape), u, -old[name].astype(u.dtype))
+
+    return jax.tree_util.tree_map_with_path(one, updates)
 
 
 def pack(mask: Bool[Array, "..."]) -> UInt8[Array, "..."]:

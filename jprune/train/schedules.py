@@ -56,10 +56,13 @@ class SparsitySchedule:
         return self.initial + (self.final - self.initial) * self.progress(step)
 
     def zeros(self, step: Step, size: int) -> Int[Array, ""]:
-        """How many of `size` are zero at a step: from floor(size x initial) to floor(size x final), both exactly."""
+        """How many of `size` are zero at a step: from floor(size x initial) to floor(size x final), both exactly.
+
+        In between it is the nearest whole number, for the next lower one would hang on the last bit of a float32.
+        """
         first, last = int(size * self.initial), int(size * self.final)
         progress = self.progress(step)
-        between = jnp.minimum(jnp.floor((last - first) * progress).astype(jnp.int32), last - first)
+        between = jnp.minimum(jnp.round((last - first) * progress).astype(jnp.int32), last - first)
         return jnp.where(progress >= 1, last, first + between).astype(jnp.int32)
 
     def due(self, step: Step, every: int) -> Bool[Array, ""]:
@@ -84,4 +87,3 @@ def linear(final: float, *, end: int, initial: float = 0.0, begin: int = 0) -> S
 def cubic(final: float, *, end: int, initial: float = 0.0, begin: int = 0) -> SparsitySchedule:
     """Many more zeros at first, fewer and fewer towards `end` (Zhu and Gupta 2017)."""
     return SparsitySchedule(final=final, initial=initial, begin=begin, end=end, power=3)
-
