@@ -18,7 +18,9 @@ class AdamW:
     learning_rate: float = 1e-4
     """At its highest."""
     schedule: Schedule = "linear"
-    """After the warm-up: constant, or down to zero at the last step, linearly or along a cosine."""
+    """After the warm-up: constant, or down to the floor at the last step, linearly or along a cosine."""
+    floor: float = 0.0
+    """What the learning rate ends at, as a share of its highest."""
     warmup: int | None = None
     """Steps over which the learning rate rises to its highest; by default 100, but at most a tenth of all."""
     weight_decay: float = 0.0
@@ -39,6 +41,8 @@ class AdamW:
             raise JpruneError(f"the learning rate must be above 0, got {self.learning_rate}")
         if self.warmup is not None and self.warmup < 0:
             raise JpruneError(f"warm-up steps cannot be negative, got {self.warmup}")
+        if not 0 <= self.floor <= 1:
+            raise JpruneError(f"the floor of the learning rate is a share of its highest, in [0, 1]; got {self.floor}")
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0 and self.weight_decay >= 0 and self.clip >= 0):
             raise JpruneError(
                 "expected b1 and b2 in [0, 1), eps above 0, weight_decay and clip not negative; got "
@@ -57,8 +61,8 @@ class AdamW:
         rest = steps - warmup
         after = {
             "constant": optax.constant_schedule(self.learning_rate),
-            "linear": optax.linear_schedule(self.learning_rate, 0.0, rest),
-            "cosine": optax.cosine_decay_schedule(self.learning_rate, rest),
+            "linear": optax.linear_schedule(self.learning_rate, self.floor * self.learning_rate, rest),
+            "cosine": optax.cosine_decay_schedule(self.learning_rate, rest, self.floor),
         }[self.schedule]
         if not warmup:
             return after

@@ -43,6 +43,10 @@ def test_adamw(rng, clip):
 def test_schedules():
     linear = AdamW(learning_rate=1.0, warmup=2).rate(6)
     np.testing.assert_allclose([linear(i) for i in range(7)], [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25, 0], atol=1e-6)
+    floor = AdamW(learning_rate=2.0, schedule="cosine", warmup=0, floor=0.1).rate(4)
+    np.testing.assert_allclose([floor(i) for i in (0, 2, 4)], [2.0, 1.1, 0.2], rtol=1e-5)
+    lowered = AdamW(learning_rate=2.0, warmup=0, floor=0.5).rate(4)
+    np.testing.assert_allclose([lowered(i) for i in (0, 2, 4)], [2.0, 1.5, 1.0], rtol=1e-5)
     constant = AdamW(learning_rate=2.0, schedule="constant", warmup=0).rate(3)
     assert [float(constant(i)) for i in range(3)] == [2, 2, 2]
     default = AdamW(learning_rate=1.0)
@@ -56,6 +60,7 @@ def test_bad_options():
         ({"learning_rate": 0.0}, "learning rate must be above 0"),
         ({"warmup": -1}, "cannot be negative"),
         ({"b1": 1.0}, "b1 1.0"),
+        ({"floor": 1.5}, "share of its highest"),
     ]:
         with pytest.raises(JpruneError, match=message):
             AdamW(**options)
