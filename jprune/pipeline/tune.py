@@ -1,10 +1,8 @@
 """One tuning run: a pruned checkpoint in, a recovered one and its record out.
 
-OUT          the result: a folder like any other, with jprune.json and metrics.jsonl; it appears when all is done
-OUT.run      the state of the run while it lasts: checkpoints of everything, for --resume
+The result is a folder like any other, with jprune.json and metrics.jsonl; it appears when all is done.
 """
 
-import contextlib
 import dataclasses
 import math
 import shutil
@@ -14,30 +12,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jprune.checkpoints import Checkpoint, formats, load, peft, record
 from jprune.checkpoints.formats import Format
 from jprune.data import windows
-from jprune.data.batches import Batches, Rows
-from jprune.data.held_out import overlap
-from jprune.data.training import evaluation_batches, training_batches
-from jprune.errors import JpruneError
-from jprune.evaluate.perplexity import Perplexity, perplexity
-from jprune.models.batching import windows_at_once
+from jprune.evaluate.perplexity import Perplexity
 from jprune.pipeline import output
-from jprune.pipeline.lock import Lock
 from jprune.pipeline.recovery import TUNINGS, Full, Lora, Task
-from jprune.pipeline.report import Progress, environment
+from jprune.pipeline.report import Progress
 from jprune.pipeline.resume import default_folder
 from jprune.pipeline.stopwatch import Stopwatch, peak_memory_bytes
-from jprune.train import loop, lora, metrics, sharding
-from jprune.train.loop import Schedule, Trained, train
+from jprune.pipeline.training import Training, evaluation_losses
+from jprune.train import lora, metrics
 
 PyTree = Any
-DEMO_LENGTH = 256
-"""Tokens a window of text for the demo model: steps of a minute on two cores."""
-DEMO_EVALUATION_LENGTH = 512
 EPOCHS = {"lora": 2, "full": 1}
 """Unless said otherwise."""
 
@@ -143,97 +131,69 @@ def tune_model(
     output.check(out, overwrite=overwrite, source=checkpoint.source)
     chosen: Format = format or ("hf" if checkpoint.config.uniform else "jprune")
     formats.check(checkpoint, chosen)
-    mesh = sharding.make_mesh(fsdp=fsdp)
     name = method_name(method)
-    with stopwatch.phase("data"):
-        demo = checkpoint.source == "demo"
-        epochs = None if method.steps is not None else method.epochs or EPOCHS[name]
-        batches = training_batches(
-            data,
-            checkpoint,
-            batch_size=method.batch_size,
-            length=DEMO_LENGTH if demo and sequence_length is None and not windows.is_rows(data) else sequence_length,
-            windows_at_most=windows_at_most,
-            epochs=epochs,
-            seed=method.seed,
-            train_on_prompt=train_on_prompt,
-        )
-        steps = method.steps or batches.per_epoch * (epochs or 1)
-        rows = method.micro_batch or windows_at_once(batches.length)
-        held_out = None
-        if evaluate is not None:
-            length = DEMO_EVALUATION_LENGTH if demo and evaluate_length is None else evaluate_length
-            held_out = _evaluation(evaluate, checkpoint, rows, length, evaluate_windows, train_on_prompt)
-    notices = _notices(batches, held_out)
+    training = Training(
+        checkpoint,
+        method,
+        stopwatch,
+        progress,
+        epochs=EPOCHS[name],
+        data=data,
+        sequence_length=sequence_length,
+        windows_at_most=windows_at_most,
+        train_on_prompt=train_on_prompt,
+        evaluate=evaluate,
+        evaluate_length=evaluate_length,
+        evaluate_windows=evaluate_windows,
+        fsdp=fsdp,
+    )
     with stopwatch.phase("load"):
-        task = method.task(checkpoint, steps)
+        task = method.task(checkpoint, training.steps)
     if isinstance(method, Lora) and method.keep_adapters:
         for path in method.adapters(task.trainable):
             peft.name(checkpoint, path)
-    settings = {
-        **_recipe(method, name),
-        "model": checkpoint.fingerprint(),
-        "data": batches.fingerprint,
-        "evaluation": held_out and held_out.sha256,
-        "evaluate_every": evaluate_every,
-    }
-    schedule = Schedule(
-        steps=steps,
-        micro_batch=rows,
+    before = training.perplexity(checkpoint, task.dtype, "evaluate before")
+    folder = default_folder(out)
+    trained = training.train(
+        task,
+        folder,
+        recipe=_recipe(method, name),
         evaluate_every=evaluate_every,
-        checkpoint_every=checkpoint_every or max(1, steps // 10),
-        seed=method.seed,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        overwrite=overwrite,
     )
-    measure = _Measure(held_out, task, stopwatch, progress)
-    before = measure.perplexity(checkpoint, "evaluate before")
-    progress(Progress(0.0, steps, "compiling", "train"))
-    with _run_folder(default_folder(out), forget=overwrite and not resume) as folder, stopwatch.phase("train"):
-        trained = train(
-            task.loss,
-            task.trainable,
-            task.frozen,
-            iter(batches),
-            task.optimizer,
-            schedule,
-            evaluate=measure.loss(mesh) if held_out is not None and evaluate_every is not None else None,
-            rate=method.adamw().rate(steps),
-            folder=folder,
-            settings=settings,
-            resume=resume,
-            mesh=mesh,
-            progress=lambda p: progress(_shown(p)),
-        )
-    report: TuneReport | None = None
     with output.new_folder(out, overwrite=overwrite, source=checkpoint.source) as part:
         with stopwatch.phase("io"):
             told = _write(part, checkpoint, method, task, trained.trainable, chosen)
             shutil.copy2(folder / metrics.NAME, part / metrics.NAME)
-        after: Perplexity | None = None
-        failed: tuple[str, ...] = ()
-        try:
-            kept = isinstance(method, Lora) and method.keep_adapters
-            tuned = _Tuned(checkpoint, task, trained.trainable) if kept else load(part)
-            after = measure.perplexity(tuned, "evaluate after")
-        except JpruneError as error:  # hours of work are not thrown away for it
-            failed = (f"the perplexity after tuning could not be measured: {error}",)
+        kept = isinstance(method, Lora) and method.keep_adapters
+        result = _Tuned(checkpoint, task, trained.trainable) if kept else part
+        after, failed = training.perplexity_after(result, task.dtype)
         report = TuneReport(
             out=out,
             method=name,
-            steps=steps,
+            steps=training.steps,
             best_step=trained.step,
             trainable_parameters=lora.trainable_parameters(trained.trainable),
             parameters=sum(math.prod(shape.shape) for shape in checkpoint.shapes.values()),
             losses=tuple(line["loss"] for line in trained.history),
-            evaluation_losses=_evaluation_losses(trained),
+            evaluation_losses=evaluation_losses(trained),
             tokens_per_second=trained.tokens_per_second,
             before=before,
             after=after,
             seconds=stopwatch.seconds(),
             peak_memory_bytes=peak_memory_bytes(),
             resumed_from=trained.resumed_from,
-            notices=(*notices, *told, *failed),
+            notices=(*training.notices, *told, *failed),
         )
-        record.write(part, _record(report, checkpoint, method, task, batches, held_out))
+        contents = {
+            **report.json(),
+            "recipe": {"method": name, **dataclasses.asdict(method)},
+            **training.record(trained, task.dtype),
+            "notices": list(report.notices),
+        }
+        record.write(part, contents)
     shutil.rmtree(folder, ignore_errors=True)
     return report
 
@@ -247,76 +207,6 @@ def _recipe(method: Lora | Full, name: str) -> dict[str, Any]:
     """What the result depends on, without what only says how to compute it."""
     given = dataclasses.asdict(method)
     return {"method": name, **{k: v for k, v in given.items() if k not in ("micro_batch", "keep_adapters")}}
-
-
-def _evaluation(
-    spec: windows.Spec,
-    checkpoint: Checkpoint,
-    rows: int,
-    length: int | None,
-    at_most: int | None,
-    train_on_prompt: bool,
-) -> Batches:
-    return evaluation_batches(
-        spec,
-        checkpoint,
-        batch_size=rows,
-        length=None if windows.is_rows(spec) else length,
-        windows_at_most=at_most,
-        train_on_prompt=train_on_prompt,
-    )
-
-
-def _notices(batches: Batches, held_out: Batches | None) -> tuple[str, ...]:
-    notices = [*batches.notices, *(held_out.notices if held_out else ())]
-    if held_out is not None:
-        if shared := overlap(batches, held_out):
-            notices.append(
-                f"{100 * shared:.0f} % of the evaluation windows share text with the training data: what is measured "
-                "on them is no evidence"
-            )
-        if not isinstance(held_out.examples, Rows):
-            notices.append(f"{held_out.source} is instruction data: its loss is measured, and no perplexity of text")
-    return tuple(dict.fromkeys(notices))
-
-
-class _Measure:
-    """Perplexity by the standard protocol, and the loss while training."""
-
-    def __init__(
-        self, batches: Batches | None, task: Task, stopwatch: Stopwatch, progress: Callable[[Progress], None]
-    ) -> None:
-        self.batches, self.task, self.stopwatch, self.progress = batches, task, stopwatch, progress
-
-    def perplexity(self, weights: Any, phase: str) -> Perplexity | None:
-        """Of a text; None for instructions, or where there is nothing to measure on."""
-        batches = self.batches
-        if batches is None or not isinstance(batches.examples, Rows):
-            return None
-        tokens = batches.examples.take(np.arange(batches.windows))["tokens"]
-        with self.stopwatch.phase("evaluation"):
-            return perplexity(
-                weights,
-                tokens,
-                dtype=self.task.dtype,
-                progress=lambda done, total: self.progress(Progress(float(done), total, batches.source, phase)),
-            )
-
-    def loss(self, mesh: Mesh | None) -> Callable[[PyTree, PyTree], float]:
-        """(trainable, frozen) -> mean loss in nats over all windows."""
-        assert self.batches is not None
-        batches = self.batches
-        f = jax.jit(self.task.evaluation)
-
-        def mean(trainable: PyTree, frozen: PyTree) -> float:
-            total = weight = 0.0
-            for batch in batches:
-                for part in loop.micro_batches(batch, None, mesh):
-                    sums = f(trainable, frozen, part)
-                    total, weight = total + float(sums[0]), weight + float(sums[1])
-            return total / max(weight, 1.0)
-
-        return mean
 
 
 class _Tuned:
@@ -335,22 +225,6 @@ class _Tuned:
         return trees.unflatten({p.removeprefix(start): self._task.read(self._trainable, p) for p in below})
 
 
-@contextlib.contextmanager
-def _run_folder(folder: Path, *, forget: bool):
-    """The folder of the run's state, for this process alone; what an earlier run left in it goes if it is to."""
-    if forget and (folder / "settings.json").exists():
-        shutil.rmtree(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise JpruneError(f"{folder}: no folder for the state of the run can be made: {error}") from error
-    lock = Lock(folder)
-    try:
-        yield folder
-    finally:
-        lock.release()
-
-
 def _write(
     folder: Path, checkpoint: Checkpoint, method: Lora | Full, task: Task, trainable: PyTree, chosen: Format
 ) -> tuple[str, ...]:
@@ -362,49 +236,3 @@ def _write(
         for path in checkpoint.shapes:
             writer.write(path, task.read(trainable, path))
     return formats.notices(checkpoint, chosen)
-
-
-def _shown(p: loop.Progress) -> Progress:
-    parts = []
-    if p.tokens_per_second:
-        parts.append(f"{p.tokens_per_second:,.0f} tokens/s")
-    if p.seconds_left is not None:
-        minutes, seconds = divmod(round(p.seconds_left), 60)
-        parts.append(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
-    return Progress(p.step, p.steps, ", ".join(parts), "train", p.loss)
-
-
-def _evaluation_losses(trained: Trained) -> dict[int, float]:
-    return {line["step"]: line["evaluation_loss"] for line in trained.history if "evaluation_loss" in line}
-
-
-def _record(
-    report: TuneReport,
-    checkpoint: Checkpoint,
-    method: Lora | Full,
-    task: Task,
-    batches: Batches,
-    held_out: Batches | None,
-) -> dict[str, Any]:
-    """The contents of jprune.json."""
-
-    def described(b: Batches) -> dict[str, Any]:
-        return {"source": b.source, "windows": b.windows, "sequence_length": b.length, "sha256": b.sha256}
-
-    earlier = Path(checkpoint.source) / record.NAME
-    return {
-        **report.json(),
-        "recipe": {"method": report.method, **dataclasses.asdict(method)},
-        "model": {
-            "source": checkpoint.source,
-            "architecture": checkpoint.config.architecture,
-            "fingerprint": checkpoint.fingerprint(),
-            "record": record.read(earlier.parent) if earlier.exists() else None,
-        },
-        "data": described(batches),
-        "evaluation": held_out and described(held_out),
-        "losses": [round(x, 6) for x in report.losses],
-        "evaluation_losses": report.evaluation_losses,
-        "notices": list(report.notices),
-        **environment(task.dtype),
-    }
