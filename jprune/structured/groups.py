@@ -228,8 +228,20 @@ class _Placed:
     """The members in plain matmuls."""
     stacked: bool
     """Whether it runs through kernels with a batch axis, which are in no plain matmul."""
-    places: frozenset[tuple[str, tuple[int, ...], int]]
-    """The sides of kernels that it lies on, and where its segment begins."""
+    places: Mapping[tuple[str, tuple[int, ...]], frozenset[int]]
+    """The sides of kernels that it lies on, and which of their channels it takes."""
+
+    def beside(self, other: "_Placed") -> bool:
+        """Whether the two take a channel together."""
+        return any(channels & other.places.get(place, frozenset()) for place, channels in self.places.items())
+
+    def within(self, other: "_Placed") -> bool:
+        """Whether the other takes all channels that this one takes."""
+        return all(channels <= other.places.get(place, frozenset()) for place, channels in self.places.items())
+
+    def inside(self, other: "_Placed") -> bool:
+        """The same, and more than these."""
+        return self.within(other) and not other.within(self)
 
     @property
     def widths(self) -> list[int]:
@@ -247,25 +259,28 @@ def _place(groups: Sequence[Group], params: PyTree, matmuls: Iterable[ParamMatmu
     for group in groups:
         if group.size < 2:  # nothing of it can go
             continue
-        members, places = [], set()
+        members: list[UnitMember] = []
+        places: dict[tuple[str, tuple[int, ...]], frozenset[int]] = {}
         for member in sorted(group.members, key=lambda m: order.get(m.path, len(order))):
             shape, axis = shapes[member.path], member.axis
             side: tuple[int, ...] = (axis,)
             if member.path in in_axes:
                 inside = in_axes[member.path]
                 side = tuple(i for i in range(len(shape)) if (i in inside) == (axis in inside))
-                places.add((member.path, side, member.offset))
             units = np.full(shape[axis], -1)
             within = np.arange(member.length) // member.stride % group.size
             units[member.offset : member.offset + member.length] = within
             members.append(UnitMember(path=member.path, axis=axis, shape=shape, side=side, units=units))
+            if member.path in in_axes:
+                place = member.path, side
+                places[place] = places.get(place, frozenset()) | frozenset(members[-1].channels.ravel().tolist())
         placed.append(
             _Placed(
                 group=group,
                 members=tuple(members),
                 kernels=tuple(m for m in members if m.path in in_axes),
                 stacked=any(len(m.shape) > 2 and m.path not in in_axes and m.counted for m in members),
-                places=frozenset(places),
+                places=places,
             )
         )
     return placed
@@ -273,13 +288,11 @@ def _place(groups: Sequence[Group], params: PyTree, matmuls: Iterable[ParamMatmu
 
 def _classified(placed: list[_Placed]) -> Iterator[tuple[Kind, Group, tuple[UnitMember, ...], int]]:
     """(kind, group, members, sets); frozen groups too."""
-    beside = {p: [q for q in placed if q is not p and q.places & p.places] for p in placed}
+    beside = {p: [q for q in placed if q is not p and q.beside(p)] for p in placed}
     # What lies beside experts are their channels, which lie nowhere else. (Beside the head dimension of values lie
     # query heads, which lie in q too.)
     experts = {
-        p
-        for p in placed
-        if 1 in p.widths and (p.stacked or max(p.widths) > 1) and all(q.places < p.places for q in beside[p])
+        p for p in placed if 1 in p.widths and (p.stacked or max(p.widths) > 1) and all(q.inside(p) for q in beside[p])
     }
     heads = []
     for p in placed:
@@ -291,13 +304,13 @@ def _classified(placed: list[_Placed]) -> Iterator[tuple[Kind, Group, tuple[Unit
             heads.append(p)
     for p in heads:
         # Head dimensions lie in some of the heads' kernels, or in all of them but inside of the heads.
-        if any(p.places < q.places or (p.places == q.places and _step(p) < _step(q)) for q in heads):
+        if any(p.inside(q) or (p.places == q.places and _step(p) < _step(q)) for q in heads):
             continue
         yield "attention", p.group, p.members, 1
-        if len(p.places) == 2:  # q and o: the one KV head that k and v hold is in no group
+        if len(p.kernels) == 2:  # q and o: the one KV head that k and v hold is in no group
             yield "query", p.group, p.members, 1
         for q in heads:
-            if q.places < p.places and (members := _inside(p, q)):
+            if q.inside(p) and (members := _inside(p, q)):
                 yield "query", q.group, members, p.group.size
 
 

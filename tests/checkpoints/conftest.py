@@ -102,6 +102,21 @@ def write_sharded(folder: Path, config: dict, tensors: dict[str, np.ndarray]) ->
     return folder
 
 
+def read_by_transformers(path: Path, hf_config: dict) -> dict[str, np.ndarray]:
+    """The tensors that transformers' own reader of GGUF files makes of one, by their Hugging Face keys."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    given = {k: v for k, v in hf_config.items() if k not in ("architectures", "model_type")}
+    ids = {f"{name}_token_id": None for name in ("bos", "eos", "pad")}
+    config = transformers.AutoConfig.for_model(hf_config["model_type"], **given | ids)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    read = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    return {key: tensor.numpy() for key, tensor in read.items()}
+
+
 class Tiny:
     """The functions above, as a fixture (test modules cannot import one another)."""
 
@@ -110,6 +125,7 @@ class Tiny:
     tensors = staticmethod(tensors)
     write = staticmethod(write)
     write_sharded = staticmethod(write_sharded)
+    read_by_transformers = staticmethod(read_by_transformers)
     families = tuple(FAMILIES)
     dtypes = DTYPES
 

@@ -8,6 +8,7 @@ from gguf.quants import quantize
 
 from jprune.checkpoints import gguf, gguf_header, load
 from jprune.errors import JpruneError
+from jprune.models import families
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -96,6 +97,17 @@ def test_a_gguf_gives_the_model_it_was_made_of(tiny, tmp_path, family, tied):
         np.testing.assert_array_equal(converted.read(path), original.read(path), err_msg=path)
     assert converted.tokenizer is None
     assert converted.eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_tensors_are_those_that_transformers_reads(tiny, tmp_path, family):
+    """Quantised kernels too, and the order of rotated rows, which transformers puts back in code of its own."""
+    config = tiny.config(family) | {"hidden_size": 32, "intermediate_size": 32}
+    path = write(tmp_path / "model.gguf", config, tiny.tensors(config), kind=Type.Q8_0)
+    theirs = tiny.read_by_transformers(path, config)
+    loaded = load(path)
+    for name, e in families.table(loaded.config).items():
+        np.testing.assert_allclose(loaded.read(name), e.read(theirs[e.key]), rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -13,10 +13,14 @@ from safetensors.numpy import load_file
 
 from jprune import coupled_axes, trees
 from jprune.checkpoints import huggingface, load
+from jprune.errors import JpruneError
 from jprune.methods import METHODS
 from jprune.models import decoder, families, generate
 from jprune.patterns import Unstructured
 from jprune.pipeline import prune_model
+from jprune.pipeline.structured import shrink_model
+from jprune.structured.methods import LLMPruner
+from jprune.structured.selection import Target
 from jprune.trace import matmuls, stages
 
 pytest.importorskip("torch")
@@ -158,3 +162,28 @@ def test_every_method_prunes_it(name, saved, tmp_path):
                 assert np.mean(after == 0) == pytest.approx(0.5, abs=0.01), path
             else:
                 np.testing.assert_array_equal(after, before, err_msg=path)
+
+
+REFUSED = {"Bloom-0": "ALiBi|constant array", **dict.fromkeys(("Mixtral-0", "Qwen2Moe-0", "Qwen3Moe-0"), "d_expert")}
+"""By what their message says: heads whose slopes go by number, and the channels of experts."""
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_heads_and_channels_are_removed_or_it_says_why_not(name, saved, tmp_path):
+    checkpoint = saved(name)
+    out = tmp_path / "half"
+    options = {"target": Target(units=0.5), "calibration": tokens(16, batch=4), "format": "jprune"}
+    method = LLMPruner(protect_first=0, protect_last=0, examples=4, sequence_length=16)
+    if name in REFUSED:
+        with pytest.raises(JpruneError, match=REFUSED[name]):
+            shrink_model(checkpoint, out, method=method, **options)
+        return
+    shrink_model(checkpoint, out, method=method, **options)
+    half = load(out)
+    for i in range(half.config.layers):
+        before, after = checkpoint.config.layer(i), half.config.layer(i)
+        assert after.d_ff == before.d_ff / 2
+        kind = "kv_heads" if before.kv_heads > 1 else "heads"  # a single KV head stays
+        assert getattr(after, kind) == getattr(before, kind) / 2
+    params = jax.tree.map(jnp.asarray, half.params())
+    assert np.isfinite(decoder.apply(half.config, params, jnp.asarray(tokens(6)))).all()

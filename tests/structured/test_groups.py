@@ -85,6 +85,22 @@ def test_multi_head_and_multi_query():
         assert {m.path for m in units[kind].members} == {"attn/q/kernel", "attn/o/kernel", "attn/q/bias"}
 
 
+def test_dimensions_that_are_not_turned_are_no_heads():
+    """With rotary embeddings on part of each head, the other dimensions of q and k can go together (and of v and o)."""
+    rest = group(
+        "D", HEAD_DIM - 2, ("attn/q/kernel", 2, HEAD_DIM - 2, 1, 2), ("attn/k/kernel", 2, HEAD_DIM - 2, 1, 2)
+    )  # fmt: skip
+    for heads, kv in ((HEADS, KV), (4, 4)):
+        units, _ = units_of(heads, kv, change=lambda groups: [*groups, rest])
+        plain, _ = units_of(heads, kv)
+        assert {kind: u.members[0].path for kind, u in units.items()} == {
+            "attention": "attn/q/kernel",
+            "mlp": plain["mlp"].members[0].path,
+        }
+        for kind, u in units.items():
+            assert (u.name, u.count, u.width) == (kind, plain[kind].count, plain[kind].width)
+
+
 def test_at():
     units, _ = units_of()
     placed = units["attention"].at("blocks/13")
