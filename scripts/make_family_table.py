@@ -45,8 +45,9 @@ DeepSeek-V2 and V3 are not in it: their attention has kernels of its own (low-ra
 each key shared by all heads), which the decoder's attention cannot express.
 
 Mixtures of experts compute every expert on every token, with zeros where a token is not sent: exact, and simple to
-prune by what each expert saw, but as slow as all experts together. Structured pruning has not been
-tried on them.
+prune by what each expert saw, but as slow as all experts together. `prune layers` shortens them; `prune llm-pruner`
+refuses them, since the channels of experts cannot be made fewer yet. Of BLOOM it can remove no heads, whose ALiBi
+slopes follow from their numbers.
 """
 
 

@@ -1,8 +1,9 @@
 """The tokenizer of a GGUF file, rebuilt from its metadata as tokenizer.json and tokenizer_config.json.
 
-Two kinds exist in the models we read. "gpt2" is byte-level BPE: vocabulary and merges are stored, but the way text is
-split before merging is only *named* (tokenizer.ggml.pre); `_PRE_TOKENIZERS` spells the names out. "llama" is
-SentencePiece BPE: the vocabulary has scores, and pieces merge in the order of the score of what they become.
+Three kinds exist. "gpt2" is byte-level BPE: vocabulary and merges are stored, but the way text is split before merging
+is only *named* (tokenizer.ggml.pre); `_PRE_TOKENIZERS` spells the names out. The other two are SentencePiece's, with a
+score for every piece. "llama" is its BPE: pieces merge in the order of the score of what they become. "t5" is its
+unigram model: of all ways to cut a text, the one whose pieces have the highest sum of scores.
 """
 
 import json
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 # tokenizer.ggml.token_type
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_KINDS = ("gpt2", "llama", "t5")
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -62,8 +64,10 @@ def tokenizer_files(header: Header) -> dict[str, bytes]:
     kind = metadata.get("tokenizer.ggml.model", "none")
     if kind == "none":
         return {}
-    if kind not in ("gpt2", "llama"):
-        raise JpruneError(f"{header.path}: tokenizers of kind {kind!r} are not supported; supported: gpt2, llama")
+    if kind not in _KINDS:
+        raise JpruneError(
+            f"{header.path}: tokenizers of kind {kind!r} are not supported; supported: {', '.join(_KINDS)}"
+        )
     tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
         raise JpruneError(
@@ -73,7 +77,8 @@ def tokenizer_files(header: Header) -> dict[str, bytes]:
         if kind == "gpt2":
             tokenizer, begins = _byte_level(header, tokens)
         else:
-            tokenizer, begins = _sentence_piece(header, tokens, types), True
+            # BOS is SentencePiece's habit in Llama's kind; EOS comes last where its unigram models are used.
+            tokenizer, begins = _sentence_piece(header, kind, tokens, types), kind == "llama"
         _add_special_tokens(tokenizer, tokens, types)
         config = _tokenizer_config(header, tokens, begins)
         _add_template(tokenizer, config)
@@ -124,26 +129,36 @@ def _byte_level(header: Header, tokens: list[str]) -> tuple["tokenizers.Tokenize
     return tokenizer, name in _WHOLE_WORDS
 
 
-def _sentence_piece(header: Header, tokens: list[str], types: list[int]) -> "tokenizers.Tokenizer":
-    from tokenizers import Tokenizer, decoders, models, normalizers
+def _sentence_piece(header: Header, kind: str, tokens: list[str], types: list[int]) -> "tokenizers.Tokenizer":
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 
-    scores = header.metadata.get("tokenizer.ggml.scores")
+    metadata = header.metadata
+    scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise JpruneError(
             f"{header.path}: tokenizer.ggml.scores must be a list with one score a token; the file is damaged"
         )
-    unknown = header.metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    model = models.BPE(
-        _ids(tokens),
-        merges_by_score(tokens, scores, types),
-        unk_token=tokens[unknown],
-        fuse_unk=True,
-        byte_fallback=True,
-    )
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    model: models.Model
+    if kind == "t5":
+        model = models.Unigram(list(zip(tokens, map(float, scores))), unknown, byte_fallback=_BYTE in types)
+    else:
+        model = models.BPE(
+            _ids(tokens),
+            merges_by_score(tokens, scores, types),
+            unk_token=tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     tokenizer = Tokenizer(model)
-    prefixed = header.metadata.get("tokenizer.ggml.add_space_prefix", True)
-    prepend = [normalizers.Prepend("▁")] if prefixed else []
-    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
+    prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    steps: list[Any] = []
+    if charsmap := metadata.get("tokenizer.ggml.precompiled_charsmap"):
+        steps.append(normalizers.Precompiled(bytes(charsmap)))
+    if metadata.get("tokenizer.ggml.remove_extra_whitespaces", False):
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    steps += [normalizers.Prepend("▁")] if prefixed else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]

@@ -1,5 +1,8 @@
+import functools
+import io
 import itertools
 import json
+from pydoc_data.topics import topics
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -96,6 +99,19 @@ def test_byte_level_tokenizers_equal_their_originals(tmp_path, pre):
         assert rebuilt.decode(ids, skip_special_tokens=False) == expected.decode(ids, skip_special_tokens=False)
     bos = [1] if pre == "llama-bpe" else []
     assert rebuilt.encode("Hello") == bos + rebuilt.encode("Hello", add_special_tokens=False)
+
+
+@pytest.mark.parametrize(("pre", "name"), [("gpt-2", "GPT2Tokenizer"), ("qwen2", "Qwen2Tokenizer")])
+def test_byte_level_tokenizers_equal_those_of_transformers(tmp_path, pre, name):
+    """Which know how these families split a text, given vocabulary and merges."""
+    transformers = pytest.importorskip("transformers")
+    metadata = gguf_metadata(original(pre), pre)
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    theirs = getattr(transformers, name)(vocab=vocab, merges=merges, extra_special_tokens=SPECIAL)
+    ours = from_files(gguf_tokenizer.tokenizer_files(header(tmp_path, **metadata)), {})
+    for text in (*SAMPLES, *TEXT):
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False), text
 
 
 @pytest.mark.parametrize("pre", ["tekken", "default", None])
@@ -212,6 +228,71 @@ def test_sentence_piece_without_a_space_in_front(tmp_path):
     tokenizer = from_files(gguf_tokenizer.tokenizer_files(head), {})
     assert tokenizer.decode(tokenizer.encode("the water")) == "the water"
     assert tokenizer.encode("t")[0] == head.metadata["tokenizer.ggml.tokens"].index("t")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A function that trains a SentencePiece model on Python's documentation and a little of other scripts."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    other = ["Привет, мир! Как дела?", "你好，世界。", "これはテストです", "émigré naïve café", "😀 ٣٤٥ ½ Ⅷ ﬁ"]
+    lines = ["\n".join(topics.values())[:60000].split("\n"), other * 20]
+
+    @functools.cache
+    def train(kind, normaliser, byte_fallback, extra_spaces):
+        out = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=itertools.chain(*lines),
+            model_writer=out,
+            vocab_size=700,
+            model_type=kind,
+            byte_fallback=byte_fallback,
+            normalization_rule_name=normaliser,
+            remove_extra_whitespaces=not extra_spaces,
+            minloglevel=2,
+        )
+        return sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("kind", "normaliser", "byte_fallback", "extra_spaces"),
+    [
+        ("bpe", "identity", True, True),  # Llama's
+        ("unigram", "identity", True, True),
+        ("unigram", "nmt_nfkc", True, False),
+        ("unigram", "nmt_nfkc", False, False),  # T5's
+    ],
+)
+def test_sentence_piece_equals_the_library_itself(tmp_path, trained, kind, normaliser, byte_fallback, extra_spaces):
+    original = trained(kind, normaliser, byte_fallback, extra_spaces)
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(original.serialized_model_proto())
+    metadata = {  # as llama.cpp's converter writes them
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "llama" if kind == "bpe" else "t5",
+        "tokenizer.ggml.tokens": [piece.piece for piece in proto.pieces],
+        "tokenizer.ggml.scores": [piece.score for piece in proto.pieces],
+        "tokenizer.ggml.token_type": [piece.type for piece in proto.pieces],
+        "tokenizer.ggml.add_space_prefix": proto.normalizer_spec.add_dummy_prefix,
+        "tokenizer.ggml.remove_extra_whitespaces": proto.normalizer_spec.remove_extra_whitespaces,
+        "tokenizer.ggml.precompiled_charsmap": list(proto.normalizer_spec.precompiled_charsmap),
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    files = gguf_tokenizer.tokenizer_files(header(tmp_path, **metadata))
+    rebuilt = from_files(files, {})
+    for text in (*SAMPLES, "ﬁne Ⅷ ｆｕｌｌ　width", *next(iter(topics.values())).split("\n")):
+        if "<|" in text:
+            continue
+        ids, expected = rebuilt.encode(text, add_special_tokens=False), original.encode(text)
+        if kind == "unigram" and ids != expected:  # two ways to cut a text may have one score
+            assert len(ids) == len(expected)
+            assert sum(map(original.get_score, ids)) == pytest.approx(sum(map(original.get_score, expected)), abs=1e-4)
+            ids, expected = (["".join(map(original.id_to_piece, each))] for each in (ids, expected))
+        assert ids == expected, text
 
 
 def test_no_tokenizer(tmp_path):
