@@ -52,6 +52,8 @@ class Prune(Command):
     """Of the activations: float32, bfloat16 or float16. By default float32 on CPU, else what the weights have."""
     expert_tokens: int = 128
     """An expert that sees fewer calibration tokens than this is pruned by magnitude, whatever the method."""
+    keep_zeros: bool = False
+    """Prune a model further that is pruned already: what is zero stays zero, and counts among the zeros asked for."""
     format: Format = "hf"
     """Of the result: hf (safetensors, for every Hugging Face loader), jprune (where layers differ in size), decilm (for
     vLLM) or orbax."""
@@ -84,6 +86,7 @@ class Prune(Command):
             "overrides": dict(_override(text) for text in self.override),
             "dtype": self.dtype,
             "expert_tokens": self.expert_tokens,
+            "keep_zeros": self.keep_zeros,
         }
         options["memory"] = None if self.memory is None else memory.parse(self.memory)
         if self.plan:

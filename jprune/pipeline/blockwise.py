@@ -11,8 +11,9 @@ weights are in memory at most, however many there are.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,7 @@ def prune_blocks(
     progress: Callable[[Progress], None] = lambda _: None,
     stopwatch: Stopwatch | None = None,
     expert_tokens: int = 0,
+    keep_zeros: bool = False,
 ) -> list[KernelReport]:
     """Prunes `kernels` and writes every parameter of the model to the journal's result; goes on with what is done.
 
@@ -59,6 +61,7 @@ def prune_blocks(
       progress: called often.
       stopwatch: gets the phases "calibration", "solve" and "io" (waiting for what runs in the background).
       expert_tokens: see `UnitRun`.
+      keep_zeros: see `UnitRun`.
 
     Returns:
       One report per pruned kernel, in the order of the units.
@@ -67,7 +70,8 @@ def prune_blocks(
       JpruneError: weights or activations that are not finite, a Gram matrix that cannot be factorised, a full disk.
     """
     stopwatch = stopwatch or Stopwatch()
-    run = _Blocks(checkpoint, kernels, method, tokens, journal, layout, dtype, progress, stopwatch, expert_tokens)
+    options = {"expert_tokens": expert_tokens, "keep_zeros": keep_zeros}
+    run = _Blocks(checkpoint, kernels, method, tokens, journal, layout, dtype, progress, stopwatch, options)
     with jax.default_matmul_precision("highest"):  # float32 means float32: no TF32, no bfloat16 passes
         return run.all()
 
@@ -86,9 +90,9 @@ class _Blocks:
         dtype: DTypeLike,
         progress: Callable[[Progress], None],
         stopwatch: Stopwatch,
-        expert_tokens: int,
+        options: Mapping[str, Any],
     ):
-        self.expert_tokens = expert_tokens
+        self.options = options
         self.checkpoint, self.method, self.tokens, self.journal = checkpoint, method, tokens, journal
         self.layout, self.dtype, self.progress, self.stopwatch = layout, dtype, progress, stopwatch
         self.kernels: dict[str, list[Kernel]] = {}
@@ -152,7 +156,7 @@ class _Blocks:
                 spill=self.journal.run.spill,
                 stopwatch=self.stopwatch,
                 progress=functools.partial(self._report, i),
-                expert_tokens=self.expert_tokens,
+                **self.options,
             )
             after = None
             if self.method.statistic is None:

@@ -60,6 +60,8 @@ class Recipe:
     """Of the activations: float32 on CPU, elsewhere what the weights have."""
     expert_tokens: int = 128
     """An expert that sees fewer calibration tokens than this is pruned by magnitude, whatever the method."""
+    keep_zeros: bool = False
+    """Weights that are zero already stay zero, and count among those that the pattern asks for."""
 
     def __post_init__(self):
         if self.expert_tokens < 0:
@@ -215,6 +217,7 @@ class _Task:
                 progress=tell,
                 stopwatch=self.stopwatch,
                 expert_tokens=self.recipe.expert_tokens,
+                keep_zeros=self.recipe.keep_zeros,
             )
             with self.stopwatch.phase("io"):
                 writer.close()
@@ -313,6 +316,7 @@ def _fingerprint(
         "--override": {regex: pattern_text(pattern) for regex, pattern in recipe.overrides.items()},
         "--dtype": jnp.dtype(dtype).name,
         "--expert-tokens": recipe.expert_tokens,
+        "--keep-zeros": recipe.keep_zeros,
         "--format": format,
         **{f"the version of {name}": version for name, version in environment(dtype)["versions"].items()},
     }

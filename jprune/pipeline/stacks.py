@@ -14,7 +14,12 @@ from jprune.statistics import Stacked
 
 
 def solve_stacks(
-    method: Method, kernels: Mapping[str, tuple[Kernel, jax.Array]], statistic: Any, least: int
+    method: Method,
+    kernels: Mapping[str, tuple[Kernel, jax.Array]],
+    statistic: Any,
+    least: int,
+    *,
+    keep_zeros: bool = False,
 ) -> tuple[dict[str, tuple[jax.Array, Any]], tuple[int, ...]]:
     """Prunes stacks of kernels that read one stack of inputs, kernel by kernel.
 
@@ -24,6 +29,7 @@ def solve_stacks(
       statistic: a `Stacked`, or None if the method needs none.
       least: kernels that saw fewer tokens are pruned as if their inputs were all alike, by magnitude that is. (What
         other kernels of the stack saw says nothing: hidden channels of different experts have nothing in common.)
+      keep_zeros: what is zero stays zero.
 
     Returns:
       The pruned stacks and their losses by name (sums over the kernels, those that saw few left out), and the numbers
@@ -47,7 +53,8 @@ def solve_stacks(
     for i in range(count):
         own = statistic if statistic is None else alike if i in few else statistic.of(i)
         matrices = {name: trees.to_matrix(x[i], axes[name]) for name, x in apart.items()}
-        for name, result in jax.block_until_ready(method.together(matrices, own, patterns, {})).items():
+        keeps = {name: matrix != 0 for name, matrix in matrices.items()} if keep_zeros else {}
+        for name, result in jax.block_until_ready(method.together(matrices, own, patterns, keeps)).items():
             done[name].append(trees.from_matrix(result.kernel, apart[name].shape[1:], axes[name]))
             losses[name].append(0.0 if i in few and result.loss is not None else result.loss)
     results = {}

@@ -44,6 +44,7 @@ class UnitRun:
       stopwatch: gets the phases "calibration" and "solve".
       progress: called with the part of the unit that is done, what is at work, and the loss of the last kernel.
       expert_tokens: an expert that saw fewer tokens is pruned by magnitude, see `solve_stacks`.
+      keep_zeros: weights that are zero count as pruned before: they stay zero, and are among those asked for.
     """
 
     def __init__(
@@ -58,13 +59,15 @@ class UnitRun:
         stopwatch: Stopwatch,
         progress: Callable[[float, str, float | None], None],
         expert_tokens: int = 0,
+        keep_zeros: bool = False,
     ) -> None:
         self.unit = unit
         self.wanted = {_relative(kernel, unit): kernel for kernel in kernels}
         self.method = method
         self.reports: list[KernelReport] = []
         self._layout, self._room, self._spill = layout, room, spill
-        self._stopwatch, self._progress, self._expert_tokens = stopwatch, progress, expert_tokens
+        self._stopwatch, self._progress = stopwatch, progress
+        self._expert_tokens, self._keep_zeros = expert_tokens, keep_zeros
 
     def without_data(self, params: Params) -> Params:
         """The unit's parameters, pruned by a method that needs no statistic."""
@@ -175,11 +178,13 @@ class UnitRun:
                     {k.path: (k, params[path]) for path, k in kernels.items()},
                     statistic,
                     self._expert_tokens,
+                    keep_zeros=self._keep_zeros,
                 )
             else:
                 matrices = {k.path: trees.to_matrix(params[path], k.in_axes) for path, k in kernels.items()}
                 patterns = {k.path: k.pattern for k in kernels.values()}
-                solved = jax.block_until_ready(self.method.together(matrices, statistic, patterns, {}))
+                keeps = {name: matrix != 0 for name, matrix in matrices.items()} if self._keep_zeros else {}
+                solved = jax.block_until_ready(self.method.together(matrices, statistic, patterns, keeps))
                 results = {
                     k.path: (trees.from_matrix(solved[k.path].kernel, k.shape, k.in_axes), solved[k.path].loss)
                     for k in kernels.values()

@@ -73,7 +73,9 @@ def sparsegpt(
       gram: sum over the calibration tokens of x x^T (any positive multiple of it gives the same result).
       pattern: `Unstructured` (compared per block of `block_size` inputs unless it says otherwise), `NM`, or a mask that
         is taken as it is (True = keep), so that only the weights are solved for.
-      keep: where False, the element was pruned before and stays zero.
+      keep: where False, the element was pruned before and stays zero. Blocks in which more were than their share of
+        the pattern get no more, and the others as many fewer, so that the count of the kernel is exact. (Not so with
+        `per="output"`, where an output may end with more zeros than asked for.)
       damping: share of the mean diagonal added to the diagonal. Where the factorisation fails it is raised tenfold,
         at most twice.
       block_size: inputs whose mask is chosen together.
@@ -165,12 +167,12 @@ def sweep(
         block = block_size if nm is None else max(block_size // nm.m, 1) * nm.m
         args = [_prepare(kernels[i], factor, patterns[i], keeps[i], block) for i in members]
         kinds, given, quotas = zip(*args)
-        solved = _sweep(tuple(kernels[i] for i in members), factor, given, np.stack(quotas, 1), kinds, block)
+        solved = _sweep(tuple(kernels[i] for i in members), factor, given, jnp.stack(quotas, 1), kinds, block)
         results |= dict(zip(members, solved, strict=True))
     return [results[i] for i in range(len(kernels))]
 
 
-def _prepare(kernel, factor, pattern, keep, block) -> tuple[_Kind, Array | None, np.ndarray]:
+def _prepare(kernel, factor, pattern, keep, block) -> tuple[_Kind, Array | None, Array | np.ndarray]:
     """Static kind, the mask that comes with it (given, or what may be kept), and zeros to choose in each block."""
     d_in, d_out = kernel.shape
     ends = np.minimum(np.arange(_blocks(d_in, block) + 1) * block, d_in)
@@ -188,10 +190,30 @@ def _prepare(kernel, factor, pattern, keep, block) -> tuple[_Kind, Array | None,
             kind, quota = kind._replace(per_output=True), [int(e * sparsity) for e in ends]
         case Unstructured(sparsity):
             quota = [int(e * d_out * sparsity) for e in ends]
+            if keep is not None:
+                return kind, keep, _quotas_beside(keep, np.diff(quota), block)
         case _:
             keep = pattern if keep is None else pattern & keep
             kind, quota = kind._replace(given=True), ends * 0
     return kind, keep, np.diff(np.asarray(quota)).astype(np.int32)
+
+
+def _quotas_beside(keep: Bool[Array, "d_in d_out"], quotas: np.ndarray, block: int) -> Int[Array, "blocks"]:
+    """Zeros of each block, those that were pruned before included, that add up to the sum of `quotas` if they can.
+
+    What blocks with too many old zeros have too much, the others prune less, each by the same share of its new zeros.
+    """
+    padded = jnp.pad(~keep, ((0, len(quotas) * block - len(keep)), (0, 0)))
+    old = jnp.sum(padded.reshape(len(quotas), -1), axis=1, dtype=jnp.int32)
+    new = jnp.maximum(jnp.asarray(quotas, jnp.int32) - old, 0)
+    wanted = jnp.maximum(int(quotas.sum()) - jnp.sum(old), 0)
+    reached = jnp.cumsum(new)
+    share = wanted.astype(jnp.float32) / jnp.maximum(reached[-1], 1).astype(jnp.float32)
+    # Cumulatively, so that roundings do not add up; and the last sum exactly, where float32 may not be.
+    ends = jnp.minimum(jnp.round(reached.astype(jnp.float32) * share).astype(jnp.int32), wanted)
+    ends = jnp.where(reached == reached[-1], wanted, ends)
+    ends = jnp.where(wanted == reached[-1], reached, ends)
+    return old + jnp.diff(ends, prepend=jnp.int32(0))
 
 
 def _blocks(d_in: int, block: int) -> int:

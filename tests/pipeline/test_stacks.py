@@ -107,6 +107,26 @@ def test_every_kernel_of_a_stack_is_pruned_by_itself(method, rng):
     assert none_few == ()
 
 
+def test_zeros_of_a_stack_are_kept(rng):
+    """Of each expert's kernel half go, the zeros that it has among them; SparseGPT would revive some."""
+    x = np.stack([rng.normal(size=(40, 8)) @ rng.normal(size=(8, 8)) for _ in range(EXPERTS)])
+    values = np.where(rng.random((EXPERTS, 8, 6)) < 0.3, 0, rng.normal(size=(EXPERTS, 8, 6))).astype(np.float32)
+    kernel = Kernel(
+        path="w", unit="u", shape=values.shape, in_axes=(1,), batch_axes=(0,), stage=0, pattern=Unstructured(0.5)
+    )
+
+    def solve(**options):
+        statistic = Stacked.zeros(Gram, 8, EXPERTS).update(jnp.asarray(x, jnp.float32))
+        kernels = {"w": (kernel, jnp.asarray(values))}
+        results, _ = solve_stacks(SparseGPT(block_size=4), kernels, statistic, 1, **options)
+        return np.asarray(results["w"][0])
+
+    kept, anew = solve(keep_zeros=True), solve()
+    assert ((kept == 0).sum(axis=(1, 2)) == 24).all()
+    assert (kept[values == 0] == 0).all()
+    assert (anew[values == 0] != 0).any()
+
+
 def test_the_batch_axis_may_be_anywhere(rng):
     values = jnp.asarray(rng.normal(size=(8, 6, 3)), jnp.float32)
     kernel = Kernel(

@@ -4,6 +4,7 @@ Float64 and as slow as it looks. The paper's layout [d_out, d_in] is used inside
 the authors' code where jprune says it does: exact counts, dead inputs filled with the live mean, frozen old zeros.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -74,6 +75,16 @@ def sparsegpt(
         if pruned > 0 and chosen.any():
             inversion = max(inversion, pruned / scores[chosen].min())
 
+    def block_quotas():
+        """Zeros of each block: evenly; where `keep` has more in some blocks, the others get less new ones."""
+        ends = [min(e, d_in) for e in range(0, d_in + block_size, block_size)]
+        quotas = np.diff([int(e * d_out * sparsity) for e in ends])
+        old = [(~allowed[:, a:b]).sum() for a, b in itertools.pairwise(ends)]
+        new = np.maximum(quotas - old, 0)
+        wanted = max(quotas.sum() - sum(old), 0)
+        reached = [round(wanted * part / max(new.sum(), 1)) for part in np.cumsum(new)]
+        return old + np.diff([0, *reached])
+
     everything = slice(0, d_out)
     if mask is not None:
         M = np.asarray(mask).T & allowed
@@ -86,7 +97,7 @@ def sparsegpt(
         elif mask is None and nm is None and i % block_size == 0 and per != "kernel":
             end = min(i + block_size, d_in)
             if per == "block":
-                choose(everything, slice(i, end), int(end * d_out * sparsity) - int(i * d_out * sparsity))
+                choose(everything, slice(i, end), block_quotas()[i // block_size])
             else:
                 for output in range(d_out):
                     choose(slice(output, output + 1), slice(i, end), int(end * sparsity) - int(i * sparsity))

@@ -166,6 +166,17 @@ def test_pruning_twice():
     assert not (finer & ~mask).any()
 
 
+def test_old_zeros_that_lie_unevenly():
+    """Nine tenths of the first block are zero: the other blocks give up as many, and the count is exact."""
+    kernel, _, gram = problem(300)
+    keep = np.random.default_rng(1).random(kernel.shape) < np.where(np.arange(300) < 128, 0.1, 0.9)[:, None]
+    _, mask, _ = agrees(np.where(keep, kernel, 0), gram, Unstructured(0.5), keep=keep)
+    assert not (mask & ~keep).any()
+    per_block = [(~mask[a:b]).mean() for a, b in ((0, 128), (128, 256), (256, 300))]
+    assert per_block[0] == (~keep[:128]).mean()
+    assert per_block[1] == pytest.approx(per_block[2], abs=0.01)
+
+
 def test_more_zeros_than_asked_for():
     kernel, _, gram = problem(100)
     keep = np.random.default_rng(1).random(kernel.shape) > 0.9
