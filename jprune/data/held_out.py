@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from jprune.data.batches import Batches
+from jprune.data.mixture import Mixture
 
 RUN = 32
 """Tokens in a row that are no coincidence, about 25 words."""
@@ -15,7 +16,7 @@ RUN = 32
 WINDOWS_AT_ONCE = 1024
 
 
-def overlap(training: Batches, evaluation: Batches | Integer[np.ndarray, "n length"]) -> float:
+def overlap(training: Batches | Mixture, evaluation: Batches | Integer[np.ndarray, "n length"]) -> float:
     """The share of the evaluation windows, from 0 to 1, that have a run of 32 tokens in common with a training window.
 
     Windows that are shorter than 32 tokens have no such runs, and so no overlap.
@@ -25,9 +26,10 @@ def overlap(training: Batches, evaluation: Batches | Integer[np.ndarray, "n leng
         return 0.0
     wanted = _hashes(tokens)
     found = np.zeros(wanted.shape, bool)
-    for start in range(0, training.windows, WINDOWS_AT_ONCE):
-        chunk = _hashes(_tokens(training, start, min(start + WINDOWS_AT_ONCE, training.windows)))
-        found |= np.isin(wanted, chunk)
+    for part in training.domains.values() if isinstance(training, Mixture) else [training]:
+        for start in range(0, part.windows, WINDOWS_AT_ONCE):
+            chunk = _hashes(_tokens(part, start, min(start + WINDOWS_AT_ONCE, part.windows)))
+            found |= np.isin(wanted, chunk)
     # Runs of one token over and over are padding, or say nothing.
     runs = np.lib.stride_tricks.sliding_window_view(tokens, RUN, axis=1)
     found &= (runs != runs[..., :1]).any(-1)

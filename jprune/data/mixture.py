@@ -262,11 +262,17 @@ def normalised(weights: Mapping[str, int | float], domains: Iterable[str]) -> di
 
 
 def check_names(what: str, given: Iterable[str], domains: Iterable[str]) -> None:
-    """An error when names are not those of the domains."""
+    """An error when names are not those of the domains, each and no others."""
     given, domains = list(given), list(domains)
-    for name in given:
-        if name not in domains:
-            raise JpruneError(f"{what}: {name!r} is no domain of --data; there are {', '.join(domains)}")
+    check_known(what, given, domains)
     missing = [name for name in domains if name not in given]
     if missing:
         raise JpruneError(f"{what}: none is given for {', '.join(map(repr, missing))}; every domain needs one")
+
+
+def check_known(what: str, given: Iterable[str], domains: Iterable[str]) -> None:
+    """An error when a name is no domain's."""
+    domains = list(domains)
+    for name in given:
+        if name not in domains:
+            raise JpruneError(f"{what}: {name!r} is no domain of the data; there are {', '.join(domains)}")

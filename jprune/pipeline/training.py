@@ -4,22 +4,25 @@ OUT.run      the state of the run while it lasts: checkpoints of everything, for
 """
 
 import contextlib
+import functools
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jprune.checkpoints import Checkpoint, load, record
 from jprune.data import windows
 from jprune.data.batches import Batches, Rows
 from jprune.data.held_out import overlap
+from jprune.data.mixture import Mixture
 from jprune.data.training import evaluation_batches, training_batches
 from jprune.errors import JpruneError
 from jprune.evaluate.perplexity import Perplexity, Weights, perplexity
 from jprune.models.batching import windows_at_once
+from jprune.pipeline import domains
+from jprune.pipeline.domains import Balance, Domains, DynamicLoading, mean_loss
 from jprune.pipeline.lock import Lock
 from jprune.pipeline.recovery import Task, Tuning
 from jprune.pipeline.report import Progress, environment
@@ -31,6 +34,8 @@ PyTree = Any
 DEMO_LENGTH = 256
 """Tokens a window of text for the demo model: steps of a minute on two cores."""
 DEMO_EVALUATION_LENGTH = 512
+REWEIGHINGS = 20
+"""How often dynamic loading sets the domains' weights in a run, unless said otherwise."""
 
 
 class Training:
@@ -61,11 +66,13 @@ class Training:
         progress: Callable[[Progress], None],
         *,
         epochs: int,
-        data: windows.Spec,
+        data: windows.Spec | Mapping[str, windows.Spec],
+        proportions: Mapping[str, int | float] | None = None,
+        dynamic_loading: DynamicLoading | None = None,
         sequence_length: int | None = None,
         windows_at_most: int | None = None,
         train_on_prompt: bool = False,
-        evaluate: windows.Spec | None = None,
+        evaluate: windows.Spec | Mapping[str, windows.Spec] | None = None,
         evaluate_length: int | None = None,
         evaluate_windows: int | None = None,
         fsdp: int = 1,
@@ -75,21 +82,40 @@ class Training:
         demo = checkpoint.source == "demo"
         with stopwatch.phase("data"):
             passes = None if method.steps is not None else method.epochs or epochs
-            short = demo and sequence_length is None and not windows.is_rows(data)
-            self._batches = training_batches(
-                data,
-                checkpoint,
-                batch_size=method.batch_size,
-                length=DEMO_LENGTH if short else sequence_length,
-                windows_at_most=windows_at_most,
-                epochs=passes,
-                seed=method.seed,
-                train_on_prompt=train_on_prompt,
-            )
+            short = demo and sequence_length is None and not _all_rows(data)
+            options: dict[str, Any] = {
+                "batch_size": method.batch_size,
+                "length": DEMO_LENGTH if short else sequence_length,
+                "windows_at_most": windows_at_most,
+                "seed": method.seed,
+                "train_on_prompt": train_on_prompt,
+            }
+            self._batches: Batches | Mixture
+            self._domains: Domains | None = None
+            by_domain = evaluate if isinstance(evaluate, Mapping) else None
+            if isinstance(data, Mapping):
+                self._domains = domains.read(
+                    data,
+                    checkpoint,
+                    **options,
+                    proportions=proportions,
+                    loading=dynamic_loading,
+                    evaluate=by_domain,
+                    evaluate_windows=evaluate_windows,
+                    evaluate_length=evaluate_length,
+                    mesh=self._mesh,
+                )
+                self._batches = self._domains.mixture
+            elif proportions is not None or dynamic_loading is not None or by_domain is not None:
+                raise JpruneError(
+                    "proportions, dynamic loading and --evaluate NAME=SOURCE are about domains; give --data NAME=SOURCE"
+                )
+            else:
+                self._batches = training_batches(data, checkpoint, epochs=passes, **options)
             self.steps = method.steps or self._batches.per_epoch * (passes or 1)
             self._rows = method.micro_batch or windows_at_once(self._batches.length)
             self._held_out: Batches | None = None
-            if evaluate is not None:
+            if evaluate is not None and not isinstance(evaluate, Mapping):
                 if demo and evaluate_length is None:
                     evaluate_length = DEMO_EVALUATION_LENGTH
                 self._held_out = evaluation_batches(
@@ -101,6 +127,8 @@ class Training:
                     train_on_prompt=train_on_prompt,
                 )
         self.notices = _notices(self._batches, self._held_out)
+        if self._domains is not None:
+            self.notices = (*self._domains.notices, *self.notices)
 
     def perplexity(self, weights: Weights, dtype: Any, phase: str) -> Perplexity | None:
         """By the standard protocol, of a text; None for instructions, or where there is nothing to measure on."""
@@ -142,7 +170,8 @@ class Training:
           task: what is trained, and how.
           folder: made if it is not there.
           recipe: what the result depends on, besides model and data; a run begun with another is not resumed.
-          evaluate_every: steps between two measurements of the loss on the evaluation data; the best state comes back.
+          evaluate_every: steps between two measurements of the loss on the evaluation data, or of the domains' losses;
+            the best state comes back. With dynamic loading by default a twentieth of all.
           checkpoint_every: steps between two checkpoints; by default a tenth of all.
           watch: see `loop.train`.
           resume: go on with the run in the folder, if there is one.
@@ -152,13 +181,16 @@ class Training:
           JpruneError: see `loop.train`.
           jprune.train.loop.Interrupted: Ctrl-C, after the state was saved.
         """
-        held_out = self._held_out
+        mixed, held_out = self._domains, self._held_out
+        if mixed is not None and mixed.loading is not None and evaluate_every is None:
+            evaluate_every = max(1, self.steps // REWEIGHINGS)
         settings = {
             **recipe,
             "model": self._checkpoint.fingerprint(),
             "data": self._batches.fingerprint,
             "evaluation": held_out and held_out.sha256,
             "evaluate_every": evaluate_every,
+            "domains": mixed and mixed.settings,
         }
         schedule = Schedule(
             steps=self.steps,
@@ -168,15 +200,24 @@ class Training:
             seed=self._method.seed,
         )
         self._progress(Progress(0.0, self.steps, "compiling", "train"))
+        stream: loop.Batches
+        evaluate: Callable[[PyTree, PyTree], float] | None = None
+        if mixed is not None:
+            balance = Balance(mixed, task.evaluation, self._mesh, watch)
+            stream, evaluate, watch = balance.stream, balance.evaluate, balance.watch
+        else:
+            stream = self._batches.__iter__()  # of a union, iter() is less to mypy
+            if held_out is not None and evaluate_every is not None:
+                evaluate = functools.partial(mean_loss(task.evaluation, self._mesh), held_out)
         with _run_folder(folder, forget=overwrite and not resume), self._stopwatch.phase("train"):
-            return train(
+            trained = train(
                 task.loss,
                 task.trainable,
                 task.frozen,
-                iter(self._batches),
+                stream,
                 task.optimizer,
                 schedule,
-                evaluate=None if held_out is None or evaluate_every is None else self._loss(task, held_out),
+                evaluate=evaluate,
                 rate=self._method.adamw().rate(self.steps),
                 watch=watch,
                 folder=folder,
@@ -185,11 +226,18 @@ class Training:
                 mesh=self._mesh,
                 progress=lambda p: self._progress(_shown(p)),
             )
+        if mixed is not None:
+            self.notices += mixed.repeated(trained.history)
+        return trained
+
+    def domains(self, trained: Trained) -> dict[str, dict[str, Any]]:
+        """What is known of every domain after training; empty if the data has none."""
+        return {} if self._domains is None else self._domains.described(trained.history)
 
     def record(self, trained: Trained, dtype: Any) -> dict[str, Any]:
         """What jprune.json says of the model before, of the data, and of the losses."""
 
-        def described(b: Batches) -> dict[str, Any]:
+        def described(b: Batches | Mixture) -> dict[str, Any]:
             return {"source": b.source, "windows": b.windows, "sequence_length": b.length, "sha256": b.sha256}
 
         checkpoint = self._checkpoint
@@ -208,27 +256,18 @@ class Training:
             **environment(dtype),
         }
 
-    def _loss(self, task: Task, batches: Batches) -> Callable[[PyTree, PyTree], float]:
-        """(trainable, frozen) -> mean loss in nats over all windows."""
-        f = jax.jit(task.evaluation)
-
-        def mean(trainable: PyTree, frozen: PyTree) -> float:
-            total = weight = 0.0
-            for batch in batches:
-                for part in loop.micro_batches(batch, None, self._mesh):
-                    sums = f(trainable, frozen, part)
-                    total, weight = total + float(sums[0]), weight + float(sums[1])
-            return total / max(weight, 1.0)
-
-        return mean
-
 
 def evaluation_losses(trained: Trained) -> dict[int, float]:
     """By step, where they were measured."""
     return {line["step"]: line["evaluation_loss"] for line in trained.history if "evaluation_loss" in line}
 
 
-def _notices(batches: Batches, held_out: Batches | None) -> tuple[str, ...]:
+def _all_rows(data: windows.Spec | Mapping[str, windows.Spec]) -> bool:
+    """Whether all of the data has window lengths of its own."""
+    return all(map(windows.is_rows, data.values())) if isinstance(data, Mapping) else windows.is_rows(data)
+
+
+def _notices(batches: Batches | Mixture, held_out: Batches | None) -> tuple[str, ...]:
     notices = [*batches.notices, *(held_out.notices if held_out else ())]
     if held_out is not None:
         if shared := overlap(batches, held_out):

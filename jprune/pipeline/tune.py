@@ -6,7 +6,7 @@ The result is a folder like any other, with jprune.json and metrics.jsonl; it ap
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jprune.checkpoints.formats import Format
 from jprune.data import windows
 from jprune.evaluate.perplexity import Perplexity
 from jprune.pipeline import output
+from jprune.pipeline.domains import DynamicLoading
 from jprune.pipeline.recovery import TUNINGS, Full, Lora, Task
 from jprune.pipeline.report import Progress
 from jprune.pipeline.resume import default_folder
@@ -54,6 +55,8 @@ class TuneReport:
     resumed_from: int
     notices: tuple[str, ...]
     """What the user should know, one sentence each."""
+    domains: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """By name, if the data has any: source, windows, weights, losses; see `Balance.described`."""
 
     def json(self) -> dict[str, Any]:
         """The object that ``--json`` prints."""
@@ -69,6 +72,8 @@ class TuneReport:
         }
         if self.evaluation_losses:
             result["evaluation_loss"] = min(self.evaluation_losses.values())
+        if self.domains:
+            result["domains"] = self.domains
         if self.before:
             result["perplexity"] = {
                 "before": self.before.value,
@@ -84,11 +89,13 @@ def tune_model(
     out: str | Path,
     *,
     method: Lora | Full,
-    data: windows.Spec,
+    data: windows.Spec | Mapping[str, windows.Spec],
+    proportions: Mapping[str, int | float] | None = None,
+    dynamic_loading: DynamicLoading | None = None,
     sequence_length: int | None = None,
     windows_at_most: int | None = None,
     train_on_prompt: bool = False,
-    evaluate: windows.Spec | None = None,
+    evaluate: windows.Spec | Mapping[str, windows.Spec] | None = None,
     evaluate_length: int | None = None,
     evaluate_windows: int | None = None,
     evaluate_every: int | None = None,
@@ -105,15 +112,20 @@ def tune_model(
       model: a checkpoint, or what `jprune.load` takes: mostly a folder that jprune has pruned.
       out: folder of the result; it appears when everything is done.
       method: `Lora(...)` or `Full(...)`.
-      data: source of the training data (`jprune.data.sources`): text, or records of instructions; or token windows.
+      data: source of the training data (`jprune.data.sources`): text, or records of instructions; or token windows. Or
+        the sources of several domains by name, from which windows are drawn by weights.
+      proportions: the domains' weights at the beginning; by default their numbers of windows.
+      dynamic_loading: how the domains' weights follow their losses; without it they stay.
       sequence_length: tokens a window; by default 2048 for text and 256 for instructions, at most the model's context
         (256 for the demo model).
-      windows_at_most: take only the first so many windows or records.
+      windows_at_most: take only the first so many windows or records (of each domain).
       train_on_prompt: take the loss on the prompts of instructions too.
-      evaluate: source of a text whose perplexity is measured before and after, or of instructions.
+      evaluate: source of a text whose perplexity is measured before and after, or of instructions. Or sources by
+        domain, to measure the domains' losses on; of a domain without one, windows are held out for it.
       evaluate_length: tokens a window of it; by default as for `jprune eval perplexity` (512 for the demo model).
-      evaluate_windows: take only the first so many of them.
-      evaluate_every: steps between two evaluations on it; the best state is the result. By default the last counts.
+      evaluate_windows: take only the first so many of them; hold out so many of each domain (one in 20, at most 256).
+      evaluate_every: steps between two evaluations on it, or of the domains; the best state is the result. By default
+        the last counts; with dynamic loading, each twentieth of the steps is followed by one.
       checkpoint_every: steps between two checkpoints in ``OUT.run``; by default a tenth of all.
       format: see `jprune.checkpoints.formats`; by default "hf" if all layers are equal, else "jprune".
       fsdp: over how many devices parameters and optimizer state are cut up; the others share out the data.
@@ -139,6 +151,8 @@ def tune_model(
         progress,
         epochs=EPOCHS[name],
         data=data,
+        proportions=proportions,
+        dynamic_loading=dynamic_loading,
         sequence_length=sequence_length,
         windows_at_most=windows_at_most,
         train_on_prompt=train_on_prompt,
@@ -186,6 +200,7 @@ def tune_model(
             peak_memory_bytes=peak_memory_bytes(),
             resumed_from=trained.resumed_from,
             notices=(*training.notices, *told, *failed),
+            domains=training.domains(trained),
         )
         contents = {
             **report.json(),

@@ -137,8 +137,8 @@ def train(
       schedule: how long, how often.
       evaluate: (trainable, frozen) -> a mean loss in nats; the lowest is kept.
       rate: the learning rate of a step, for the metrics.
-      watch: (trainable, the optimizer's state) after a step -> what else the metrics say of it, as JSON. What it raises
-        ends the training; the state that was saved last is kept.
+      watch: (trainable, the optimizer's state) after a step, and its evaluation -> what else the metrics say of it, as
+        JSON. What it raises ends the training; the state that was saved last is kept.
       folder: where metrics and checkpoints go; without it nothing is written and nothing can be resumed.
       settings: what else the result depends on, as JSON: a run with other settings is not resumed.
       resume: go on with the run in the folder, if there is one.
@@ -205,8 +205,6 @@ def train(
             line = {"loss": value, "gradient_norm": norm, "tokens_per_second": round(clock.speed or 0.0, 1)}
             if rate is not None:
                 line["learning_rate"] = float(rate(step))
-            if watch is not None:
-                line.update(watch(*state))
             done = step + 1
             if evaluate is not None and (_due(schedule.evaluate_every, done) or done == schedule.steps):
                 with clock.stopped():
@@ -217,6 +215,8 @@ def train(
                         best_kept = jax.tree.map(np.asarray, state[0])
                     else:
                         run.save_best(done, state[0], best)
+            if watch is not None:
+                line.update(watch(*state))
             history.append({"step": done, **line})
             if log is not None:
                 log.write(done, **line)

@@ -142,7 +142,7 @@ def test_bad_input():
             mixture(*sizes, **options)
 
     refused("at least one domain")
-    refused("'x' is no domain of --data; there are a, b", 3, 3, proportions={"a": 1, "b": 1, "x": 1})
+    refused("'x' is no domain of the data; there are a, b", 3, 3, proportions={"a": 1, "b": 1, "x": 1})
     refused("none is given for 'b'; every domain needs one", 3, 3, proportions={"a": 1})
     refused("proportion of domain 'b' must be a number of 0 or more; it is -1", 3, 3, proportions={"a": 1, "b": -1})
     refused("proportions of all domains are 0", 3, 3, proportions={"a": 0, "b": 0})
