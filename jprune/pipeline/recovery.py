@@ -6,30 +6,36 @@ turns what was trained back into the model's parameters.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
 
 from jprune import trees
 from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.models import loss, stacked
-from jprune.pipeline.plan import matmul_kernels
-from jprune.pipeline.run import activation_dtype
+from jprune.pipeline.trainable import (
+    BaseDtype,
+    Sums,
+    block_kernels,
+    blockwise_loss,
+    compute_dtype,
+    leaf,
+    merge_adapter,
+    read_stacked,
+)
 from jprune.train import lora
 from jprune.train.keep_masked import keep_masked
 from jprune.train.loop import Batch, Loss
 from jprune.train.optimizer import AdamW, Schedule
-from jprune.train.quantise import dequantise_tree, quantise
+from jprune.train.quantise import dequantise_tree
 
 PyTree = Any
-Sums = tuple[Float[Array, ""], Float[Array, ""]]
-BaseDtype = Literal["float32", "bfloat16", "int8"]
-BASE_DTYPES = ("float32", "bfloat16", "int8")
+KERNELS = "kernel$"
+"""What gets adapters by default; kernels of experts have other names."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,11 +102,8 @@ class Tuning:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lora(Tuning):
-    """Train low-rank adapters beside the frozen weights, and merge them (LLM-Pruner's recovery).
-
-    Defaults are those that its authors recommend: 2 epochs, batch 64, learning rate 1e-4, 100 steps of warm-up.
-    """
+class Adapters(Tuning):
+    """What all that train low-rank adapters have in common."""
 
     rank: int = 8
     """Of the adapters."""
@@ -108,14 +111,9 @@ class Lora(Tuning):
     """The adapters' products count alpha / rank."""
     dropout: float = 0.05
     """Of what the adapters read."""
-    targets: str | None = None
-    """Kernels that get adapters: names such as q,v, or regular expressions over paths, separated by commas. By default
-    all kernels of the blocks (but of experts)."""
     base_dtype: BaseDtype | None = None
     """Of the frozen weights while training: float32, bfloat16, or int8 with a scale for each output. By default float32
     on CPU, else bfloat16. The result's weights are not affected."""
-    keep_adapters: bool = False
-    """Write only the adapters, in PEFT's form, instead of the model with the adapters merged."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,40 +122,47 @@ class Lora(Tuning):
         if not 0 <= self.dropout < 1:
             raise JpruneError(f"--dropout must be in [0, 1), got {self.dropout}")
 
+    def frozen(self, checkpoint: Checkpoint, runs: stacked.Runs, in_axes: Mapping[str, tuple[int, ...]]) -> PyTree:
+        """The weights in `base_dtype`, equal blocks stacked."""
+        axes = in_axes if self.base_dtype == "int8" else {}
+        return read_stacked(checkpoint, runs, dtype=compute_dtype(checkpoint, self.base_dtype), quantised=axes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora(Adapters):
+    """Train low-rank adapters beside the frozen weights, and merge them (LLM-Pruner's recovery).
+
+    Defaults are those that its authors recommend: 2 epochs, batch 64, learning rate 1e-4, 100 steps of warm-up.
+    """
+
+    targets: str | None = None
+    """Kernels that get adapters: names such as q,v, or regular expressions over paths, separated by commas. By default
+    all kernels of the blocks (but of experts)."""
+    keep_adapters: bool = False
+    """Write only the adapters, in PEFT's form, instead of the model with the adapters merged."""
+
     def task(self, checkpoint: Checkpoint, steps: int) -> Task:
         """Adapters on the kernels of the blocks; base weights in `base_dtype`."""
-        in_axes = {path: m.in_axes for path, (_, m) in matmul_kernels(checkpoint).items() if path.startswith("blocks/")}
+        in_axes = block_kernels(checkpoint)
         key = jax.random.key(self.seed)
         adapters = lora.init(checkpoint.shapes, in_axes, rank=self.rank, key=key, targets=self._patterns(in_axes))
         runs = stacked.runs(checkpoint.config, checkpoint.shapes, adapters)
-        dtype = _compute_dtype(checkpoint, self.base_dtype)
-        axes = in_axes if self.base_dtype == "int8" else {}
-        frozen = read_stacked(checkpoint, runs, dtype=dtype, quantised=axes)
+        dtype = compute_dtype(checkpoint, self.base_dtype)
 
-        def around(dropout: float) -> stacked.Around:
+        def sums(dropout: float) -> Callable[[PyTree, PyTree, Batch, Any], Sums]:
             def with_adapters(block: Callable) -> Callable:
                 adapted = lora.adapt(block, alpha=self.alpha, dropout=dropout)
                 return lambda params, aside, x: adapted(dequantise_tree(params, dtype), *aside, x)
 
-            return with_adapters
+            def own(trainable: PyTree, run: str) -> PyTree:
+                return trainable.get("blocks", {}).get(run, {})
 
-        def sums(dropout: float) -> Callable[[PyTree, PyTree, Batch, Any], Sums]:
-            language_model = loss.causal_lm(checkpoint.config, around=around(dropout))
-
-            def f(trainable: PyTree, frozen: PyTree, batch: Batch, key: Any) -> Sums:
-                own = trainable.get("blocks", {})
-                aside = {
-                    name: (own.get(name, {}), None if key is None else _keys(key, stacked.layers(name)))
-                    for name in frozen["blocks"]
-                }
-                return language_model(frozen, batch, aside)
-
-            return f
+            return blockwise_loss(checkpoint, with_adapters, own)
 
         with_dropout, without = sums(self.dropout), sums(0.0)
         return Task(
             trainable=stacked.stack(adapters, runs),
-            frozen=frozen,
+            frozen=self.frozen(checkpoint, runs, in_axes),
             loss=with_dropout,
             evaluation=lambda trainable, frozen, batch: without(trainable, frozen, batch, None),
             optimizer=self.adamw().transformation(steps),
@@ -171,7 +176,7 @@ class Lora(Tuning):
 
     def _patterns(self, paths: Mapping[str, Any]) -> list[str]:
         if self.targets is None:
-            return ["kernel$"]
+            return [KERNELS]
         names = {path.split("/")[-2] for path in paths}
         wanted = [target.strip() for target in self.targets.split(",") if target.strip()]
         if not wanted:
@@ -186,12 +191,7 @@ class Lora(Tuning):
         self, checkpoint: Checkpoint, trainable: PyTree, path: str, in_axes: Mapping[str, tuple[int, ...]]
     ) -> np.ndarray:
         kernel = checkpoint.read(path)
-        # Picked out of the stack one by one: merged kernels of a whole model would be a second model in memory.
-        adapter = _adapter(trainable, path)
-        if adapter is None:
-            return kernel
-        change = np.asarray(lora.delta(*adapter, self.alpha, in_axes[path]))
-        merged = (kernel.astype(np.float32) + change).astype(kernel.dtype)
+        merged = merge_adapter(kernel, trainable, path, self.alpha, in_axes)
         return np.where(kernel == 0, np.zeros_like(kernel), merged)  # what is pruned stays pruned
 
 
@@ -231,7 +231,7 @@ class Full(Tuning):
         from jprune.checkpoints import load
 
         runs = stacked.runs(checkpoint.config, checkpoint.shapes)
-        dtype = _compute_dtype(checkpoint, None)
+        dtype = compute_dtype(checkpoint, None)
         trainable = read_stacked(checkpoint, runs, dtype=jnp.float32)
         masks = {p: x != 0 for p, x in trees.flatten(trainable).items() if p.endswith("kernel") and not x.all()}
         language_model = loss.causal_lm(checkpoint.config)
@@ -259,7 +259,7 @@ class Full(Tuning):
 
         def read(trainable: PyTree, path: str) -> np.ndarray:
             before = checkpoint.read(path)
-            after = np.asarray(_leaf(trainable, path)).astype(before.dtype)
+            after = np.asarray(leaf(trainable, path)).astype(before.dtype)
             if path.endswith("kernel") and (wrong := np.count_nonzero(after[before == 0])):
                 raise JpruneError(f"{path}: {wrong} pruned weights are not zero after training; please report this")
             return after
@@ -277,61 +277,3 @@ class Full(Tuning):
 
 TUNINGS: dict[str, type[Lora] | type[Full]] = {"lora": Lora, "full": Full}
 """By the name on the command line."""
-
-
-def read_stacked(
-    checkpoint: Checkpoint, runs: stacked.Runs, *, dtype: Any, quantised: Mapping[str, tuple[int, ...]] | None = None
-) -> PyTree:
-    """All parameters with equal blocks stacked, a leaf at a time.
-
-    Args:
-      checkpoint: the model.
-      runs: which blocks are stacked.
-      dtype: of the leaves.
-      quantised: the input axes of the kernels, by path in the model, that are read as int8 instead.
-    """
-    leaves: dict[str, Any] = {}
-    for path, group in stacked.members(checkpoint.shapes, runs).items():
-        parts = [np.asarray(checkpoint.read(p)) for p in group]
-        whole = np.stack(parts) if len(group) > 1 else parts[0]
-        if quantised and group[0] in quantised:
-            shift = int(len(group) > 1)
-            leaves[path] = quantise(jnp.asarray(whole), tuple(axis + shift for axis in quantised[group[0]]))
-        else:
-            leaves[path] = whole.astype(dtype)
-    return trees.unflatten(leaves)
-
-
-def _compute_dtype(checkpoint: Checkpoint, base: BaseDtype | None) -> Any:
-    """bfloat16 or float32; float16 overflows in the gradients of some models."""
-    if base is not None and base not in BASE_DTYPES:
-        raise JpruneError(f"--base-dtype is one of {', '.join(BASE_DTYPES)}; got {base!r}")
-    if base in ("float32", "bfloat16"):
-        return jnp.dtype(base)
-    usual = jnp.dtype(activation_dtype(checkpoint, None))
-    return jnp.dtype(jnp.bfloat16) if usual == jnp.float16 else usual
-
-
-def _keys(key: Array, layers: range) -> Array:
-    """The random key of every layer of a run; of a single layer, without a leading axis."""
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(layers))
-    return keys if len(layers) > 1 else keys[0]
-
-
-def _leaf(tree: PyTree, path: str) -> Any:
-    """The leaf of a model's path in a stacked tree; a KeyError if there is none."""
-    if not path.startswith("blocks/"):
-        return trees.flatten(tree)[path]
-    _, layer, below = path.split("/", 2)
-    for name, block in tree.get("blocks", {}).items():
-        if int(layer) in stacked.layers(name):
-            leaf = trees.flatten(block)[below]
-            return leaf[int(layer) - stacked.layers(name)[0]] if len(stacked.layers(name)) > 1 else leaf
-    raise KeyError(path)
-
-
-def _adapter(trainable: PyTree, path: str) -> tuple[Any, Any] | None:
-    try:
-        return _leaf(trainable, f"{path}/a"), _leaf(trainable, f"{path}/b")
-    except KeyError:
-        return None

@@ -130,7 +130,8 @@ def train(
 
     Args:
       loss: see `Loss`; differentiated by its first argument only.
-      trainable: float arrays; what is returned has their dtypes.
+      trainable: float arrays; what is returned has their dtypes. Of leaves of other types (such as masks) there is no
+        gradient: `optimizer` finds None in their place, and is the one to move them.
       frozen: whatever else the loss reads.
       batches: gives dicts of arrays ``[B, ...]``, "tokens" ``[B, L]`` among them.
       optimizer: made for `schedule.steps` steps. One that takes extra arguments is given ``frozen``.
@@ -243,7 +244,7 @@ class _Functions:
 
     def __init__(self, loss: Loss, optimizer: optax.GradientTransformation, trainable: PyTree, mesh: Mesh | None):
         optimizer = optax.with_extra_args_support(optimizer)
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), _floats(trainable))
         whole = None if mesh is None else sharding.state(mesh, jnp.zeros(()))
         place = sharding.state_tree(mesh, like)
         totals = None if mesh is None else (place, whole, whole)
@@ -253,10 +254,13 @@ class _Functions:
             return gradients, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
 
         def add(total: tuple, trainable: PyTree, frozen: PyTree, batch: Batch, key: Array) -> tuple:
-            def weighted(trainable: PyTree) -> tuple[Array, Array]:
-                return loss(trainable, frozen, batch, key)
+            def weighted(floats: PyTree) -> tuple[Array, Array]:
+                whole = jax.tree.map(
+                    lambda x, own: x if own is None else own, trainable, floats, is_leaf=lambda x: x is None
+                )
+                return loss(whole, frozen, batch, key)
 
-            (value, weight), gradients = jax.value_and_grad(weighted, has_aux=True)(trainable)
+            (value, weight), gradients = jax.value_and_grad(weighted, has_aux=True)(_floats(trainable))
             sums = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total[0], gradients)
             return sums, total[1] + value.astype(jnp.float32), total[2] + weight.astype(jnp.float32)
 
@@ -266,19 +270,27 @@ class _Functions:
             return value / count, optax.tree.norm(gradients) / count, weight
 
         def update(trainable: PyTree, optimizer_state: PyTree, total: tuple, frozen: PyTree) -> tuple[PyTree, PyTree]:
-            gradients = jax.tree.map(lambda g, p: (g / total[2]).astype(p.dtype), total[0], trainable)
+            gradients = jax.tree.map(lambda g, p: (g / total[2]).astype(p.dtype), total[0], _floats(trainable))
             with jax.numpy_dtype_promotion("standard"):  # optax raises floats to whole numbers
                 updates, optimizer_state = optimizer.update(gradients, optimizer_state, trainable, frozen=frozen)
                 return optax.apply_updates(trainable, updates), optimizer_state
 
         states = None
         if mesh is not None:
-            states = place, sharding.state_tree(mesh, jax.eval_shape(optimizer.init, trainable))
+            states = (
+                sharding.state_tree(mesh, trainable),
+                sharding.state_tree(mesh, jax.eval_shape(optimizer.init, trainable)),
+            )
         self.zeros = jax.jit(zeros, out_shardings=totals)
         self.add = jax.jit(add, out_shardings=totals, donate_argnums=0)
         self.measure = jax.jit(measure)
         self.update = jax.jit(update, out_shardings=states, donate_argnums=(0, 1))
         self.init = jax.jit(optimizer.init, out_shardings=None if states is None else states[1])
+
+
+def _floats(tree: PyTree) -> PyTree:
+    """The tree with None instead of leaves that no gradient can be taken by."""
+    return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, tree)
 
 
 def micro_batches(batch: Batch, rows: int | None, mesh: Mesh | None) -> Iterator[dict[str, Array]]:

@@ -202,18 +202,27 @@ def _as_operand(
     return split.transpose(*order, len(digits)).reshape(*sizes, factor.shape[-1])
 
 
+def product(
+    a: Float[Array | np.ndarray, "*d_in r"],
+    b: Float[Array | np.ndarray, "r *d_out"],
+    in_axes: Sequence[int] | None = None,
+) -> Float[Array, "..."]:
+    """``a b`` in the kernel's layout; its input axes are the leading ones unless `in_axes` tells others."""
+    whole = jnp.tensordot(a, b, axes=1, precision="highest")
+    if in_axes is None:
+        return whole
+    order = [*in_axes, *(i for i in range(whole.ndim) if i not in in_axes)]
+    return whole.transpose([order.index(i) for i in range(whole.ndim)])
+
+
 def delta(
     a: Float[Array | np.ndarray, "*d_in r"],
     b: Float[Array | np.ndarray, "r *d_out"],
     alpha: int | float,
     in_axes: Sequence[int] | None = None,
 ) -> Float[Array, "..."]:
-    """``alpha / r * a b`` in the kernel's layout; its input axes are the leading ones unless `in_axes` tells others."""
-    product = jnp.tensordot(a, b, axes=1, precision="highest") * (alpha / a.shape[-1])
-    if in_axes is None:
-        return product
-    order = [*in_axes, *(i for i in range(product.ndim) if i not in in_axes)]
-    return product.transpose([order.index(i) for i in range(product.ndim)])
+    """``alpha / r * a b``: what the adapter adds to its kernel; arguments as for `product`."""
+    return product(a, b, in_axes) * (alpha / a.shape[-1])
 
 
 def merge(
@@ -251,4 +260,4 @@ def trainable_parameters(adapters: PyTree) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(adapters))
 
 
-__all__ = ["adapt", "by_path", "delta", "init", "merge", "trainable_parameters"]
+__all__ = ["adapt", "by_path", "delta", "init", "merge", "product", "trainable_parameters"]

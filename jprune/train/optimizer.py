@@ -69,8 +69,14 @@ class AdamW:
         rise = optax.linear_schedule(self.learning_rate / (warmup + 1), self.learning_rate, warmup)
         return optax.join_schedules([rise, after], [warmup])
 
+    def clipping(self) -> optax.GradientTransformation:
+        """What comes first."""
+        return optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
+
+    def rule(self, steps: int) -> optax.GradientTransformation:
+        """AdamW itself, for so many steps."""
+        return optax.adamw(self.rate(steps), b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay)
+
     def transformation(self, steps: int, *last: optax.GradientTransformation) -> optax.GradientTransformation:
         """Clipping, then AdamW, then `last` (such as `keep_masked`)."""
-        clip = [optax.clip_by_global_norm(self.clip)] if self.clip else []
-        adamw = optax.adamw(self.rate(steps), b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay)
-        return optax.chain(*clip, adamw, *last)
+        return optax.chain(self.clipping(), self.rule(steps), *last)

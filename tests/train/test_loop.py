@@ -272,3 +272,30 @@ def test_metrics_survive_a_cut_line(tmp_path):
     log.write(2, loss=0.5)
     log.close()
     assert [line["loss"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [2.0, 0.5]
+
+
+def test_leaves_without_gradient():
+    """Whole numbers beside the parameters: the loss reads them, and the optimizer moves them."""
+
+    def counting(trainable, frozen, batch, key):
+        kernel = jnp.where(trainable["count"] < 2, trainable["kernel"], 0)
+        return quiet({"kernel": kernel, "bias": jnp.zeros(VOCAB)}, frozen, batch, key)
+
+    trainable = {"kernel": start()[0]["kernel"] + 0.5, "count": np.zeros(1, np.uint8)}
+    seen = []
+
+    def init(params):
+        return optax.EmptyState()
+
+    def update(updates, state, params, **extra):
+        seen.append((updates["count"], sorted(extra)))
+        return {"kernel": -0.1 * updates["kernel"], "count": np.uint8([1])}, state
+
+    optimizer = optax.GradientTransformationExtraArgs(init, update)
+    got = train(counting, trainable, start()[1], Stream(), optimizer, Schedule(steps=4))
+    assert got.trainable["count"].dtype == np.uint8
+    np.testing.assert_array_equal(got.trainable["count"], [4])
+    assert seen == [(None, ["frozen"])]  # traced once
+    after = [line["gradient_norm"] for line in got.history]
+    assert after[1] > 0
+    assert after[2] == after[3] == 0  # the kernel counts for nothing
