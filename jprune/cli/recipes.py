@@ -7,7 +7,8 @@
     [overrides]
     "mlp/down" = "2:4"
 
-Keys are the command line's options with underscores. What stands on the command line counts more.
+Keys are the command line's options with underscores; a table stands for an option of the form NAME=VALUE, such as the
+domains of --data. What stands on the command line counts more.
 """
 
 import json
@@ -29,7 +30,7 @@ def as_words(path: Path, method: str, given: Sequence[str]) -> list[str]:
     """
     recipe = _read(path)
     if recipe.get("method", method) != method:
-        raise JpruneError(f"{path} is a recipe for {recipe['method']!r}; use `jprune prune {recipe['method']}`")
+        raise JpruneError(f"{path} is a recipe for {recipe['method']!r}, and not for {method!r}: use that command")
     named = {word.split("=")[0] for word in given if word.startswith("--")}
     if named & set(_EITHER):
         named |= {*_EITHER, "--per"}
@@ -42,6 +43,8 @@ def as_words(path: Path, method: str, given: Sequence[str]) -> list[str]:
             entries = [(f"--{name}", v) for name, v in value.items() if v is not None]
         elif key == "overrides":
             entries = [("--override", f"{regex}={_pattern(pattern)}") for regex, pattern in value.items()]
+        elif isinstance(value, Mapping):
+            entries = [(flag, f"{name}={item}") for name, item in value.items()]
         elif isinstance(value, list):
             entries = [(flag, item) for item in value]
         elif isinstance(value, bool):

@@ -8,35 +8,18 @@ from typing import Any
 from jprune.checkpoints.formats import Format
 from jprune.cli import display
 from jprune.cli.command import Command
+from jprune.cli.training_data import TrainingData
 from jprune.pipeline.recovery import Full, Lora
 from jprune.pipeline.tune import TuneReport, tune_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tune(Command):
+class Tune(TrainingData, Command):
     """Tune a pruned model."""
 
     method: Lora | Full
-    data: str
-    """Training data: pydoc, a text file, .jsonl, .jsonl.gz, .parquet (text, or records of instructions), .npy of token
-    ids, or hf:DATASET."""
     out: Path
     """Folder of the result; it appears when everything is done. The state of the run is kept beside it, in OUT.run."""
-    sequence_length: int | None = None
-    """Tokens a window. By default 2048 for text and 256 for instructions, or the model's context (256 for the demo
-    model)."""
-    windows: int | None = None
-    """Take only the first so many windows or records of the data."""
-    train_on_prompt: bool = False
-    """Of instructions, learn the prompts too."""
-    evaluate: str | None = None
-    """Text whose perplexity is measured before and after, or instructions, named as for --data."""
-    evaluate_length: int | None = None
-    """Tokens a window of it. By default 2048 or the model's context (512 for the demo model)."""
-    evaluate_windows: int | None = None
-    """Take only the first so many windows of it."""
-    evaluate_every: int | None = None
-    """Measure its loss every so many steps; the best state becomes the result."""
     checkpoint_every: int | None = None
     """Keep the state of the run every so many steps. By default after each tenth."""
     format: Format | None = None
@@ -47,6 +30,9 @@ class Tune(Command):
     """Go on with the run in OUT.run, if there is one."""
     overwrite: bool = False
     """Replace --out if an earlier run wrote it, and forget an unfinished one."""
+    recipe: Path | None = None
+    """TOML or JSON file with options, or the jprune.json of an earlier run (whose data is not in it); the command line
+    counts more."""
 
     def run(self) -> dict[str, Any]:
         """Tunes."""
@@ -55,13 +41,7 @@ class Tune(Command):
                 self.model,
                 self.out,
                 method=self.method,
-                data=self.data,
-                sequence_length=self.sequence_length,
-                windows_at_most=self.windows,
-                train_on_prompt=self.train_on_prompt,
-                evaluate=self.evaluate,
-                evaluate_length=self.evaluate_length,
-                evaluate_windows=self.evaluate_windows,
+                **self.training_data(),
                 evaluate_every=self.evaluate_every,
                 checkpoint_every=self.checkpoint_every,
                 format=self.format,
@@ -89,6 +69,13 @@ def _print_report(report: TuneReport) -> None:
         print(
             f"perplexity ({after.windows} windows of {after.sequence_length} tokens): "
             f"{report.before.value:.3f} before, {after.value:.3f} after"
+        )
+    for name, domain in report.domains.items():
+        weight, loss, wanted = domain["weight"], domain["loss"], domain["reference_loss"]
+        print(
+            f"{name}: loss {loss['first']:.4f} to {loss['last']:.4f}"
+            + ("" if wanted is None else f" (reference {wanted:.4f})")
+            + f", weight {weight['first']:.4f} to {weight['last']:.4f}, {domain['epochs']:.2f} epochs"
         )
     parts = ", ".join(
         f"{name} {value:.1f}" for name, value in report.seconds.items() if name != "total" and value >= 0.05
