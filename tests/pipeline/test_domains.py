@@ -174,3 +174,19 @@ def test_bad_input(tiny_model, tmp_path):
         DynamicLoading()
     with pytest.raises(JpruneError, match="reference loss of domain 'a' must be a number above 0; it is 0"):
         DynamicLoading(reference_losses={"a": 0})
+
+
+def test_devices_change_nothing(tiny_model, tmp_path, monkeypatch):
+    """Parameters and the reference model's cut up over two of four devices; draws, losses and weights are the same."""
+    folder = tiny_model()
+    method = Full(steps=2, batch_size=8, micro_batch=8, warmup=0, learning_rate=0.01)
+    loading = DynamicLoading(reference=str(tiny_model("reference")))
+    options = OPTIONS | {"method": method, "dynamic_loading": loading, "evaluate_every": 1}
+    one = tune_model(folder, tmp_path / "one", **options)
+    monkeypatch.undo()
+    four = tune_model(folder, tmp_path / "four", fsdp=2, **options)
+    np.testing.assert_allclose(four.losses, one.losses, rtol=1e-4)
+    for name, found in one.domains.items():
+        assert four.domains[name]["epochs"] == found["epochs"]
+        np.testing.assert_allclose(four.domains[name]["weight"]["last"], found["weight"]["last"], rtol=1e-4)
+        np.testing.assert_allclose(four.domains[name]["reference_loss"], found["reference_loss"], rtol=1e-5)
