@@ -33,7 +33,7 @@ class Part:
     def __init__(self, whole: Examples, numbers: Int[np.ndarray, "n"]):
         self._whole, self._numbers = whole, numbers
         self.length = whole.length
-        self.sha256 = hashlib.sha256(f"{whole.sha256} {numbers.tolist()}".encode()).hexdigest()
+        self.sha256 = hashlib.sha256(whole.sha256.encode() + numbers.astype("<i8").tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -66,6 +66,8 @@ class Domains:
     """None leaves the weights as they are."""
     references: Mapping[str, float]
     """The reference loss of every domain, where there is dynamic loading."""
+    reference: Checkpoint | None
+    """Of which they were measured."""
     notices: tuple[str, ...]
 
     @property
@@ -75,6 +77,7 @@ class Domains:
             "proportions": self.mixture.initial,
             "held_out": {name: batches.sha256 for name, batches in self.held_out.items()},
             "dynamic_loading": self.loading and dataclasses.asdict(self.loading),
+            "reference": self.reference and self.reference.fingerprint(),
         }
 
     def described(self, history: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -179,27 +182,28 @@ def read(
                 "its training data"
             )
     mix = Mixture(domains=domains, batch_size=batch_size, proportions=proportions, seed=seed)
+    reference = None if loading is None or loading.reference is None else load(loading.reference)
+    references = {name: float(value) for name, value in (reference_losses or {}).items()}
+    if reference is not None:
+        references = _measured(reference, checkpoint, held_out, mesh)
     return Domains(
         mixture=mix,
         held_out=held_out,
         loading=loading,
-        references={} if loading is None else _references(loading, checkpoint, held_out, mesh),
+        references=references,
+        reference=reference,
         notices=tuple(dict.fromkeys(notices)),
     )
 
 
-def _references(
-    loading: DynamicLoading, checkpoint: Checkpoint, held_out: Mapping[str, Batches], mesh: Mesh | None
+def _measured(
+    model: Checkpoint, checkpoint: Checkpoint, held_out: Mapping[str, Batches], mesh: Mesh | None
 ) -> dict[str, float]:
-    """The reference loss of every domain: as given, or measured of the reference model."""
-    if loading.reference_losses is not None:
-        return {name: float(loading.reference_losses[name]) for name in held_out}
-    assert loading.reference is not None
-    model = load(loading.reference)
+    """The losses of a reference model."""
     if model.config.vocab != checkpoint.config.vocab:
         raise JpruneError(
-            f"the vocabulary of the reference model {loading.reference} has {model.config.vocab} tokens and the "
-            f"model's {checkpoint.config.vocab}: their losses cannot be compared; give --reference-loss"
+            f"the vocabulary of the reference model {model.source} has {model.config.vocab} tokens and the model's "
+            f"{checkpoint.config.vocab}: their losses cannot be compared; give --reference-loss"
         )
     language_model = loss.causal_lm(model.config)
     dtype = activation_dtype(model, None)

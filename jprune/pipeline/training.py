@@ -160,6 +160,7 @@ class Training:
         recipe: Mapping[str, Any],
         evaluate_every: int | None = None,
         checkpoint_every: int | None = None,
+        keep_best: bool = True,
         watch: Callable[[PyTree, PyTree], Mapping[str, Any]] | None = None,
         resume: bool = False,
         overwrite: bool = False,
@@ -171,8 +172,9 @@ class Training:
           folder: made if it is not there.
           recipe: what the result depends on, besides model and data; a run begun with another is not resumed.
           evaluate_every: steps between two measurements of the loss on the evaluation data, or of the domains' losses;
-            the best state comes back. With dynamic loading by default a twentieth of all.
+            by default one at the end; with dynamic loading, a twentieth of all.
           checkpoint_every: steps between two checkpoints; by default a tenth of all.
+          keep_best: whether the best state by these measurements comes back, or the last; see `loop.train`.
           watch: see `loop.train`.
           resume: go on with the run in the folder, if there is one.
           overwrite: forget a run that is there; not if it is to be resumed.
@@ -218,6 +220,7 @@ class Training:
                 task.optimizer,
                 schedule,
                 evaluate=evaluate,
+                keep_best=keep_best,
                 rate=self._method.adamw().rate(self.steps),
                 watch=watch,
                 folder=folder,

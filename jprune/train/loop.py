@@ -94,7 +94,7 @@ class Trained:
     """What came out."""
 
     trainable: PyTree
-    """The best by evaluation, or the last where nothing was evaluated."""
+    """The best by evaluation, or the last where nothing was evaluated or the best is not kept."""
     step: int
     """After how many steps that was."""
     evaluation_loss: float | None
@@ -118,6 +118,7 @@ def train(
     schedule: Schedule,
     *,
     evaluate: Callable[[PyTree, PyTree], float] | None = None,
+    keep_best: bool = True,
     rate: optax.Schedule | None = None,
     watch: Callable[[PyTree, PyTree], Mapping[str, Any]] | None = None,
     folder: Path | None = None,
@@ -136,7 +137,9 @@ def train(
       batches: gives dicts of arrays ``[B, ...]``, "tokens" ``[B, L]`` among them.
       optimizer: made for `schedule.steps` steps. One that takes extra arguments is given ``frozen``.
       schedule: how long, how often.
-      evaluate: (trainable, frozen) -> a mean loss in nats; the lowest is kept.
+      evaluate: (trainable, frozen) -> a mean loss in nats.
+      keep_best: the state with the lowest of these comes back, and else the last: where what is learnt costs quality,
+        as masks do, the best state is the first.
       rate: the learning rate of a step, for the metrics.
       watch: (trainable, the optimizer's state) after a step, and its evaluation -> what else the metrics say of it, as
         JSON. What it raises ends the training; the state that was saved last is kept.
@@ -210,7 +213,9 @@ def train(
             if evaluate is not None and (_due(schedule.evaluate_every, done) or done == schedule.steps):
                 with clock.stopped():
                     line["evaluation_loss"] = now = float(evaluate(state[0], frozen))
-                if best is None or now < best["loss"]:
+                if not keep_best:
+                    best = {"step": done, "loss": now}  # in the end the last: its step is evaluated
+                elif best is None or now < best["loss"]:
                     best = {"step": done, "loss": now}
                     if run is None:
                         best_kept = jax.tree.map(np.asarray, state[0])

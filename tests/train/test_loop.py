@@ -164,6 +164,25 @@ def test_the_best_is_kept(tmp_path):
     last = run()
     assert last.step == 6
     assert (np.asarray(last.trainable["kernel"]) != np.asarray(results[0]["kernel"])).any()
+    for folder in (None, tmp_path / "last"):
+        scores = iter([3.0, 1.0, 2.0])
+        kept = run(
+            evaluate=lambda p, f, s=scores: next(s), keep_best=False, options={"evaluate_every": 2}, folder=folder
+        )
+        assert (kept.step, kept.evaluation_loss) == (6, 2.0)
+        same(kept.trainable, last.trainable, rtol=0)
+
+
+def test_metrics_of_a_step_know_its_evaluation():
+    """What `watch` says of a step may come from the evaluation after it."""
+    measured = []
+
+    def evaluate(trainable, frozen):
+        measured.append(float(jnp.sum(trainable["bias"] ** 2)))
+        return measured[-1]
+
+    result = run(4, evaluate=evaluate, options={"evaluate_every": 2}, watch=lambda p, s: {"evaluated": len(measured)})
+    assert [line["evaluated"] for line in result.history] == [0, 1, 1, 2]
 
 
 def test_stopped_and_resumed(tmp_path):
