@@ -16,11 +16,13 @@ import tyro
 
 from jprune.checkpoints.demo import cache_folder
 from jprune.cli import commands, recipes
+from jprune.cli.loraprune import PruneWithLoRA
 from jprune.cli.prune import Prune
 from jprune.cli.shrink import GroupsOf, LLMPrunerOptions, Shrink, ShrinkTo
 from jprune.cli.tune import Tune
 from jprune.errors import JpruneError, UsageError
 from jprune.methods import METHODS
+from jprune.pipeline.loraprune import LoRAPrune
 from jprune.pipeline.recovery import TUNINGS
 from jprune.structured.methods import DropLayers
 
@@ -55,6 +57,7 @@ def _commands() -> dict[str, type]:
     return prune | {
         "prune llm-pruner": _with_options(ShrinkTo, LLMPrunerOptions),
         "prune layers": _with_options(Shrink, DropLayers),
+        "prune loraprune": _with_options(PruneWithLoRA, LoRAPrune),
         **{f"tune {name}": _with_options(Tune, kind) for name, kind in TUNINGS.items()},
         "eval perplexity": commands.EvalPerplexity,
         "generate": commands.Generate,
@@ -66,19 +69,9 @@ def _commands() -> dict[str, type]:
 
 def _with_options(command: type, method: type) -> type:
     """The command with the options of a method among its own; the help begins with what the method does."""
-    required = any(
-        field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        for field in dataclasses.fields(method)
-    )
     made = dataclasses.make_dataclass(
         f"{command.__name__}{method.__name__}",
-        [
-            (
-                "method",
-                Annotated[method, tyro.conf.arg(name="")],
-                dataclasses.field() if required else dataclasses.field(default_factory=method),
-            )
-        ],
+        [("method", Annotated[method, tyro.conf.arg(name="")], dataclasses.field())],
         bases=(command,),
         frozen=True,
         kw_only=True,

@@ -63,7 +63,7 @@ class Shrink(Command):
     def run(self) -> dict[str, Any]:
         """Prunes, or prints the plan."""
         if self.plan:
-            return self._show_plan(plan_shrink(self.model, method=self.method, target=self.target()))
+            return show_plan(plan_shrink(self.model, method=self.method, target=self.target()), json=self.json)
         if self.out is None:
             raise UsageError("give --out DIR for the result (or --plan to see what would be done)")
         with display.progress() as progress:
@@ -85,20 +85,6 @@ class Shrink(Command):
         if not self.json:
             _print_report(report)
         return report.json()
-
-    def _show_plan(self, plan: ShrinkPlan) -> dict[str, Any]:
-        before, after = plan.parameters
-        if not self.json:
-            if plan.sizes is not None:
-                display.table(
-                    ["layers", "d_model", "query heads", "KV heads", "d_ff"],
-                    [(layers, s["d_model"], s["heads"], s["kv_heads"], s["d_ff"]) for layers, s in _alike(plan.sizes)],
-                )
-                print(f"\nparameters: {_change(before, after)}")
-            else:
-                print(f"parameters: {before:,} before; what stays of which layer depends on the importance of all")
-            print("nothing was touched")
-        return {"parameters": {"before": before, "after": after}, "sizes": plan.sizes and list(plan.sizes)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,6 +150,22 @@ class GroupsOf(Command):
         return {"groups": rows}
 
 
+def show_plan(plan: ShrinkPlan, *, json: bool) -> dict[str, Any]:
+    """Prints the sizes of the result, unless JSON is wanted; returns what that has."""
+    before, after = plan.parameters
+    if not json:
+        if plan.sizes is not None:
+            display.table(
+                ["layers", "d_model", "query heads", "KV heads", "d_ff"],
+                [(layers, s["d_model"], s["heads"], s["kv_heads"], s["d_ff"]) for layers, s in _alike(plan.sizes)],
+            )
+            print(f"\nparameters: {change(before, after)}")
+        else:
+            print(f"parameters: {before:,} before; what stays of which layer depends on the importance of all")
+        print("nothing was touched")
+    return {"parameters": {"before": before, "after": after}, "sizes": plan.sizes and list(plan.sizes)}
+
+
 def _anywhere(text: str) -> str:
     """A path or a reason with the number of the block left open."""
     return re.sub(r"blocks/\d+", "blocks/*", text)
@@ -190,7 +192,8 @@ def _alike(sizes: tuple[dict[str, int], ...]) -> list[tuple[str, dict[str, int]]
     return [(str(a) if a == b else f"{a} to {b}", sizes[a]) for a, b in runs]
 
 
-def _change(before: int, after: int | None) -> str:
+def change(before: int, after: int | None) -> str:
+    """How many parameters there were, and are."""
     assert after is not None
     return f"{before:,} before, {after:,} after ({100 * (1 - after / before):.1f} % less)"
 
@@ -198,7 +201,7 @@ def _change(before: int, after: int | None) -> str:
 def _print_report(report: ShrinkReport) -> None:
     if isinstance(report.method, DropLayers) or report.layers != tuple(range(len(report.layers))):
         print(f"layers that stay: {', '.join(map(str, report.layers))}")
-    print(f"parameters: {_change(*report.parameters)}")
+    print(f"parameters: {change(*report.parameters)}")
     if report.before and report.after:
         after = report.after
         print(

@@ -1,4 +1,4 @@
-"""`jprune tune lora` and `jprune tune full`: the options of a run, whatever the way; `main` adds the way's own."""
+"""`jprune tune lora` and `jprune tune full`, and the options of all training; `main` adds those of each way."""
 
 import dataclasses
 import sys
@@ -14,12 +14,9 @@ from jprune.pipeline.tune import TuneReport, tune_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tune(TrainingData, Command):
-    """Tune a pruned model."""
+class TrainingRun(TrainingData, Command):
+    """What all commands that train have."""
 
-    method: Lora | Full
-    out: Path
-    """Folder of the result; it appears when everything is done. The state of the run is kept beside it, in OUT.run."""
     checkpoint_every: int | None = None
     """Keep the state of the run every so many steps. By default after each tenth."""
     format: Format | None = None
@@ -34,30 +31,41 @@ class Tune(TrainingData, Command):
     """TOML or JSON file with options, or the jprune.json of an earlier run (whose data is not in it); the command line
     counts more."""
 
+    def options(self) -> dict[str, Any]:
+        """These and those of the data, by their names in Python."""
+        return {
+            **self.training_data(),
+            "evaluate_every": self.evaluate_every,
+            "checkpoint_every": self.checkpoint_every,
+            "format": self.format,
+            "fsdp": self.fsdp,
+            "resume": self.resume,
+            "overwrite": self.overwrite,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tune(TrainingRun):
+    """Tune a pruned model."""
+
+    method: Lora | Full
+    out: Path
+    """Folder of the result; it appears when everything is done. The state of the run is kept beside it, in OUT.run."""
+
     def run(self) -> dict[str, Any]:
         """Tunes."""
         with display.progress() as progress:
-            report = tune_model(
-                self.model,
-                self.out,
-                method=self.method,
-                **self.training_data(),
-                evaluate_every=self.evaluate_every,
-                checkpoint_every=self.checkpoint_every,
-                format=self.format,
-                fsdp=self.fsdp,
-                resume=self.resume,
-                overwrite=self.overwrite,
-                progress=progress,
-            )
-        for notice in report.notices:
-            print(notice, file=sys.stderr)
-        if not self.json:
-            _print_report(report)
+            report = tune_model(self.model, self.out, method=self.method, progress=progress, **self.options())
+        print_report(report, json=self.json)
         return report.json()
 
 
-def _print_report(report: TuneReport) -> None:
+def print_report(report: TuneReport, *, json: bool) -> None:
+    """What the user should know to stderr; to stdout how it went, unless that is for JSON."""
+    for notice in report.notices:
+        print(notice, file=sys.stderr)
+    if json:
+        return
     share = 100 * report.trainable_parameters / report.parameters
     print(f"{report.method}: {report.trainable_parameters:,} parameters trained ({share:.2f} % of the model's)")
     speed = f", {report.tokens_per_second:,.0f} tokens/s" if report.tokens_per_second else ""

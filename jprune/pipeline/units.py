@@ -40,6 +40,16 @@ def units_of_blocks(checkpoint: Checkpoint, kinds: Sequence[Kind]) -> tuple[Unit
     )
 
 
+def units_of_block(function: Callable, params: PyTree, d_model: int, kinds: Sequence[Kind]) -> tuple[Units, ...]:
+    """The units of a block function; of its parameters only shapes and dtypes are read, so they may be traced.
+
+    Raises:
+      JpruneError: as `units_of_blocks`.
+    """
+    shapes = tuple((path, tuple(leaf.shape), leaf.dtype) for path, leaf in trees.flatten(params).items())
+    return _units_of_block(function, shapes, d_model, tuple(kinds))
+
+
 def units_of_hidden(checkpoint: Checkpoint) -> Units:
     """The hidden dimensions of the whole model.
 

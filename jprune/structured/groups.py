@@ -82,6 +82,8 @@ class Units:
     """In the order of the matmuls; what is in no matmul comes last."""
     sets: int = 1
     """Units are numbered set by set, and equally many of each must stay: the KV heads of query heads."""
+    renormalised: bool = False
+    """A mean is taken over them, as by a norm of all query heads: zeros for a unit are then not the same as none."""
 
     @property
     def width(self) -> int:
@@ -196,6 +198,7 @@ def block_units(
             count=group.size * sets,
             members=members,
             sets=sets,
+            renormalised=group.renormalised,
         )
         for kind, group, members, sets in sorted(prunable, key=lambda found: order.get(found[0], 0))
         if kind in kinds
