@@ -8,7 +8,7 @@ and in what is written in the end; the model with masks computes what the writte
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +57,7 @@ class Adapted:
         return merge_adapter(self.checkpoint.read(path), adapters, path, self.alpha, self.in_axes)
 
 
+@runtime_checkable
 class Masks(Protocol):
     """What is masked, and how it goes in the end."""
 

@@ -27,7 +27,7 @@ program. What differs from it, and why:
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,7 @@ class Part:
     """Of every unit, in the flattened axes of `side`."""
 
 
+@runtime_checkable
 class Criterion(Protocol):
     """What is pruned: the leaves below "keep" of what is trained, by path, and how they are chosen."""
 

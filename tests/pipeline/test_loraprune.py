@@ -1,0 +1,255 @@
+"""LoRAPrune runs over a tiny model: what was masked is what is written, what goes, what is refused."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jprune
+from jprune import trees
+from jprune.errors import JpruneError
+from jprune.models import decoder, stacked
+from jprune.pipeline.loraprune import LoRAPrune, loraprune_model, plan_loraprune
+from jprune.structured import shrink
+from jprune.structured.groups import positions
+from jprune.train import lora, sharding
+from jprune.train.quantise import dequantise_tree
+
+SHORT = {"steps": 6, "every": 2, "batch_size": 4, "micro_batch": 4, "warmup": 0, "rank": 2, "learning_rate": 0.02}
+QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+OLMO = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Compiling for the four virtual devices of the tests takes long."""
+    monkeypatch.setattr(sharding, "make_mesh", lambda **options: None)
+
+
+@pytest.fixture
+def data(token_file):
+    """Token ids that can be learnt: of each window's kind there are few."""
+    return np.tile(np.load(token_file(4, 12)), (3, 1))
+
+
+def logits(config, params, tokens):
+    return np.asarray(jax.jit(lambda p, t: decoder.apply(config, p, t))(params, jnp.asarray(tokens)))
+
+
+def masked_logits(checkpoint, method, masks, frozen, trainable, tokens):
+    """What the training sees, without dropout."""
+    aside = {run: ({kind: tree["blocks"][run] for kind, tree in trainable.items()}, None) for run in frozen["blocks"]}
+    hidden = stacked.hidden(checkpoint.config, around=lambda block: masks.around(block, 0.0))
+    head = decoder.head(checkpoint.config)
+    return np.asarray(jax.jit(lambda p, *args: head(p, hidden(p, *args)))(frozen, jnp.asarray(tokens), aside))
+
+
+def trained(task, rng, drop):
+    """Adapters as after some training, and masks without what `drop` says, by path."""
+    adapters = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape).astype(np.float32), task.trainable["adapters"])
+    return {"adapters": adapters, "keep": jax.tree.map(drop, task.trainable["keep"])}
+
+
+@pytest.mark.parametrize(
+    ("options", "base"),
+    [
+        ({"num_key_value_heads": 4}, "float32"), ({}, "float32"), ({}, "int8"), (QWEN, "float32"),
+        ({"num_key_value_heads": 1}, "float32"),
+    ],
+    ids=["heads of their own", "grouped queries", "int8", "biases", "one KV head"],
+)  # fmt: skip
+def test_masked_is_smaller(tiny_model, data, rng, options, base):
+    """The masked model computes what the smaller one does, that is written from the same base."""
+
+    def change(tensors):
+        for key, x in tensors.items():
+            # Smaller kernels than the fixture's, which blow rounding up; biases that are not 0.
+            tensors[key] = rng.standard_normal(x.shape).astype(x.dtype) if key.endswith("bias") else 0.3 * x
+
+    checkpoint = jprune.load(tiny_model(change=change, **options))
+    method = LoRAPrune(**SHORT, ratio=0.5, base_dtype=base)
+    masks = method.masks(checkpoint)
+    task = method.task(checkpoint, 6, masks)
+
+    def drop(mask):
+        gone = np.argsort(rng.random(mask.shape), axis=-1) < mask.shape[-1] // 2
+        return np.where(gone, np.uint8(0), mask)
+
+    state = trained(task, rng, drop)
+    state["keep"]["blocks"]["0-2"]["mlp"][2] = 1  # as if protected
+    state["keep"]["blocks"]["0-2"]["attention"][2] = 1
+    smaller, read = masks.result(state)
+    assert smaller.config.layer(0).d_ff == 28
+    assert smaller.config.layer(2).d_ff == 56
+    params = trees.unflatten({path: read(path) for path in smaller.shapes})
+    if base == "int8":  # the base that training saw, instead of the stored one
+        whole = stacked.unstack(dequantise_tree(task.frozen, jnp.float32))
+        in_axes = masks._adapted.in_axes
+        merged = lora.merge(whole, stacked.unstack(state["adapters"]), alpha=method.alpha, in_axes=in_axes)
+        params = shrink(merged, positions(masks._units.values(), masks.kept(state["keep"])))
+    want = logits(smaller.config, params, data[:4])
+    got = masked_logits(checkpoint, method, masks, task.frozen, state, data[:4])
+    scale = np.abs(want).max()
+    np.testing.assert_allclose(got / scale, want / scale, atol=1e-5)
+    whole = masked_logits(checkpoint, method, masks, task.frozen, {**state, "keep": task.trainable["keep"]}, data[:4])
+    assert np.abs(whole - got).max() > 0.01 * scale
+
+
+def test_masked_weights_are_zeros(tiny_model, data, rng):
+    """Kernel and adapter go together: the masked model computes what the written one with its zeros does."""
+    checkpoint = jprune.load(tiny_model())
+    method = LoRAPrune(**SHORT, sparsity=0.5)
+    masks = method.masks(checkpoint)
+    task = method.task(checkpoint, 6, masks)
+    state = trained(task, rng, lambda mask: rng.integers(0, 256, mask.shape, np.uint8) & mask)
+    whole, read = masks.result(state)
+    params = {path: read(path) for path in whole.shapes}
+    want = logits(whole.config, trees.unflatten(params), data[:4])
+    got = masked_logits(checkpoint, method, masks, task.frozen, state, data[:4])
+    scale = np.abs(want).max()
+    np.testing.assert_allclose(got / scale, want / scale, atol=1e-5)
+    kernel = params["blocks/1/mlp/up/kernel"]
+    bits = np.unpackbits(state["keep"]["blocks"]["0-2"]["mlp"]["up"]["kernel"][1], axis=-1)[:, :56]
+    np.testing.assert_array_equal(kernel == 0, bits == 0)
+
+
+def test_a_run(tiny_model, data, tmp_path):
+    """The last layer is protected; of the others a KV head of two and 28 of 56 channels go."""
+    folder = tiny_model()
+    method = LoRAPrune(**SHORT, ratio=0.5)
+    report = loraprune_model(folder, tmp_path / "out", method=method, data=data, evaluate=data[:4])
+    before, after = jprune.load(folder), jprune.load(tmp_path / "out")
+    assert [(s["heads"], s["kv_heads"], s["d_ff"]) for s in report.sizes] == [(2, 1, 28), (2, 1, 28), (4, 2, 56)]
+    assert after.shapes["blocks/1/attn/q/kernel"].shape == (32, 2, 8)
+    lost = 2 * (32 * 8 * (2 + 1 + 1 + 2) + 28 * 3 * 32)
+    assert (report.parameters - report.parameters_after, report.pruned) == (lost, (2 * 29, 2 * 58))
+    assert report.trainable_parameters == 3 * 2 * (32 + 32 + 2 * (32 + 16) + 32 + 32 + 3 * (32 + 56))
+    assert report.losses[-1] < report.losses[3]  # recovers
+    for path in ("embed/embedding", "blocks/2/attn_norm/scale"):
+        np.testing.assert_array_equal(before.read(path), after.read(path))
+    record = json.loads((tmp_path / "out" / "jprune.json").read_text())
+    assert record["recipe"]["ratio"] == 0.5
+    assert (record["schedule"]["begin"], record["schedule"]["end"]) == (0, 5)
+    assert set(record["kept"]) == {f"blocks/{i}/{kind}" for i in (0, 1) for kind in ("attention", "mlp")}
+    assert [len(units) for units in record["kept"].values()] == [1, 28, 1, 28]
+    assert record["perplexity"]["before"] != record["perplexity"]["after"] == report.after.value
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    pruned = [line["pruned"] for line in lines]
+    # 29 of 58 in each layer; after steps 2 and 4, 28 (1 - (3/5)^3) and 28 (1 - (1/5)^3) channels and the head.
+    np.testing.assert_allclose(pruned, [0, 23 / 58, 23 / 58, 29 / 58, 0.5, 0.5], atol=1e-6)
+    np.testing.assert_allclose(lines[1]["ratio"], 0.5 * (1 - 0.6**3), atol=1e-6)
+    assert not (tmp_path / "out.run").exists()
+    # What was cut stems from where it was, but for what the adapters added.
+    kept = np.array(record["kept"]["blocks/1/mlp"])
+    added = after.read("blocks/1/mlp/up/kernel") - before.read("blocks/1/mlp/up/kernel")[:, kept]
+    assert np.linalg.matrix_rank(added, tol=1e-4) <= 2
+
+
+def test_a_sparse_run(tiny_model, data, tmp_path):
+    """Exact counts of each output, in the dtype of the checkpoint, though the base was int8."""
+    import ml_dtypes
+
+    folder = tiny_model(dtype=ml_dtypes.bfloat16, torch_dtype="bfloat16")
+    method = LoRAPrune(**SHORT, sparsity=0.4, base_dtype="int8")
+    report = loraprune_model(folder, tmp_path / "out", method=method, data=data)
+    after = jprune.load(tmp_path / "out")
+    for path in (p for p in after.shapes if p.startswith("blocks") and p.endswith("kernel")):
+        kernel = after.read(path)
+        assert kernel.dtype == ml_dtypes.bfloat16
+        axes = (0, 1) if "/o/" in path else (0,)
+        d_in = int(np.prod([kernel.shape[axis] for axis in axes]))
+        assert (np.count_nonzero(kernel == 0, axis=axes) == int(0.4 * d_in)).all(), path
+    assert report.parameters == report.parameters_after
+    assert report.pruned[0] == 3 * (12 * (32 + 16 + 16 + 32 + 56 + 56) + 22 * 32)
+    assert after.config == jprune.load(folder).config
+
+
+def test_killed_and_resumed(tiny_model, data, tmp_path):
+    """From the checkpoint in the midst of pruning to the same units and the same weights."""
+    folder = tiny_model()
+    np.save(tmp_path / "data.npy", data)
+    program = f"""
+import os, signal
+from jprune.pipeline.loraprune import LoRAPrune, loraprune_model
+def kill(p):
+    if p.phase == "train" and p.done >= 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+options = {{"checkpoint_every": 3, "progress": kill, "data": {str(tmp_path / "data.npy")!r}}}
+loraprune_model({str(folder)!r}, {str(tmp_path / "out")!r}, method=LoRAPrune(**{SHORT!r}, ratio=0.5), **options)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    options = {"data": str(tmp_path / "data.npy"), "checkpoint_every": 3}
+    with pytest.raises(JpruneError, match=r"was begun with ratio = 0\.5"):
+        loraprune_model(folder, tmp_path / "out", method=LoRAPrune(**SHORT, ratio=0.4), resume=True, **options)
+    method = LoRAPrune(**SHORT, ratio=0.5)
+    again = loraprune_model(folder, tmp_path / "out", method=method, resume=True, **options)
+    whole = loraprune_model(folder, tmp_path / "whole", method=method, **options)
+    assert again.resumed_from == 3
+    assert again.losses == whole.losses
+    a, b = (json.loads((tmp_path / name / "jprune.json").read_text())["kept"] for name in ("out", "whole"))
+    assert a == b
+    models = jprune.load(tmp_path / "out"), jprune.load(tmp_path / "whole")
+    for path in models[0].shapes:
+        np.testing.assert_array_equal(*(model.read(path) for model in models))
+
+
+def test_divergence_keeps_the_last_good_state(tiny_model, data, tmp_path):
+    method = LoRAPrune(**SHORT | {"learning_rate": 1e38}, ratio=0.5)
+    with pytest.raises(JpruneError, match=r"at step 2 the loss is .* before it, after 1 steps, are kept"):
+        loraprune_model(tiny_model(), tmp_path / "out", method=method, data=data)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.run" / "step-00000001").exists()
+
+
+def test_plan(tiny_config, tiny_model, tmp_path):
+    """From a config alone; --uniform gives layers of one size."""
+    folder = tmp_path / "config only"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(tiny_config))
+    plan = plan_loraprune(folder, method=LoRAPrune(ratio=0.5))
+    assert [s["d_ff"] for s in plan.sizes] == [28, 28, 56]
+    plan = plan_loraprune(folder, method=LoRAPrune(ratio=0.3, uniform=True))
+    assert [(s["kv_heads"], s["d_ff"]) for s in plan.sizes] == [(2, 40)] * 3
+    assert plan.parameters[0] - plan.parameters[1] == 3 * 16 * 3 * 32
+
+
+def test_bad_input(tiny_model, tiny_config, data, tmp_path):
+    folder = tiny_model()
+
+    def refused(match, model=folder, **options):
+        method = LoRAPrune(**{"ratio": 0.5} | SHORT | options.pop("method", {}))
+        with pytest.raises(JpruneError, match=match):
+            loraprune_model(model, tmp_path / "out", method=method, **{"data": data} | options)
+        assert not (tmp_path / "out").exists()
+
+    refused("too little to train on: it has 3 windows", data=data[:3])
+    refused("of 6 steps 5 are there to prune in .* fewer than --every 10", method={"every": 10})
+    refused("a plain Hugging Face folder has one size for all layers", format="hf")
+    refused("a share of 0.01 is less than one of any layer's", method={"ratio": 0.01})
+    refused("first 2 and last 1 of 3 layers are protected", method={"protect_first": 2})
+    for name, config in {"kernels of experts get no adapters": MIXTRAL, "takes a norm over all of them": OLMO}.items():
+        (folder / "config.json").write_text(json.dumps(tiny_config | config))
+        with pytest.raises(JpruneError, match=name):
+            plan_loraprune(folder, method=LoRAPrune(ratio=0.5))
+    for options, match in [
+        ({}, r"--ratio\) or of weights \(--sparsity"),
+        ({"ratio": 0.5, "sparsity": 0.5}, "either a share of heads"),
+        ({"ratio": 1.0}, "--ratio lies between 0 and 1, got 1.0"),
+        ({"sparsity": 0.0}, "--sparsity lies between 0 and 1, got 0.0"),
+        ({"ratio": 0.5, "every": 0}, "--every must be at least 1"),
+        ({"ratio": 0.5, "begin": 0.9, "end": 0.9}, "--begin < --end"),
+        ({"ratio": 0.5, "protect_last": -1}, "--protect-last must not be negative"),
+        ({"sparsity": 0.5, "uniform": True}, "--uniform is about the sizes"),
+        ({"ratio": 0.5, "rank": 0}, "--rank must be at least 1"),
+    ]:
+        with pytest.raises(JpruneError, match=match):
+            LoRAPrune(**options)
