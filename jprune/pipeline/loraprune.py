@@ -211,8 +211,7 @@ def loraprune_model(
       method: `LoRAPrune(ratio=0.5)` or `LoRAPrune(sparsity=0.5)`.
       data: source of the training data, as for `tune_model`.
       evaluate: source of a text whose perplexity is measured before and after.
-      evaluate_every: steps between two evaluations on it; the best state after pruning is done is the result. By
-        default the last counts.
+      evaluate_every: steps between two evaluations on it, for the metrics: the result is the last state.
       checkpoint_every: steps between two checkpoints in ``OUT.run``; by default a tenth of all.
       format: see `jprune.checkpoints.formats`; by default "hf" if all layers end up equal, else "jprune".
       resume: go on with the run in ``OUT.run``, if there is one.
@@ -244,7 +243,7 @@ def loraprune_model(
         folder,
         recipe={"method": NAME, **{name: value for name, value in given.items() if name != "micro_batch"}},
         evaluate_every=evaluate_every,
-        best_from=growth.end,
+        keep_best=False,  # before the schedule's end too little has gone
         checkpoint_every=checkpoint_every,
         watch=_watch(masks, task.trainable["keep"], growth),
         resume=resume,
