@@ -92,27 +92,28 @@ class Report:
     @classmethod
     def from_record(cls, contents: Mapping[str, Any], out: Path) -> "Report":
         """The report of an earlier run, from its record (`jprune.checkpoints.record`)."""
-        measured = contents.get("perplexity", {})
-
-        def perplexity(when: str) -> Perplexity | None:
-            if measured.get(when) is None:
-                return None
-            length, count = measured["sequence_length"], measured["windows"]
-            return Perplexity(value=measured[when], tokens=length * count, sequence_length=length, windows=count)
-
         counts = {field.name: contents["sparsity"][field.name] for field in dataclasses.fields(Sparsity)}
         return cls(
             out=out,
             method=contents["method"],
             pattern=contents["pattern"],
             sparsity=Sparsity(**counts),
-            before=perplexity("before"),
-            after=perplexity("after"),
+            before=perplexity_of(contents, "before"),
+            after=perplexity_of(contents, "after"),
             seconds=contents["seconds"],
             peak_memory_bytes=contents["peak_memory_bytes"],
             kernels=tuple(map(KernelReport.from_json, contents["kernels"])),
             notices=tuple(contents["notices"]),
         )
+
+
+def perplexity_of(contents: Mapping[str, Any], when: str) -> Perplexity | None:
+    """The perplexity "before" or "after" in a record; None if it was not measured."""
+    measured = contents.get("perplexity", {})
+    if measured.get(when) is None:
+        return None
+    length, count = measured["sequence_length"], measured["windows"]
+    return Perplexity(value=measured[when], tokens=length * count, sequence_length=length, windows=count)
 
 
 def environment(dtype: DTypeLike) -> dict[str, Any]:

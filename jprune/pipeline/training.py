@@ -211,7 +211,7 @@ class Training:
             stream = self._batches.__iter__()  # of a union, iter() is less to mypy
             if held_out is not None and evaluate_every is not None:
                 evaluate = functools.partial(mean_loss(task.evaluation, self._mesh), held_out)
-        with _run_folder(folder, forget=overwrite and not resume), self._stopwatch.phase("train"):
+        with run_folder(folder, forget=overwrite and not resume), self._stopwatch.phase("train"):
             trained = train(
                 task.loss,
                 task.trainable,
@@ -284,7 +284,7 @@ def _notices(batches: Batches | Mixture, held_out: Batches | None) -> tuple[str,
 
 
 @contextlib.contextmanager
-def _run_folder(folder: Path, *, forget: bool) -> Iterator[None]:
+def run_folder(folder: Path, *, forget: bool) -> Iterator[None]:
     """The folder of the run's state, for this process alone; what an earlier run left in it goes if it is to."""
     if forget and (folder / "settings.json").exists():
         shutil.rmtree(folder)
