@@ -18,6 +18,7 @@ from jprune.checkpoints.demo import cache_folder
 from jprune.cli import commands, recipes
 from jprune.cli.loraprune import PruneWithLoRA
 from jprune.cli.prune import Prune
+from jprune.cli.prune_and_tune import PruneAndTune
 from jprune.cli.shrink import GroupsOf, LLMPrunerOptions, Shrink, ShrinkTo
 from jprune.cli.tune import Tune
 from jprune.errors import JpruneError, UsageError
@@ -53,12 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _commands() -> dict[str, type]:
     """Every command by its words."""
-    prune = {f"prune {name}": _with_options(Prune, method) for name, method in METHODS.items()}
+    prune = {f"prune {name}": _by_method(Prune, method) for name, method in METHODS.items()}
     return prune | {
-        "prune llm-pruner": _with_options(ShrinkTo, LLMPrunerOptions),
-        "prune layers": _with_options(Shrink, DropLayers),
-        "prune loraprune": _with_options(PruneWithLoRA, LoRAPrune),
-        **{f"tune {name}": _with_options(Tune, kind) for name, kind in TUNINGS.items()},
+        "prune prune-and-tune": PruneAndTune,
+        "prune llm-pruner": _by_method(ShrinkTo, LLMPrunerOptions),
+        "prune layers": _by_method(Shrink, DropLayers),
+        "prune loraprune": _by_method(PruneWithLoRA, LoRAPrune),
+        **{f"tune {name}": _by_method(Tune, kind) for name, kind in TUNINGS.items()},
         "eval perplexity": commands.EvalPerplexity,
         "generate": commands.Generate,
         "convert": commands.Convert,
@@ -67,17 +69,22 @@ def _commands() -> dict[str, type]:
     }
 
 
-def _with_options(command: type, method: type) -> type:
-    """The command with the options of a method among its own; the help begins with what the method does."""
+def _with_options(command: type, doc: str | None = None, **parts: type) -> type:
+    """The command with the options of its parts, by field, among its own; the help begins with `doc`."""
     made = dataclasses.make_dataclass(
-        f"{command.__name__}{method.__name__}",
-        [("method", Annotated[method, tyro.conf.arg(name="")], dataclasses.field())],
+        f"{command.__name__}{''.join(part.__name__ for part in parts.values())}",
+        [(name, Annotated[part, tyro.conf.arg(name="")], dataclasses.field()) for name, part in parts.items()],
         bases=(command,),
         frozen=True,
         kw_only=True,
     )
-    made.__doc__ = method.__doc__
+    made.__doc__ = doc
     return made
+
+
+def _by_method(command: type, method: type) -> type:
+    """A command whose help says what its method does."""
+    return _with_options(command, method.__doc__, method=method)
 
 
 def _find(words: list[str]) -> tuple[str, list[str]]:
@@ -111,8 +118,13 @@ def _parse(name: str, words: list[str]) -> Any:
     recipe = _value_of("--recipe", words)
     if recipe is not None:
         words = recipes.as_words(Path(recipe), name.split()[-1], words) + words
+    kind = _commands()[name]
+    if kind is PruneAndTune:  # what the words say of its parts decides which options there are
+        pruner = METHODS.get(_value_of("--pruner", words) or "", METHODS[PruneAndTune.pruner])
+        tuning = TUNINGS.get(_value_of("--tuning", words) or "", TUNINGS[PruneAndTune.tuning])
+        kind = _with_options(kind, kind.__doc__, pruner_options=pruner, tuning_options=tuning)
     return tyro.cli(
-        _commands()[name],
+        kind,
         args=words,
         prog=f"jprune {name}",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),

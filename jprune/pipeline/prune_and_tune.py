@@ -104,6 +104,8 @@ def prune_and_tune(
     """
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     out = Path(out).expanduser()
+    if not resume:  # else it may be the result of this very run
+        output.check(out, overwrite=overwrite, source=checkpoint.source)
     method = SparseGPT() if method is None else method
     tuning = tuning_of_a_round(checkpoint, tuning)
     recipe = Recipe(pattern=Unstructured(sparsity, per), keep_zeros=True, **options)

@@ -42,7 +42,10 @@ def schedule(sparsity: float, rounds: Sequence[float] | None = None, *, present:
       JpruneError: they do not go up, do not end at `sparsity`, or lie below what there is.
     """
     Unstructured(sparsity)  # checks the range
-    chosen = tuple(rounds) if rounds else (*(s for s in SPARSITIES if present - BY_CHANCE <= s < sparsity), sparsity)
+    chosen = tuple(map(float, rounds or ())) or (
+        *(s for s in SPARSITIES if present - BY_CHANCE <= s < sparsity),
+        sparsity,
+    )
     if any(not 0 <= s < 1 for s in chosen) or list(chosen) != sorted(set(chosen)):
         raise JpruneError(f"the sparsities of rounds go up within [0, 1), such as 0.3,0.5,0.7; got {_list(chosen)}")
     if chosen[-1] != sparsity:

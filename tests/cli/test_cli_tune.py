@@ -76,3 +76,40 @@ def test_bad_words(run, tiny_model, token_file, tmp_path):
     status, printed, _ = run("tune", "full", "--help")
     assert status == 0
     assert "--teacher" in printed
+
+
+def test_prune_and_tune(run, tiny_model, token_file, tmp_path):
+    """Its rounds and its plan as JSON; its own record as a recipe; the options that go with a pruner and a tuning."""
+    folder, rows = tiny_model(), token_file(8, 12)
+    words = ["prune", "prune-and-tune", folder, "--sparsity", "0.5", "--rounds", "0.25,0.5", "--pruner", "magnitude"]
+    words += ["--tuning", "lora", "--steps", "2", "--batch-size", "4", "--rank", "2", "--tune-length", "12"]
+    data = ["--data", rows, "--evaluate", token_file(2, 12, seed=1)]
+    status, out, err = run(*words, "--plan", "--json")
+    assert (status, err) == (0, "")
+    plan = json.loads(out)
+    assert plan["sparsities"] == [0.25, 0.5]
+    assert plan["tuning_tokens"] == 2 * 4 * 12
+    status, out, err = run(*words, *data, "--out", tmp_path / "out", "--json")
+    assert (status, err) == (0, "")
+    result = json.loads(out)
+    assert [(each["sparsity"], each["steps"]) for each in result["rounds"]] == [(0.25, 2), (0.5, 2)]
+    assert result["sparsity"]["zeros"] == result["rounds"][-1]["zeros"]
+    assert result["perplexity"]["after"] == result["rounds"][-1]["perplexity_tuned"]
+    again = ["prune", "prune-and-tune", folder, "--recipe", tmp_path / "out" / "jprune.json", "--out", tmp_path / "two"]
+    status, out, err = run(*again, "--evaluate", token_file(2, 12, seed=1))
+    assert (status, err) == (0, "")
+    assert "magnitude and tune lora: sparsity" in out
+    assert json.loads((tmp_path / "two" / "jprune.json").read_text())["perplexity"] == result["perplexity"]
+
+    for wrong, said in [
+        (["--rounds", "0.5,x", *data, "--out", tmp_path / "no"], "are not sparsities"),
+        (["--rounds", "0.2,0.4", *data, "--out", tmp_path / "no"], "end at 0.4"),
+        (["--out", tmp_path / "no"], "--data SOURCE"),
+    ]:
+        status, out, err = run("prune", "prune-and-tune", folder, "--sparsity", "0.5", "--batch-size", "4", *wrong)
+        assert status in (1, 2)
+        assert said in err
+    assert run(*words, "--teacher", folder)[0] == 2  # goes with full
+    _, out, _ = run("prune", "prune-and-tune", "--help")
+    assert "--teacher" in out
+    assert "--damping" in out
