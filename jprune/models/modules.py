@@ -98,11 +98,16 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last axes, means in float32."""
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last axes, means in float32.
+
+    With a parameter "kept", 0 or 1 in the shape of "scale", the means are those of the elements where it is 1: the norm
+    of a smaller model, in the shapes of a larger one (`jprune.structured.masking`).
+    """
 
     def __init__(self, params: Params, options: NormOptions, *, axes: int = 1):
         self.scale = nnx.Param(params["scale"])
         self.bias = nnx.Param(params["bias"]) if "bias" in params else None
+        self.kept = nnx.Param(params["kept"]) if "kept" in params else None
         self.options = options
         self.axes = tuple(range(-axes, 0))
 
@@ -110,8 +115,8 @@ class Norm(nnx.Module):
         """Normalise the last axes; in x's dtype."""
         wide = x.astype(jnp.float32)
         if self.options.kind == "layer":
-            wide = wide - jnp.mean(wide, axis=self.axes, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=self.axes, keepdims=True) + self.options.eps)
+            wide = wide - self._mean(wide)
+        wide = wide * jax.lax.rsqrt(self._mean(wide * wide) + self.options.eps)
         scale = self.scale.get_value()
         if self.options.kind == "rms" and not self.options.offset:
             return wide.astype(x.dtype) * scale.astype(x.dtype)  # rounded before it is scaled, as Llama's original does
@@ -119,6 +124,13 @@ class Norm(nnx.Module):
         if self.bias is not None:
             wide = wide + self.bias.get_value().astype(jnp.float32)
         return wide.astype(x.dtype)
+
+    def _mean(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        if self.kept is None:
+            return jnp.mean(x, axis=self.axes, keepdims=True)
+        kept = self.kept.get_value().astype(jnp.float32)
+        count = jnp.maximum(jnp.sum(kept, axis=self.axes, keepdims=True), 1.0)
+        return jnp.sum(x * kept, axis=self.axes, keepdims=True) / count
 
 
 class Attention(nnx.Module):

@@ -60,6 +60,12 @@ def units_of_hidden(checkpoint: Checkpoint) -> Units:
     return hidden_units(coupled_axes(f, params, _tokens()), params, matmuls(f, params, _tokens()))
 
 
+def reading_axes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The axes over which the model's matmuls sum, by the path of the kernel; a tied embedding is one, as the head."""
+    found = matmuls(_logits(checkpoint.config), _abstract(checkpoint), _tokens(), stacked=True)
+    return {matmul.path: matmul.in_axes for matmul in found}
+
+
 @functools.lru_cache(maxsize=64)
 def _units_of_block(function: Callable, shapes: tuple, d_model: int, kinds: tuple[Kind, ...]) -> tuple[Units, ...]:
     params = trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in shapes})

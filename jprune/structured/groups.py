@@ -95,6 +95,12 @@ class Units:
         """How many parameters go with one unit."""
         return sum(member.parameters for member in self.members)
 
+    def below(self, prefix: str) -> "Units":
+        """The part of them that lies at `prefix` in the model, with paths relative to it; the inverse of `at`."""
+        start = f"{prefix}/"
+        members = [dataclasses.replace(m, path=m.path[len(start) :]) for m in self.members if m.path.startswith(start)]
+        return dataclasses.replace(self, name=self.name.removeprefix(start), members=tuple(members))
+
     def at(self, prefix: str, layer: int | None = None) -> "Units":
         """The units of the block function as those of the block whose parameters lie at `prefix` in the model.
 
@@ -218,7 +224,13 @@ def hidden_units(groups: Sequence[Group], params: PyTree, matmuls: Iterable[Para
     widest = max(channels, key=lambda p: len(p.kernels))
     if widest.group.frozen is not None:
         raise JpruneError(f"the hidden dimension is frozen: {widest.group.name}: {widest.group.frozen}")
-    return Units(kind="hidden", name="hidden", count=widest.group.size, members=widest.members)
+    return Units(
+        kind="hidden",
+        name="hidden",
+        count=widest.group.size,
+        members=widest.members,
+        renormalised=widest.group.renormalised,
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
