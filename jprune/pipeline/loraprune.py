@@ -229,8 +229,9 @@ def loraprune_model(
     out = Path(out).expanduser()
     output.check(out, overwrite=overwrite, source=checkpoint.source)
     masks = method.masks(checkpoint)
-    if format is not None:
-        formats.check(_planned(checkpoint, method, masks), format)
+    planned = _planned(checkpoint, method, masks)  # what cannot be written is refused before the work
+    chosen: Format = format or ("hf" if planned.config.uniform else "jprune")
+    formats.check(planned, chosen)
     training = Training(checkpoint, method, stopwatch, progress, epochs=EPOCHS, data=data, evaluate=evaluate, **options)
     growth = method.growth(training.steps)
     with stopwatch.phase("load"):
@@ -252,7 +253,6 @@ def loraprune_model(
     trainable = jax.tree.map(np.asarray, trained.trainable)
     pruned = _checked(masks, trainable["keep"], method.share)
     smaller, read = masks.result(trainable)
-    chosen: Format = format or ("hf" if smaller.config.uniform else "jprune")
     with output.new_folder(out, overwrite=overwrite, source=checkpoint.source) as part:
         with stopwatch.phase("io"):
             with formats.writer(part, smaller, format=chosen) as writer:

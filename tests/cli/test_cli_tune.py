@@ -1,4 +1,4 @@
-"""`jprune tune` as a user types it."""
+"""`jprune tune` and `jprune prune loraprune` as a user types them."""
 
 import json
 
@@ -113,3 +113,28 @@ def test_prune_and_tune(run, tiny_model, token_file, tmp_path):
     _, out, _ = run("prune", "prune-and-tune", "--help")
     assert "--teacher" in out
     assert "--damping" in out
+
+
+def test_loraprune(run, tiny_model, token_file, tmp_path):
+    folder, out = tiny_model(), tmp_path / "out"
+    words = ["prune", "loraprune", folder, "--ratio", "0.5", "--protect-first", "1", "--protect-last", "0"]
+    status, plan, _ = run(*words, "--plan", "--json")
+    assert status == 0
+    more = ["--steps", "4", "--every", "2", "--batch-size", "4", "--rank", "2", "--data", token_file(8, 12)]
+    status, printed, err = run(*words, *more, "--out", out, "--evaluate", token_file(2, 12, seed=1))
+    assert status == 0, err
+    assert "58 of 116 heads and channels went; parameters: " in printed
+    assert "only jprune loads this folder" in err
+    status, info, _ = run("info", out, "--json")
+    assert json.loads(info)["parameters"] == json.loads(plan)["parameters"]["after"]
+    # Again from its record, with another share.
+    status, printed, _ = run(
+        "prune", "loraprune", folder, "--recipe", out / "jprune.json", "--ratio", "0.25", "--data", token_file(8, 12),
+        "--out", tmp_path / "less", "--json",
+    )  # fmt: skip
+    assert status == 0
+    assert json.loads(printed)["pruned"] == {"count": 2 * 14, "of": 116}
+    assert run(*words, "--plan", "--sparsity", "0.5")[0] == 1
+    assert run(*words, *more)[0] == 2  # no --out
+    assert run(*words, "--out", tmp_path / "no")[0] == 2  # no --data
+    assert "say how much is to go" in run("prune", "loraprune", folder, "--plan")[2]

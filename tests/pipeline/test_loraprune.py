@@ -60,12 +60,9 @@ def trained(task, rng, drop):
 
 @pytest.mark.parametrize(
     ("options", "base"),
-    [
-        ({"num_key_value_heads": 4}, "float32"), ({}, "float32"), ({}, "int8"), (QWEN, "float32"),
-        ({"num_key_value_heads": 1}, "float32"),
-    ],
-    ids=["heads of their own", "grouped queries", "int8", "biases", "one KV head"],
-)  # fmt: skip
+    [({"num_key_value_heads": 4}, "float32"), (QWEN, "float32"), ({}, "int8"), ({"num_key_value_heads": 1}, "float32")],
+    ids=["heads of their own", "grouped queries and biases", "int8", "one KV head"],
+)
 def test_masked_is_smaller(tiny_model, data, rng, options, base):
     """The masked model computes what the smaller one does, that is written from the same base."""
 
@@ -253,3 +250,15 @@ def test_bad_input(tiny_model, tiny_config, data, tmp_path):
     ]:
         with pytest.raises(JpruneError, match=match):
             LoRAPrune(**options)
+
+
+def test_devices_change_nothing(tiny_model, data, tmp_path, monkeypatch):
+    """Kernels, importance and masks cut up over two of four devices."""
+    folder = tiny_model()
+    options = {"method": LoRAPrune(**SHORT | {"steps": 4}, ratio=0.5, dropout=0.0), "data": data}
+    one = loraprune_model(folder, tmp_path / "one", **options)
+    monkeypatch.undo()
+    four = loraprune_model(folder, tmp_path / "four", fsdp=2, **options)
+    np.testing.assert_allclose(four.losses, one.losses, rtol=1e-4)
+    a, b = (json.loads((tmp_path / name / "jprune.json").read_text())["kept"] for name in ("one", "four"))
+    assert a == b
