@@ -1,7 +1,8 @@
 """Rounds of pruning and tuning: which there are, and what is told of each.
 
 Syed, Guo and Sundarapandiyan, ICLR 2023 Tiny Papers, "Prune and Tune: Improving Efficient Pruning Techniques for
-Massive Language Models" (https://openreview.net/forum?id=cKlgcx7nSZ). Sparsities are absolute: 0.5, then 0.7 of all prunable weights.
+Massive Language Models" (https://openreview.net/forum?id=cKlgcx7nSZ). Sparsities are absolute: 0.5, then 0.7 of all
+prunable weights.
 """
 
 import dataclasses

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Shaped, UInt8
 
@@ -49,7 +50,7 @@ def keep_masked(masks: PyTree) -> optax.GradientTransformation:
                 raise JpruneError(
                     f"{path}: expected a bool mask {leaves[path].shape}, got {jnp.dtype(mask.dtype)} {mask.shape}"
                 )
-        return KeepMaskedState({path: pack(jnp.asarray(mask)) for path, mask in given.items()})
+        return KeepMaskedState({path: pack(mask) for path, mask in given.items()})
 
     def update(updates: PyTree, state: KeepMaskedState, params: PyTree | None = None) -> tuple[PyTree, KeepMaskedState]:
         if params is None:
@@ -72,9 +73,11 @@ def to_zero(updates: PyTree, params: PyTree, masks: Mapping[str, UInt8[Array, ".
     return jax.tree_util.tree_map_with_path(one, updates)
 
 
-def pack(mask: Bool[Array, "..."]) -> UInt8[Array, "..."]:
+def pack(mask: Bool[Array | np.ndarray, "..."]) -> UInt8[Array, "..."]:
     """A mask with eight bits a byte along its last axis, filled up with zeros: ``[..., n] -> [..., ceil(n / 8)]``."""
-    return jnp.packbits(mask.reshape(mask.shape or (1,)), axis=-1)
+    # By NumPy where it can be: a mask that is known when `init` is compiled becomes part of the program.
+    module = np if isinstance(mask, np.ndarray) else jnp
+    return jnp.asarray(module.packbits(mask.reshape(mask.shape or (1,)), axis=-1))
 
 
 def unpack(packed: UInt8[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
