@@ -19,12 +19,14 @@ from jprune.cli import commands, recipes
 from jprune.cli.loraprune import PruneWithLoRA
 from jprune.cli.prune import Prune
 from jprune.cli.prune_and_tune import PruneAndTune
+from jprune.cli.shear import Shear
 from jprune.cli.shrink import GroupsOf, LLMPrunerOptions, Shrink, ShrinkTo
 from jprune.cli.tune import Tune
 from jprune.errors import JpruneError, UsageError
 from jprune.methods import METHODS
 from jprune.pipeline.loraprune import LoRAPrune
 from jprune.pipeline.recovery import TUNINGS
+from jprune.pipeline.shearing import Shearing
 from jprune.structured.methods import DropLayers
 
 
@@ -60,6 +62,7 @@ def _commands() -> dict[str, type]:
         "prune llm-pruner": _by_method(ShrinkTo, LLMPrunerOptions),
         "prune layers": _by_method(Shrink, DropLayers),
         "prune loraprune": _by_method(PruneWithLoRA, LoRAPrune),
+        "prune shearing": _by_method(Shear, Shearing),
         **{f"tune {name}": _by_method(Tune, kind) for name, kind in TUNINGS.items()},
         "eval perplexity": commands.EvalPerplexity,
         "generate": commands.Generate,

@@ -111,10 +111,14 @@ class MaskedModel:
                 writers=writers(part.function, part.abstract(), x) if "layer" in self.targets else (),
                 in_axes={p.removeprefix(start): axes for p, axes in in_axes.items() if p.startswith(start)},
             )
-        first = {kind: jnp.zeros(s).at[..., : self.targets[kind]].set(1.0) for kind, s in self.shapes.items()}
-        # Where the first and the last units may stay, so that nothing is refused when all the work is done.
-        self.smaller = self.left(first)
-        self.left({kind: x[..., ::-1] for kind, x in first.items()})
+        first = {kind: np.arange(size[-1]) < self.targets[kind] for kind, size in self.shapes.items()}
+        # Where the first units may stay and where the last may: nothing is to be refused when all the work is done.
+        self.smaller, _ = (
+            self.left(
+                {k: jnp.asarray(np.broadcast_to(x[::way], self.shapes[k]), jnp.float32) for k, x in first.items()}
+            )
+            for way in (1, -1)
+        )
 
     def left(self, masks: Masks) -> Checkpoint:
         """What masks leave of the model, as a view of it with its own weights; its paths are those of `sheared`.
@@ -193,13 +197,14 @@ class MaskedModel:
         """The sizes of a model, of the numbers of units that stay in a row of each kind."""
         kv_heads = sizes.get("attention", self.source.kv_heads)
         group = sizes.get("query", self.source.heads // self.source.kv_heads)
-        return {
+        found = {
             "layers": sizes.get("layer", self.source.layers),
             "hidden": sizes.get("hidden", self.source.hidden),
             "heads": kv_heads * group,
             "kv_heads": kv_heads,
             "intermediate": sizes.get("mlp", self.source.intermediate),
         }
+        return {name: float(size) for name, size in found.items()}
 
 
 def shape_of(checkpoint: Checkpoint) -> Shape:

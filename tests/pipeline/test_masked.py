@@ -82,7 +82,7 @@ LLAMA = {
 
 
 @settings(
-    max_examples=6, phases=[Phase.generate], deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=5, phases=[Phase.generate], deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 @given(
     heads=st.sampled_from([(1, 2), (1, 3), (2, 1), (3, 1), (2, 2), (3, 2), (2, 3)]),
@@ -155,7 +155,7 @@ def test_refusals(tmp_path):
 
 
 FIRST = {a.removesuffix("ForCausalLM"): (f, a, f.variants[0]) for f in families.FAMILIES for a in f.architectures}
-DIFFERENT = ["Qwen3", "OPT", "Bloom", "GPTNeoX", "Falcon", "StableLm", "Gemma2", "Olmo2", "Qwen2Moe"]
+DIFFERENT = ["OPT", "Bloom", "StableLm", "Gemma2", "Olmo2", "Qwen2Moe"]
 """One of each kind: norms with and without biases, before and after, of queries; positions; parallel; experts."""
 REFUSED = {
     "Bloom": {"heads": "frozen: .*constant array"},

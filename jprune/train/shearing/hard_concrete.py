@@ -52,7 +52,7 @@ def soft(log_alpha: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.nn.sigmoid(log_alpha / TEMPERATURE * SHARPNESS)
 
 
-def deterministic(log_alpha: Float[Array, "*rows n"], kept: int) -> Float[Array, "*rows n"]:
+def deterministic(log_alpha: Float[Array, "*rows n"], kept: int | Float[Array, "*rows 1"]) -> Float[Array, "*rows n"]:
     """`soft` for the `kept` largest of each row, and 0 for all others; of equal ones the first stay."""
     rank = jnp.argsort(jnp.argsort(-log_alpha, axis=-1, stable=True), axis=-1)
-    return jnp.where(rank < kept, soft(log_alpha), jnp.zeros((), log_alpha.dtype))
+    return jnp.where(rank.astype(jnp.float32) < kept, soft(log_alpha), jnp.zeros((), log_alpha.dtype))

@@ -1,0 +1,403 @@
+"""One shearing run: a checkpoint in, the smaller model that masks have found while it was trained, and its record out.
+
+LLM-Shearing's first phase (Xia et al., arXiv:2310.06694). Each micro-batch is computed by the model under masks that
+are drawn for it (`jprune.train.shearing.hard_concrete`); weights and masks follow its loss, and the masks besides the
+Lagrangian of the target (`jprune.train.shearing.lagrangian`). At the end the units that are likeliest to stay do, in
+exactly the target's numbers, with what is left of their masks multiplied into the weights: a plain smaller model, to
+be trained on with `jprune tune full`.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from jprune.checkpoints import Checkpoint, formats, load, record
+from jprune.checkpoints.formats import Format
+from jprune.data import windows
+from jprune.errors import JpruneError
+from jprune.models import families, loss, stacked
+from jprune.models.config import DecoderConfig, shapes
+from jprune.pipeline import output
+from jprune.pipeline.masked import MaskedModel, shape_of
+from jprune.pipeline.recovery import Task, Tuning
+from jprune.pipeline.report import Progress
+from jprune.pipeline.resume import default_folder
+from jprune.pipeline.stopwatch import Stopwatch, peak_memory_bytes
+from jprune.pipeline.structured import ShrinkPlan, parameters, sizes
+from jprune.pipeline.trainable import Sums, compute_dtype, read_stacked
+from jprune.pipeline.training import Training, evaluation_losses
+from jprune.pipeline.tune import TuneReport
+from jprune.structured import shape as target_shape
+from jprune.structured.shape import Shape
+from jprune.train import metrics
+from jprune.train.loop import Batch
+from jprune.train.optimizer import AdamW, Schedule
+from jprune.train.shearing import hard_concrete, lagrangian
+
+PyTree = Any
+NAME = "shearing"
+FLOOR = 0.1
+"""Of all learning rates, at the end."""
+DIVERGED = 1e5
+"""A multiplier beyond this has run away: those of the published runs stay below some thousands."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shearing(Tuning):
+    """Learn which layers, heads, channels and hidden dimensions a smaller model keeps (Xia et al. 2023).
+
+    Defaults are those of its authors' script, but for its 3200 steps of 32 windows of 4096 tokens.
+    """
+
+    target: str | None = None
+    """Sizes of the result, as layers=24,hidden=2048,heads=16,kv_heads=16,intermediate=5504 (what is not named stays),
+    or a config.json that has them."""
+    parameters: str | None = None
+    """Instead of --target: at most so many parameters, as 1.3B; all sizes shrink alike, nearly."""
+    schedule: Schedule = "cosine"
+    """After the warm-up: constant, linear or cosine, down to a tenth at the end; of all three learning rates."""
+    batch_size: int = 32
+    """Windows an update."""
+    mask_learning_rate: float = 1.0
+    """Of the masks' log alpha."""
+    multiplier_learning_rate: float = 1.0
+    """Of the Lagrangian's multipliers, which ascend."""
+    mask_momentum: float = 0.9
+    """Adam's, of masks and multipliers. With a few hundred steps 0 keeps them from overshooting."""
+    target_warmup: int | None = None
+    """Steps over which the target rises from nothing pruned. By default a fifth of all, as 640 of 3200."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.target is None) == (self.parameters is None):
+            raise JpruneError(
+                "say how small the model is to be: either its sizes (--target layers=24,hidden=2048, or a config.json) "
+                "or a number of parameters (--parameters 1.3B)"
+            )
+        if self.target_warmup is not None and self.target_warmup < 1:
+            raise JpruneError(f"--target-warmup must be at least 1, got {self.target_warmup}")
+        self.optimizer({}, 100)
+
+    def adamw(self) -> AdamW:
+        """Of the weights."""
+        return dataclasses.replace(super().adamw(), floor=FLOOR, b2=0.95)
+
+    def shape(self, checkpoint: Checkpoint) -> Shape:
+        """The sizes of the result.
+
+        Raises:
+          JpruneError: a target that cannot be read, or that no shape satisfies.
+        """
+        source = shape_of(checkpoint)
+        if self.parameters is not None:
+            return target_shape.solve(source, target_shape.number(self.parameters), count(checkpoint.config))
+        assert self.target is not None
+        path = Path(self.target).expanduser()
+        path = path / "config.json" if path.is_dir() else path
+        if "=" not in self.target or path.is_file():
+            return _shape_in(path)
+        return target_shape.parse(self.target, source)
+
+    def optimizer(self, targets: Mapping[str, int], steps: int) -> Any:
+        """Of weights, masks and multipliers."""
+        masks = dataclasses.replace(
+            self.adamw(), learning_rate=self.mask_learning_rate, b1=self.mask_momentum, weight_decay=0.0
+        )
+        return lagrangian.optimizer(
+            self.adamw(),
+            masks,
+            dataclasses.replace(masks, learning_rate=self.multiplier_learning_rate),
+            targets=targets,
+            steps=steps,
+            warmup=self.target_rise(steps),
+        )
+
+    def target_rise(self, steps: int) -> int:
+        """Steps until the target is the whole one."""
+        return self.target_warmup or max(1, steps // 5)
+
+    def task(self, checkpoint: Checkpoint, steps: int, masked: MaskedModel) -> Task:
+        """Weights, float32 and computed in the usual dtype, with log alpha and multipliers beside them."""
+        runs = stacked.runs(checkpoint.config, checkpoint.shapes)
+        sums = masked_loss(masked, dtype := compute_dtype(checkpoint, None))
+
+        def drawn(trainable: PyTree, frozen: PyTree, batch: Batch, key: Any) -> Sums:
+            del frozen  # everything is trained
+            return sums(trainable["model"], sample(trainable["log_alpha"], key), batch)
+
+        def expected(trainable: PyTree, frozen: PyTree, batch: Batch) -> Sums:
+            """Of the model that is expected: in each row as many as the masks want now."""
+            del frozen
+            return sums(trainable["model"], rounded(trainable["log_alpha"]), batch)
+
+        def read(trainable: PyTree, path: str) -> np.ndarray:
+            raise JpruneError(f"{path}: what masks leave is written as a whole; see MaskedModel.sheared")
+
+        return Task(
+            trainable={
+                "model": read_stacked(checkpoint, runs, dtype=jnp.float32),
+                **start(masked),
+            },
+            frozen={},
+            loss=drawn,
+            evaluation=expected,
+            optimizer=self.optimizer(masked.targets, steps),
+            read=read,
+            dtype=dtype,
+        )
+
+
+def start(masked: MaskedModel) -> dict[str, Any]:
+    """The masks' log alpha and the multipliers to begin with."""
+    log_alpha = {kind: hard_concrete.initial(shape) for kind, shape in masked.shapes.items()}
+    return {"log_alpha": log_alpha, "multipliers": lagrangian.initial_multipliers(log_alpha)}
+
+
+def masked_loss(masked: MaskedModel, dtype: Any) -> Callable[[PyTree, PyTree, Batch], Sums]:
+    """(parameters with blocks stacked, masks, batch) -> sum of the weighted cross-entropies, and of the weights."""
+    language_model = loss.causal_lm(masked.checkpoint.config, around=masked.around(dtype))
+
+    def sums(params: PyTree, masks: PyTree, batch: Batch) -> Sums:
+        operands, aside = masked.operands(params, masks)
+        ends = {name: x for name, x in operands.items() if name != "blocks"}  # blocks are cast one by one
+        cast = jax.tree.map(lambda x: x.astype(dtype), ends)
+        return language_model({**cast, "blocks": operands["blocks"]}, batch, aside)
+
+    return sums
+
+
+def sample(log_alpha: lagrangian.LogAlpha, key: Key[Array, ""]) -> dict[str, Float[Array, "*rows n"]]:
+    """Masks, each kind with randomness of its own."""
+    kinds = sorted(log_alpha)
+    return {k: hard_concrete.sample(log_alpha[k], jax.random.fold_in(key, i)) for i, k in enumerate(kinds)}
+
+
+def rounded(log_alpha: lagrangian.LogAlpha) -> dict[str, Float[Array, "*rows n"]]:
+    """Soft masks, of which each row has as many as it expects to keep, rounded."""
+    counts = {kind: jnp.round(jnp.sum(hard_concrete.expected(x), -1, keepdims=True)) for kind, x in log_alpha.items()}
+    return {kind: hard_concrete.deterministic(x, counts[kind]) for kind, x in log_alpha.items()}
+
+
+def count(config: DecoderConfig) -> target_shape.Count:
+    """How many parameters a model like `config` would have in another shape."""
+
+    def parameters(shape: Shape) -> int:
+        smaller = dataclasses.replace(
+            config,
+            layers=min(shape.layers, 2),
+            d_model=shape.hidden,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            d_ff=shape.intermediate,
+            windows=(),
+            ropes=(),
+            dense_layers=(),
+        )
+        of = {path: math.prod(size) for path, size in shapes(smaller).items()}
+        last = sum(n for path, n in of.items() if path.startswith("blocks/0/"))
+        return sum(of.values()) + last * (shape.layers - smaller.layers)
+
+    return parameters
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShearingReport(TuneReport):
+    """The result of a shearing run; `parameters` are those before."""
+
+    parameters_after: int
+    target: Shape
+    expected: dict[str, float]
+    """The shape that the masks expected after the last step."""
+    sizes: tuple[dict[str, int], ...]
+    """Of every layer of the result."""
+
+    def json(self) -> dict[str, Any]:
+        """The object that ``--json`` prints."""
+        return {
+            **super().json(),
+            "parameters": {"before": self.parameters, "after": self.parameters_after},
+            "target": dataclasses.asdict(self.target),
+            "expected": self.expected,
+            "sizes": list(self.sizes),
+        }
+
+
+def shear_model(
+    model: Checkpoint | str | Path,
+    out: str | Path,
+    *,
+    method: Shearing,
+    data: windows.Spec | Mapping[str, windows.Spec],
+    evaluate: windows.Spec | Mapping[str, windows.Spec] | None = None,
+    evaluate_every: int | None = None,
+    checkpoint_every: int | None = None,
+    format: Format | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
+    **options: Any,
+) -> ShearingReport:
+    """Prunes a model to a target shape while it is trained, and writes the result.
+
+    Args:
+      model: a checkpoint, or what `jprune.load` takes.
+      out: folder of the result; it appears when everything is done.
+      method: `Shearing(target="layers=24,hidden=2048", steps=3200)`.
+      data: source of the training data, or of domains by name, as for `tune_model`.
+      evaluate: source of a text whose perplexity is measured before and after, or sources by domain.
+      evaluate_every: steps between two evaluations, for the metrics and for dynamic loading: the result is the last
+        state.
+      checkpoint_every: steps between two checkpoints in ``OUT.run``; by default a tenth of all.
+      format: see `jprune.checkpoints.formats`; by default "hf".
+      resume: go on with the run in ``OUT.run``, if there is one.
+      overwrite: replace an `out`, and forget an ``OUT.run``, that an earlier run left.
+      progress: called often.
+      options: of the data and the devices, as for `tune_model`: sequence_length, windows_at_most, train_on_prompt,
+        evaluate_length, evaluate_windows, fsdp, proportions, dynamic_loading.
+
+    Raises:
+      JpruneError: anything that does not fit, or multipliers that run away; `out` is then untouched.
+      jprune.train.loop.Interrupted: Ctrl-C; the state is kept in ``OUT.run``.
+    """
+    stopwatch = Stopwatch()
+    checkpoint = model if isinstance(model, Checkpoint) else load(model)
+    out = Path(out).expanduser()
+    output.check(out, overwrite=overwrite, source=checkpoint.source)
+    masked = MaskedModel(checkpoint, method.shape(checkpoint))
+    chosen: Format = format or "hf"
+    formats.check(masked.smaller, chosen)
+    training = Training(checkpoint, method, stopwatch, progress, epochs=1, data=data, evaluate=evaluate, **options)
+    with stopwatch.phase("load"):
+        task = method.task(checkpoint, training.steps, masked)
+    before = training.perplexity(checkpoint, task.dtype, "evaluate before")
+    folder = default_folder(out)
+    given = dataclasses.asdict(method) | {"target": str(masked.target), "parameters": None}
+    trained = training.train(
+        task,
+        folder,
+        recipe={"method": NAME, **{name: value for name, value in given.items() if name != "micro_batch"}},
+        evaluate_every=evaluate_every,
+        keep_best=False,  # before the target is reached too little has gone
+        checkpoint_every=checkpoint_every,
+        watch=watch(masked, method.target_rise(training.steps)),
+        resume=resume,
+        overwrite=overwrite,
+    )
+    log_alpha = trained.trainable["log_alpha"]
+    masks = {kind: hard_concrete.deterministic(x, masked.targets[kind]) for kind, x in log_alpha.items()}
+    smaller = masked.left(masks)
+    with output.new_folder(out, overwrite=overwrite, source=checkpoint.source) as part:
+        with stopwatch.phase("io"):
+            params = stacked.unstack(jax.tree.map(np.asarray, trained.trainable["model"]))
+            with formats.writer(part, smaller, format=chosen) as writer:
+                for path, values in masked.sheared(params, masks):
+                    writer.write(path, np.asarray(values).astype(smaller.shapes[path].dtype))
+            shutil.copy2(folder / metrics.NAME, part / metrics.NAME)
+        after, failed = training.perplexity_after(part, task.dtype)
+        report = ShearingReport(
+            out=out,
+            method=NAME,
+            steps=training.steps,
+            best_step=trained.step,
+            trainable_parameters=sum(x.size for x in jax.tree.leaves(trained.trainable)),
+            parameters=parameters(checkpoint),
+            parameters_after=parameters(smaller),
+            target=masked.target,
+            expected=expected_shape(masked, log_alpha),
+            sizes=sizes(smaller),
+            losses=tuple(line["loss"] for line in trained.history),
+            evaluation_losses=evaluation_losses(trained),
+            tokens_per_second=trained.tokens_per_second,
+            before=before,
+            after=after,
+            seconds=stopwatch.seconds(),
+            peak_memory_bytes=peak_memory_bytes(),
+            resumed_from=trained.resumed_from,
+            notices=(*training.notices, *formats.notices(smaller, chosen), *failed),
+            domains=training.domains(trained),
+        )
+        contents = {
+            **report.json(),
+            "recipe": {"method": NAME, **given},
+            "kept": {kind: np.argwhere(np.asarray(mask) > 0).tolist() for kind, mask in masks.items() if mask.ndim < 2},
+            **training.record(trained, task.dtype),
+            "format": chosen,
+            "notices": list(report.notices),
+        }
+        record.write(part, contents)
+    shutil.rmtree(folder, ignore_errors=True)
+    return report
+
+
+def plan_shearing(model: Checkpoint | str | Path, *, method: Shearing) -> ShrinkPlan:
+    """The sizes of the result, without a weight or a text; a folder with a config.json is enough.
+
+    Raises:
+      JpruneError: as `shear_model`, for what can be known from shapes.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else load(model, weights=False)
+    smaller = MaskedModel(checkpoint, method.shape(checkpoint)).smaller
+    return ShrinkPlan(parameters=(parameters(checkpoint), parameters(smaller)), sizes=sizes(smaller), units=())
+
+
+def expected_shape(masked: MaskedModel, log_alpha: lagrangian.LogAlpha) -> dict[str, float]:
+    """The sizes that the masks expect, the mean over layers."""
+    found = masked.shape({kind: float(size) for kind, size in lagrangian.sizes(log_alpha).items()})
+    return {name: round(size, 3) for name, size in found.items()}
+
+
+def watch(masked: MaskedModel, warmup: int) -> Callable[[PyTree, PyTree], dict[str, float]]:
+    """What the metrics say of every step: expected sizes, multipliers and the Lagrangian's value.
+
+    The function raises `JpruneError` when a multiplier has run away.
+    """
+
+    @jax.jit
+    def measured(trainable: PyTree, step: Array) -> tuple[Any, Any, Array]:
+        log_alpha, multipliers = trainable["log_alpha"], trainable["multipliers"]
+        gone = lagrangian.gone(masked.targets, log_alpha, step, warmup)
+        return lagrangian.sizes(log_alpha), multipliers, lagrangian.penalty(log_alpha, multipliers, gone)
+
+    def watch(trainable: PyTree, state: PyTree) -> dict[str, float]:
+        left, multipliers, value = jax.device_get(measured(trainable, state[0].step))
+        for kind, pair in multipliers.items():
+            if not np.all(np.abs(pair) < DIVERGED):
+                raise JpruneError(
+                    f"the multipliers of {kind} have run away ({pair[0]:.3g} and {pair[1]:.3g}): lower "
+                    "--multiplier-learning-rate or --mask-learning-rate, or raise --target-warmup. The state that was "
+                    "saved last is kept"
+                )
+        found = masked.shape({kind: float(size) for kind, size in left.items()})
+        line = {f"expected/{name}": round(size, 4) for name, size in found.items()}
+        for kind, pair in multipliers.items():
+            line |= {f"multiplier/{kind}/{i + 1}": float(x) for i, x in enumerate(pair)}
+        return {**line, "lagrangian": float(value)}
+
+    return watch
+
+
+def _shape_in(path: Path) -> Shape:
+    """The shape that a config.json describes."""
+    try:
+        config = families.config(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise JpruneError(
+            f"--target is a config.json or sizes such as layers=24,hidden=2048; {path} cannot be read as the first: "
+            f"{error}"
+        ) from error
+    return Shape(
+        layers=config.layers,
+        hidden=config.d_model,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        intermediate=config.d_ff,
+    )

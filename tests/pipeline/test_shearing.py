@@ -1,0 +1,163 @@
+"""Shearing runs over a tiny model: the target is reached and had exactly, runs resume, what cannot be is refused."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jprune import trees
+from jprune.checkpoints import load
+from jprune.errors import JpruneError
+from jprune.models import decoder
+from jprune.pipeline.masked import MaskedModel, shape_of
+from jprune.pipeline.shearing import Shearing, count, masked_loss, plan_shearing, rounded, shear_model
+from jprune.structured.shape import Shape
+from jprune.train import sharding
+from jprune.train.loop import Interrupted
+from jprune.train.shearing import hard_concrete
+
+TARGET = "layers=2,hidden=24,heads=2,kv_heads=1,intermediate=40"
+QUICK = {"batch_size": 4, "micro_batch": 2, "warmup": 0, "mask_momentum": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Compiling for the four virtual devices of the tests takes long."""
+    monkeypatch.setattr(sharding, "make_mesh", lambda **options: None)
+
+
+@pytest.fixture
+def data(token_file):
+    return np.tile(np.load(token_file(4, 12)), (3, 1))
+
+
+@pytest.fixture
+def checkpoint(tiny_model):
+    return load(tiny_model())
+
+
+def test_the_target_is_reached(checkpoint, data, tmp_path):
+    """Expected sizes are within one per cent of the target at the end, and the result has them exactly."""
+    method = Shearing(target=TARGET, steps=250, mask_learning_rate=0.3, **QUICK)
+    report = shear_model(checkpoint, tmp_path / "out", method=method, data=data, evaluate=data[:4])
+    wanted = {"layers": 2, "hidden": 24, "heads": 2, "kv_heads": 1, "intermediate": 40}
+    for name, size in wanted.items():
+        assert abs(report.expected[name] - size) <= 0.01 * size, report.expected
+    assert report.sizes == ({"d_model": 24, "heads": 2, "kv_heads": 1, "d_ff": 40},) * 2
+    result = load(tmp_path / "out")
+    assert shape_of(result) == Shape(**wanted)
+    after = sum(np.prod(x.shape) for x in result.shapes.values())
+    by_hand = 2 * 96 * 24 + 2 * (24 * 8 * (2 + 1 + 1 + 2) + 3 * 24 * 40 + 2 * 24) + 24
+    assert report.parameters_after == after == by_hand == count(checkpoint.config)(Shape(**wanted))
+    record = json.loads((tmp_path / "out" / "jprune.json").read_text())
+    assert record["parameters"] == {"before": report.parameters, "after": by_hand}
+    assert record["recipe"]["method"] == "shearing"
+    assert len(record["kept"]["layer"]) == 2
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 250
+    assert {"expected/layers", "expected/kv_heads", "multiplier/mlp/1", "lagrangian"} <= lines[0].keys()
+    assert lines[0]["expected/hidden"] > 31
+    assert report.losses[-1] < np.log(96)  # it has learnt, too
+    assert np.isfinite(report.after.value)
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_a_resumed_run_is_the_same(checkpoint, data, tmp_path):
+    method = Shearing(target="hidden=24,intermediate=40", steps=6, **QUICK)
+    straight = shear_model(checkpoint, tmp_path / "straight", method=method, data=data)
+
+    def press(progress):
+        if progress.phase == "train" and progress.done >= 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        shear_model(checkpoint, tmp_path / "out", method=method, data=data, progress=press)
+    assert not (tmp_path / "out").exists()
+    resumed = shear_model(checkpoint, tmp_path / "out", method=method, data=data, resume=True)
+    assert resumed.resumed_from >= 3
+    assert resumed.losses == straight.losses
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_training_sees_the_masked_model(checkpoint, data):
+    """The task's loss under drawn masks, and under the expected ones, is that of the model they leave."""
+    masked = MaskedModel(checkpoint, Shape(layers=2, hidden=24, heads=2, kv_heads=1, intermediate=40))
+    task = Shearing(target=TARGET, steps=4).task(checkpoint, 4, masked)
+    rng = np.random.default_rng(3)
+    log_alpha = {k: jnp.asarray(rng.normal(0.5, 2, s), jnp.float32) for k, s in masked.shapes.items()}
+    trainable = {**task.trainable, "log_alpha": log_alpha}
+    batch = {"tokens": jnp.asarray(data[:4]), "weights": jnp.ones((4, 12), jnp.float32)}
+    got, weight = jax.jit(task.evaluation)(trainable, {}, batch)
+    assert weight == 4 * 11
+    left = np.count_nonzero(rounded(log_alpha)["mlp"], axis=-1)
+    np.testing.assert_array_equal(left, np.round(hard_concrete.expected(log_alpha["mlp"]).sum(-1)))
+    masks = {k: hard_concrete.deterministic(log_alpha[k], masked.targets[k]) for k in log_alpha}
+    params = trees.unflatten(dict(masked.sheared(jax.tree.map(jnp.asarray, checkpoint.params()), masks)))
+    scores = jax.nn.log_softmax(decoder.apply(masked.left(masks).config, params, batch["tokens"])[:, :-1])
+    want = -np.take_along_axis(np.asarray(scores), data[:4, 1:, None], axis=-1).sum()
+    same = jax.jit(masked_loss(masked, jnp.float32))(task.trainable["model"], masks, batch)[0]
+    np.testing.assert_allclose(same, want, rtol=1e-5)
+    assert np.isfinite(got)
+    drawn = [float(jax.jit(task.loss)(trainable, {}, batch, jax.random.key(i))[0]) for i in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+LLAMA_2_7B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
+    "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu",
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def test_published_sizes(tmp_path):
+    """From config.json alone; by hand: embedding and head, 4 d h 128 + 3 d i + 2 d a layer, the last norm."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
+    model = load(tmp_path, weights=False)
+    for layers, d, h, i, published in [
+        (24, 2048, 16, 5504, 1_345_423_360),
+        (32, 2560, 20, 6912, 2_701_560_320),
+        (24, 1024, 8, 2816, 373_867_520),
+    ]:
+        assert published == 64000 * d + layers * (4 * d * h * 128 + 3 * d * i + 2 * d) + d
+        target = f"layers={layers},hidden={d},heads={h},intermediate={i}"
+        assert count(model.config)(Shearing(target=target).shape(model)) == published
+    plan = plan_shearing(tmp_path, method=Shearing(target="layers=24,hidden=2048,heads=16,intermediate=5504"))
+    assert plan.parameters == (6_738_415_616, 1_345_423_360)
+    assert plan.sizes == ({"d_model": 2048, "heads": 16, "kv_heads": 16, "d_ff": 5504},) * 24
+
+
+def test_targets(tmp_path):
+    """A config.json as target, and a number of parameters."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
+    model = load(tmp_path, weights=False)
+    smaller = tmp_path / "smaller"
+    smaller.mkdir()
+    (smaller / "config.json").write_text(json.dumps(LLAMA_2_7B | {"num_hidden_layers": 20, "hidden_size": 1024}))
+    expected = Shape(layers=20, hidden=1024, heads=32, kv_heads=32, intermediate=11008)
+    assert Shearing(target=str(smaller)).shape(model) == Shearing(target=str(smaller / "config.json")).shape(model)
+    assert Shearing(target=str(smaller)).shape(model) == expected
+    solved = Shearing(parameters="1.3B").shape(model)
+    assert 1.287e9 < count(model.config)(solved) <= 1.3e9
+
+
+def test_refusals(checkpoint, data, tmp_path):
+    def fails(match, data=data, **options):
+        with pytest.raises(JpruneError, match=match):
+            shear_model(checkpoint, tmp_path / "out", method=Shearing(**{"steps": 3, **QUICK, **options}), data=data)
+
+    fails("say how small")
+    fails("say how small", target=TARGET, parameters="1M")
+    fails("the target has hidden 64 and the model 32", target="hidden=64")
+    fails("multiple of kv_heads", target="heads=3,kv_heads=2")
+    fails("cannot be read as the first", target="nowhere/config.json")
+    fails("got 'width=3'", target="width=3")
+    fails("nothing to prune", parameters="1B")
+    run_away = {"multiplier_learning_rate": 1e7, "target": "hidden=24"}
+    fails("have run away .* lower --multiplier-learning-rate", **run_away)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.run").exists()
