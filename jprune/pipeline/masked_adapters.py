@@ -20,7 +20,7 @@ from jprune.errors import JpruneError
 from jprune.models import stacked
 from jprune.pipeline.trainable import leaf, merge_adapter
 from jprune.pipeline.units import units_of_block, units_of_blocks
-from jprune.structured import shrink
+from jprune.structured import masking, shrink
 from jprune.structured.groups import Kind, UnitMember, Units, positions
 from jprune.structured.selection import unprotected
 from jprune.train import lora
@@ -90,7 +90,8 @@ class Masks(Protocol):
 class UnitMasks:
     """Masks of heads and feed-forward channels: ``blocks/3/attention`` ``[count]``, 1 = keep.
 
-    A unit acts only through the kernels that read it (o, and down). So it is enough to hide it from them.
+    A unit acts only through the kernels that read it (o, and down), so it is enough to hide it from them, and from norms
+    over all units (`jprune.structured.masking`).
 
     Args:
       adapted: the adapters.
@@ -98,7 +99,7 @@ class UnitMasks:
       last: of the last.
 
     Raises:
-      JpruneError: units that cannot be found or hidden, or that no adapter is beside.
+      JpruneError: there are no such units, or all layers are protected.
     """
 
     def __init__(self, adapted: Adapted, *, first: int, last: int):
@@ -106,12 +107,6 @@ class UnitMasks:
         config = adapted.checkpoint.config
         self._units = {u.name: u for u in units_of_blocks(adapted.checkpoint, KINDS)}
         self._prunable = {u.name for u in unprotected(self._units.values(), config.layers, first=first, last=last)}
-        for units in self._units.values():
-            if units.renormalised:
-                raise JpruneError(
-                    f"{units.name}: this model takes a norm over all of them, in which a masked unit would count; "
-                    "use jprune prune llm-pruner, which masks nothing"
-                )
 
     def start(self) -> PyTree:
         """One for every unit."""
@@ -135,17 +130,12 @@ class UnitMasks:
         self, units: tuple[Units, ...], params: PyTree, adapters: PyTree, keep: PyTree
     ) -> tuple[PyTree, PyTree]:
         """Kernels and adapters with zeros for what they would read of units that are gone."""
-        kernels, factors, masks = (trees.flatten(tree) for tree in (params, adapters, keep))
-        for u in units:
-            for member in u.members:
-                axes = self._adapted.in_block.get(member.path, ())
-                if member.axis not in axes:
-                    continue
-                stays = jnp.where(member.units < 0, 1, masks[u.name][np.maximum(member.units, 0)])
-                kernels[member.path] = _scaled(kernels[member.path], stays, member.axis)
-                a = f"{member.path}/a"
-                factors[a] = _scaled(factors[a], stays, axes.index(member.axis))
-        return trees.replace(params, kernels), trees.replace(adapters, factors)
+        stays = {name: mask.astype(jnp.float32) for name, mask in trees.flatten(keep).items()}
+        in_axes = self._adapted.in_block
+        factors = {f"{path}/a": tuple(range(len(axes))) for path, axes in in_axes.items()}
+        params = masking.multiply(params, [(u, stays[u.name]) for u in units], in_axes)
+        read = [(_read_by_adapters(u, in_axes), stays[u.name]) for u in units]
+        return params, masking.multiply(adapters, read, factors)
 
     def criterion(self, runs: stacked.Runs) -> Criterion:
         """Scores from the kernels that units lie in."""
@@ -264,8 +254,14 @@ class WeightMasks:
         return self._adapted.checkpoint, read
 
 
-def _scaled(x: Array, by: Array, axis: int) -> Array:
-    return x * jnp.expand_dims(by, [i for i in range(x.ndim) if i != axis]).astype(x.dtype)
+def _read_by_adapters(units: Units, in_axes: Mapping[str, tuple[int, ...]]) -> Units:
+    """The units as they lie in the factors A ``[*d_in, r]`` of the kernels that read them."""
+    members = [
+        dataclasses.replace(m, path=f"{m.path}/a", axis=axes.index(m.axis), shape=(*(m.shape[i] for i in axes), 1))
+        for m in units.members
+        if m.axis in (axes := in_axes.get(m.path, ()))
+    ]
+    return dataclasses.replace(units, members=tuple(members), renormalised=False)
 
 
 def _layers(stacked_path: str) -> int:

@@ -60,8 +60,13 @@ def trained(task, rng, drop):
 
 @pytest.mark.parametrize(
     ("options", "base"),
-    [({"num_key_value_heads": 4}, "float32"), (QWEN, "float32"), ({}, "int8"), ({"num_key_value_heads": 1}, "float32")],
-    ids=["heads of their own", "grouped queries and biases", "int8", "one KV head"],
+    [
+        ({**OLMO, "num_key_value_heads": 4}, "float32"),
+        (QWEN, "float32"),
+        ({}, "int8"),
+        ({"num_key_value_heads": 1}, "float32"),
+    ],
+    ids=["heads of their own, normed together", "grouped queries and biases", "int8", "one KV head"],
 )
 def test_masked_is_smaller(tiny_model, data, rng, options, base):
     """The masked model computes what the smaller one does, that is written from the same base."""
@@ -233,10 +238,9 @@ def test_bad_input(tiny_model, tiny_config, data, tmp_path):
     refused("a plain Hugging Face folder has one size for all layers", format="hf")
     refused("a share of 0.01 is less than one of any layer's", method={"ratio": 0.01})
     refused("first 2 and last 1 of 3 layers are protected", method={"protect_first": 2})
-    for name, config in {"kernels of experts get no adapters": MIXTRAL, "takes a norm over all of them": OLMO}.items():
-        (folder / "config.json").write_text(json.dumps(tiny_config | config))
-        with pytest.raises(JpruneError, match=name):
-            plan_loraprune(folder, method=LoRAPrune(ratio=0.5))
+    (folder / "config.json").write_text(json.dumps(tiny_config | MIXTRAL))
+    with pytest.raises(JpruneError, match="kernels of experts get no adapters"):
+        plan_loraprune(folder, method=LoRAPrune(ratio=0.5))
     for options, match in [
         ({}, r"--ratio\) or of weights \(--sparsity"),
         ({"ratio": 0.5, "sparsity": 0.5}, "either a share of heads"),
