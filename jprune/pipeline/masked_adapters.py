@@ -90,8 +90,8 @@ class Masks(Protocol):
 class UnitMasks:
     """Masks of heads and feed-forward channels: ``blocks/3/attention`` ``[count]``, 1 = keep.
 
-    A unit acts only through the kernels that read it (o, and down), so it is enough to hide it from them, and from norms
-    over all units (`jprune.structured.masking`).
+    A unit acts only through the kernels that read it (o, and down), so it is enough to hide it from them, and from
+    norms over all units (`jprune.structured.masking`).
 
     Args:
       adapted: the adapters.

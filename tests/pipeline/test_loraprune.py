@@ -15,6 +15,8 @@ from jprune import trees
 from jprune.errors import JpruneError
 from jprune.models import decoder, stacked
 from jprune.pipeline.loraprune import LoRAPrune, loraprune_model, plan_loraprune
+from jprune.pipeline.trainable import block_kernels
+from jprune.pipeline.units import units_of_blocks
 from jprune.structured import shrink
 from jprune.structured.groups import positions
 from jprune.train import lora, sharding
@@ -94,9 +96,10 @@ def test_masked_is_smaller(tiny_model, data, rng, options, base):
     params = trees.unflatten({path: read(path) for path in smaller.shapes})
     if base == "int8":  # the base that training saw, instead of the stored one
         whole = stacked.unstack(dequantise_tree(task.frozen, jnp.float32))
-        in_axes = masks._adapted.in_axes
-        merged = lora.merge(whole, stacked.unstack(state["adapters"]), alpha=method.alpha, in_axes=in_axes)
-        params = shrink(merged, positions(masks._units.values(), masks.kept(state["keep"])))
+        adapters, in_axes = stacked.unstack(state["adapters"]), block_kernels(checkpoint)
+        merged = lora.merge(whole, adapters, alpha=method.alpha, in_axes=in_axes)
+        units = units_of_blocks(checkpoint, ("attention", "mlp"))
+        params = shrink(merged, positions(units, masks.kept(state["keep"])))
     want = logits(smaller.config, params, data[:4])
     got = masked_logits(checkpoint, method, masks, task.frozen, state, data[:4])
     scale = np.abs(want).max()
