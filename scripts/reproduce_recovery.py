@@ -131,6 +131,7 @@ def in_rounds(pruner: str, sparsity: float, args: argparse.Namespace) -> Row:
         *("prune", "prune-and-tune", args.model, "--sparsity", str(sparsity), "--rounds", ",".join(map(str, rounds))),
         *("--pruner", pruner, "--steps", str(each), "--batch-size", str(args.batch_size), "--data", args.data),
         *("--tune-length", str(args.tune_length), "--learning-rate", str(args.learning_rate), *calibration(args)),
+        *("--checkpoint-every", str(each)),
     )
     return row | {"tuning_steps": each * len(rounds)}
 
@@ -168,13 +169,16 @@ def calibration(args: argparse.Namespace) -> list[str]:
 
 
 def training(args: argparse.Namespace) -> list[str]:
-    words = ["--data", args.data, "--batch-size", str(args.batch_size)]
-    return [*words, "--sequence-length", str(args.tune_length)]
+    words = ["--data", args.data, "--batch-size", str(args.batch_size), "--sequence-length", str(args.tune_length)]
+    return [*words, "--checkpoint-every", str(args.steps)]  # no time for what nobody resumes
 
 
 def run(out: Path, *words: str) -> Row:
-    """Runs a command; what its row says, with `rounds` and `parameters` where the command tells them."""
+    """Runs a command; what its row says, with its rounds and the parameters that are left where it tells them."""
     said = jprune(*words, "--out", str(out), "--overwrite")
+    if "parameters" in said:
+        left = said["parameters"]
+        said["parameters"] = left["after"] if isinstance(left, dict) else left
     return {
         "model": str(out),
         "seconds": said["process_seconds"],
