@@ -38,16 +38,24 @@ def read_stacked(
       dtype: of the leaves.
       quantised: the input axes of the kernels, by path in the model, that are read as int8 instead.
     """
+
+    def read(path: str) -> Any:
+        values = np.asarray(checkpoint.read(path))
+        if quantised and path in quantised:
+            return quantise(jnp.asarray(values), quantised[path])
+        return values.astype(dtype)
+
     leaves: dict[str, Any] = {}
     for path, group in stacked.members(checkpoint.shapes, runs).items():
-        parts = [np.asarray(checkpoint.read(p)) for p in group]
-        whole = np.stack(parts) if len(group) > 1 else parts[0]
-        if quantised and group[0] in quantised:
-            shift = int(len(group) > 1)
-            leaves[path] = quantise(jnp.asarray(whole), tuple(axis + shift for axis in quantised[group[0]]))
-        else:
-            leaves[path] = whole.astype(dtype)
+        parts = [read(p) for p in group]
+        leaves[path] = jax.tree.map(_stacked, *parts) if len(group) > 1 else parts[0]
+        if jax.device_count() == 1:  # where it will stay; a mesh takes its pieces when training begins
+            leaves[path] = jax.tree.map(jnp.asarray, leaves[path])
     return trees.unflatten(leaves)
+
+
+def _stacked(*parts: Any) -> Any:
+    return np.stack(parts) if isinstance(parts[0], np.ndarray) else jnp.stack(parts)
 
 
 def block_kernels(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
