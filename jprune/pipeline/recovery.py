@@ -18,6 +18,7 @@ from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.models import loss, stacked
 from jprune.pipeline.trainable import (
+    TEACHER,
     BaseDtype,
     Sums,
     block_kernels,
@@ -102,6 +103,57 @@ class Tuning:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Taught(Tuning):
+    """What all that can learn from a teacher have in common."""
+
+    teacher: str | None = None
+    """A model with the same vocabulary, such as the one before pruning: learn its predictions instead of the text."""
+    temperature: float = 1.0
+    """At which predictions are compared."""
+    teacher_weight: float = 1.0
+    """Share of the teacher in the loss; the rest is the cross-entropy of the text."""
+    hidden_loss: float = 0.0
+    """Weight of the distance of hidden states to the teacher's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise JpruneError(f"--temperature must be above 0, got {self.temperature}")
+        if not 0 <= self.teacher_weight <= 1 or self.hidden_loss < 0:
+            raise JpruneError(
+                f"--teacher-weight must be in [0, 1] and --hidden-loss not negative, got {self.teacher_weight} and "
+                f"{self.hidden_loss}"
+            )
+        if self.teacher is None and (self.hidden_loss or self.temperature != 1.0 or self.teacher_weight != 1.0):
+            raise JpruneError(
+                "--temperature, --teacher-weight and --hidden-loss are about a teacher; give --teacher MODEL"
+            )
+
+    def distillation(
+        self, checkpoint: Checkpoint, dtype: Any, *, around: stacked.Around | None = None
+    ) -> tuple[Callable[..., Sums] | None, PyTree]:
+        """The loss of (params, the teacher's params, batch, aside), and the teacher's params; None and nothing without.
+
+        Raises:
+          JpruneError: its vocabulary, or a hidden size that matters, is not that of the model.
+        """
+        from jprune.checkpoints import load
+
+        if self.teacher is None:
+            return None, {}
+        teacher = load(self.teacher)
+        distance = loss.distillation(
+            checkpoint.config,
+            teacher.config,
+            temperature=self.temperature,
+            teacher_weight=self.teacher_weight,
+            hidden_weight=self.hidden_loss,
+            around=around,
+        )
+        return distance, read_stacked(teacher, stacked.runs(teacher.config, teacher.shapes), dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapters(Tuning):
     """What all that train low-rank adapters have in common."""
 
@@ -129,7 +181,7 @@ class Adapters(Tuning):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lora(Adapters):
+class Lora(Taught, Adapters):
     """Train low-rank adapters beside the frozen weights, and merge them (LLM-Pruner's recovery).
 
     Defaults are those that its authors recommend: 2 epochs, batch 64, learning rate 1e-4, 100 steps of warm-up.
@@ -149,21 +201,22 @@ class Lora(Adapters):
         runs = stacked.runs(checkpoint.config, checkpoint.shapes, adapters)
         dtype = compute_dtype(checkpoint, self.base_dtype)
 
-        def sums(dropout: float) -> Callable[[PyTree, PyTree, Batch, Any], Sums]:
+        def around(dropout: float) -> stacked.Around:
             def with_adapters(block: Callable) -> Callable:
                 adapted = lora.adapt(block, alpha=self.alpha, dropout=dropout)
                 return lambda params, aside, x: adapted(dequantise_tree(params, dtype), *aside, x)
 
-            def own(trainable: PyTree, run: str) -> PyTree:
-                return trainable.get("blocks", {}).get(run, {})
+            return with_adapters
 
-            return blockwise_loss(checkpoint, with_adapters, own)
+        def own(trainable: PyTree, run: str) -> PyTree:
+            return trainable.get("blocks", {}).get(run, {})
 
-        with_dropout, without = sums(self.dropout), sums(0.0)
+        distance, teacher = self.distillation(checkpoint, dtype, around=around(self.dropout))
+        without = blockwise_loss(checkpoint, around(0.0), own)
         return Task(
             trainable=stacked.stack(adapters, runs),
-            frozen=self.frozen(checkpoint, runs, in_axes),
-            loss=with_dropout,
+            frozen=self.frozen(checkpoint, runs, in_axes) | ({TEACHER: teacher} if teacher else {}),
+            loss=blockwise_loss(checkpoint, around(self.dropout), own, distance=distance),
             evaluation=lambda trainable, frozen, batch: without(trainable, frozen, batch, None),
             optimizer=self.adamw().transformation(steps),
             read=lambda trainable, path: self._merged(checkpoint, trainable, path, in_axes),
@@ -196,57 +249,22 @@ class Lora(Adapters):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Full(Tuning):
+class Full(Taught):
     """Train all weights that are left; what is zero stays zero. With --teacher, learn from a model's predictions."""
 
     learning_rate: float = 2e-5
     """At its highest."""
     batch_size: int = 16
     """Windows an update."""
-    teacher: str | None = None
-    """A model with the same vocabulary, such as the one before pruning: learn its predictions instead of the text."""
-    temperature: float = 1.0
-    """At which predictions are compared."""
-    teacher_weight: float = 1.0
-    """Share of the teacher in the loss; the rest is the cross-entropy of the text."""
-    hidden_loss: float = 0.0
-    """Weight of the distance of hidden states to the teacher's."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.temperature > 0:
-            raise JpruneError(f"--temperature must be above 0, got {self.temperature}")
-        if not 0 <= self.teacher_weight <= 1 or self.hidden_loss < 0:
-            raise JpruneError(
-                f"--teacher-weight must be in [0, 1] and --hidden-loss not negative, got {self.teacher_weight} and "
-                f"{self.hidden_loss}"
-            )
-        if self.teacher is None and (self.hidden_loss or self.temperature != 1.0 or self.teacher_weight != 1.0):
-            raise JpruneError(
-                "--temperature, --teacher-weight and --hidden-loss are about a teacher; give --teacher MODEL"
-            )
 
     def task(self, checkpoint: Checkpoint, steps: int) -> Task:
         """All parameters, float32, computed in the usual dtype; zeros of the kernels held by `keep_masked`."""
-        from jprune.checkpoints import load
-
         runs = stacked.runs(checkpoint.config, checkpoint.shapes)
         dtype = compute_dtype(checkpoint, None)
         trainable = read_stacked(checkpoint, runs, dtype=jnp.float32)
         masks = {p: x != 0 for p, x in trees.flatten(trainable).items() if p.endswith("kernel") and not x.all()}
         language_model = loss.causal_lm(checkpoint.config)
-        frozen: PyTree = {}
-        distance = None
-        if self.teacher is not None:
-            teacher = load(self.teacher)
-            distance = loss.distillation(
-                checkpoint.config,
-                teacher.config,
-                temperature=self.temperature,
-                teacher_weight=self.teacher_weight,
-                hidden_weight=self.hidden_loss,
-            )
-            frozen = read_stacked(teacher, stacked.runs(teacher.config, teacher.shapes), dtype=dtype)
+        distance, teacher = self.distillation(checkpoint, dtype)
 
         def compute(trainable: PyTree) -> PyTree:
             return jax.tree.map(lambda x: x.astype(dtype), trainable)
@@ -266,7 +284,7 @@ class Full(Tuning):
 
         return Task(
             trainable=trainable,
-            frozen=frozen,
+            frozen=teacher,
             loss=sums,
             evaluation=lambda trainable, frozen, batch: language_model(compute(trainable), batch),
             optimizer=self.adamw().transformation(steps, *([keep_masked(masks)] if masks else [])),

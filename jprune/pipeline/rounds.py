@@ -83,7 +83,7 @@ def tuning_of_a_round(checkpoint: Checkpoint, tuning: Full | Lora | None) -> Ful
         tuning.adamw().rate(tuning.steps)
     if isinstance(tuning, Lora) and tuning.keep_adapters:
         raise JpruneError("adapters cannot be kept apart: the next round prunes the weights that they are merged into")
-    if isinstance(tuning, Full) and tuning.teacher is not None:
+    if tuning.teacher is not None:
         loss.distillation(checkpoint.config, load(tuning.teacher).config, hidden_weight=tuning.hidden_loss)
     return tuning
 

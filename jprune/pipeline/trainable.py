@@ -24,6 +24,8 @@ from jprune.train.quantise import quantise
 PyTree = Any
 Sums = tuple[Float[Array, ""], Float[Array, ""]]
 BaseDtype = Literal["float32", "bfloat16", "int8"]
+TEACHER = "teacher"
+"""Where a teacher's parameters are among the frozen ones."""
 BASE_DTYPES = ("float32", "bfloat16", "int8")
 
 
@@ -64,7 +66,11 @@ def block_kernels(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def blockwise_loss(
-    checkpoint: Checkpoint, around: stacked.Around, own: Callable[[PyTree, str], PyTree]
+    checkpoint: Checkpoint,
+    around: stacked.Around,
+    own: Callable[[PyTree, str], PyTree],
+    *,
+    distance: Callable[..., Sums] | None = None,
 ) -> Callable[[PyTree, PyTree, Batch, Any], Sums]:
     """The cross-entropy of a model whose blocks see something of what is trained.
 
@@ -72,6 +78,8 @@ def blockwise_loss(
       checkpoint: the model.
       around: turns a block f(params, x) into g(params, (own, key or None), x).
       own: (trainable, the key of a run of blocks) -> what these blocks see of it, stacked as the run is.
+      distance: what is minimised instead: a loss of (params, the teacher's params, batch, aside), made with the same
+        `around`. The teacher's params are in frozen["teacher"].
 
     Returns:
       A loss of (trainable, frozen, batch, key); nothing is random if key is None.
@@ -83,6 +91,8 @@ def blockwise_loss(
             run: (own(trainable, run), None if key is None else _keys(key, stacked.layers(run)))
             for run in frozen["blocks"]
         }
+        if distance is not None:
+            return distance(frozen, frozen[TEACHER], batch, aside)
         return language_model(frozen, batch, aside)
 
     return f

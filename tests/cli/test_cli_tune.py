@@ -109,10 +109,10 @@ def test_prune_and_tune(run, tiny_model, token_file, tmp_path):
         status, out, err = run("prune", "prune-and-tune", folder, "--sparsity", "0.5", "--batch-size", "4", *wrong)
         assert status in (1, 2)
         assert said in err
-    assert run(*words, "--teacher", folder)[0] == 2  # goes with full
+    assert run(*words, "--damping", "0.1")[0] == 2  # goes with SparseGPT
     _, out, _ = run("prune", "prune-and-tune", "--help")
-    assert "--teacher" in out
     assert "--damping" in out
+    assert "--rank" not in out
 
 
 def test_loraprune(run, tiny_model, token_file, tmp_path):

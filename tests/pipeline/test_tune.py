@@ -154,20 +154,21 @@ def test_full_keeps_zeros_in_the_file(tiny_model, data, tmp_path):
     assert report.losses[-1] < report.losses[0]
 
 
-def test_teacher(tiny_model, data, tmp_path):
+@pytest.mark.parametrize("way", [Full, Lora])
+def test_teacher(tiny_model, data, tmp_path, way):
     """A sparse student comes nearer to the model that it was; here by hidden states too."""
     folder = tiny_model()
     student = sparse(tiny_model("student"), 0.3)
-    method = Full(**SHORT | {"steps": 8}, learning_rate=0.01, teacher=str(folder), temperature=2.0, hidden_loss=0.5)
+    method = way(**SHORT | {"steps": 8}, learning_rate=0.01, teacher=str(folder), temperature=2.0, hidden_loss=0.5)
     report = tune_model(student, tmp_path / "out", method=method, data=data)
-    assert report.losses[-1] < 0.8 * report.losses[0]
+    assert report.losses[-1] < (0.8 if way is Full else 0.95) * report.losses[0]
     teacher, models = jprune.load(folder), [jprune.load(x) for x in (student, tmp_path / "out")]
     want = logits(teacher.config, teacher.params(), data)
     far, near = (float(jnp.mean((logits(m.config, m.params(), data) - want) ** 2)) for m in models)
     assert near < far
     other = tiny_model("other", vocab_size=97)
     with pytest.raises(JpruneError, match="teacher's vocabulary has 97 tokens and the model's 96"):
-        tune_model(student, tmp_path / "no", method=Full(**SHORT, teacher=str(other)), data=data)
+        tune_model(student, tmp_path / "no", method=way(**SHORT, teacher=str(other)), data=data)
 
 
 def test_layers_of_different_sizes(tiny_model, data, tmp_path):
