@@ -32,6 +32,7 @@ from jprune.methods import Method, SparseGPT
 from jprune.patterns import Scope, Unstructured
 from jprune.pipeline import output, run
 from jprune.pipeline.journal import count_zeros
+from jprune.pipeline.memory import trim
 from jprune.pipeline.plan import prunable
 from jprune.pipeline.recovery import Full, Lora
 from jprune.pipeline.report import Progress, perplexity_of
@@ -243,6 +244,7 @@ class _Rounds:
                     progress=tell,
                     **_fields(recipe),
                 )
+                trim()
             tune_model(
                 pruned if sparsity > 0 else model,
                 tuned,
@@ -253,6 +255,7 @@ class _Rounds:
                 progress=tell,
                 **self.tune_options,
             )
+            trim()
         shutil.rmtree(pruned, ignore_errors=True)  # its record is part of that of the tuned model
         return tuned
 

@@ -73,7 +73,8 @@ def plan_prune_and_tune(
         raise JpruneError("a plan needs the steps of a round, which --epochs does not say before the data is read")
     options |= {"pattern": Unstructured(sparsity, per), "keep_zeros": True}
     recipe = Recipe(**options)
-    sparsities = schedule(sparsity, rounds, present=zeros_present(checkpoint, recipe))
+    present = zeros_present(checkpoint, recipe)
+    sparsities = schedule(sparsity, rounds, present=present)
     length = tune_length or (
         DEMO_LENGTH if checkpoint.source == "demo" else min(windows.DEFAULT_LENGTH, checkpoint.config.context)
     )
@@ -84,15 +85,15 @@ def plan_prune_and_tune(
     config, dtype = checkpoint.config, activation_dtype(checkpoint, recipe.dtype)
     rate = speed.measure(method, d_model=config.d_model, d_ff=config.d_ff, dtype=dtype).forward
     pruning = plan_run(checkpoint, method=method, out=out, memory=memory, **options)
+    recipes = (dataclasses.replace(recipe, pattern=Unstructured(s, per)) for s in sparsities)
+    by_round = [chosen_kernels(checkpoint, each) for each in recipes]
+    there = round(present * sum(k.size for k in by_round[0]))
     model_bytes = sum(size * checkpoint.shapes[path].dtype.itemsize for path, size in sizes.items())
     # Two checkpoints of float32 weights and both moments; adapters are next to nothing.
     state = 0 if isinstance(tuning, Lora) else 2 * 12 * sum(sizes.values())
     return PruneAndTunePlan(
         sparsities=sparsities,
-        zeros=tuple(
-            sum(k.zeros for k in chosen_kernels(checkpoint, dataclasses.replace(recipe, pattern=Unstructured(s, per))))
-            for s in sparsities
-        ),
+        zeros=tuple(max(sum(k.zeros for k in kernels), there) for kernels in by_round),
         pruning=pruning,
         tuning_steps=tuning.steps,
         tuning_tokens=tokens,

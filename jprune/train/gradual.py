@@ -53,6 +53,9 @@ def gradual(
     kernels have exactly the zeros that the schedule says after it. The other steps cost what `keep_masked` costs.
     A model that is pruned already stays so if ``keep_masked(masks)`` is chained too.
 
+    A leaf counts as one kernel. Where it is a stack of layers ``[layers, d_in, d_out]``, ``per="output"`` with
+    ``in_axes={path: (1,)}`` keeps every layer's outputs apart.
+
     Args:
       schedule: how sparse after how many updates, see `jprune.train.schedules`.
       score: importance of a kernel's elements: `scores.magnitude`, `scores.wanda`, or a function of yours.

@@ -217,3 +217,17 @@ def test_bad_input(rng):
     plain = jprune.gradual(schedule)
     with pytest.raises(JpruneError, match="needs the parameters"):
         plain.update(params, plain.init(params))
+
+
+def test_layers_in_a_stack_are_kept_apart(rng):
+    """[layers, d_in, d_out] with its second axis as inputs: each output of each layer loses its own half."""
+    params = {
+        "kernel": jnp.asarray(rng.standard_normal((3, 8, 5)) * np.array([1, 10, 100])[:, None, None], jnp.float32)
+    }
+    transformation = jprune.gradual(schedules.constant(0.5), per="output", in_axes={"kernel": (1,)})
+    updates, _ = transformation.update(params, transformation.init(params), params)
+    new = np.asarray(optax.apply_updates(params, updates)["kernel"])
+    for layer in range(3):
+        for output in range(5):
+            smallest = np.argsort(np.abs(np.asarray(params["kernel"])[layer, :, output]))[:4]
+            assert set(np.flatnonzero(new[layer, :, output] == 0)) == set(smallest)
