@@ -1,11 +1,12 @@
-"""What masks cost in a training step: AdamW alone, with `keep_masked` and with `gradual`, on the demo model's sizes.
+"""What masks cost in a training step: AdamW alone, with `keep_masked`, `gradual` and shearing, on the demo's sizes.
 
     python scripts/bench_train_step.py [--layers 30] [--rounds 5] [--out train_step.json]
 
 A step is jitted as a whole: loss, gradient and update of all parameters, float32, by the decoder of the demo model with
-random weights. The three take turns in the same process, a step each, so that what disturbs one disturbs all. `gradual`
+random weights. They take turns in the same process, a step each, so that what disturbs one disturbs all. `gradual`
 runs at its default interval: a step that chooses masks is timed by itself, and counts one in `every` (100). Limits:
-`keep_masked` at most 5 % more than AdamW alone, `gradual` at most 10 % more.
+`keep_masked` at most 5 % more than AdamW alone, `gradual` at most 10 % more, and shearing (masks drawn over layers,
+heads, channels and hidden dimensions, with the Lagrangian of two thirds of each) at most 15 % more.
 """
 
 import argparse
@@ -24,12 +25,18 @@ from machine import describe
 
 import jprune
 from jprune import trees
-from jprune.models import decoder, families, loss, stacked
+from jprune.checkpoints import Checkpoint
+from jprune.models import decoder, loss, stacked
+from jprune.pipeline.masked import MaskedModel, shape_of
+from jprune.pipeline.shearing import masked_loss, sample, start
+from jprune.structured.shape import Shape
 from jprune.train import schedules
+from jprune.train.optimizer import AdamW
+from jprune.train.shearing import lagrangian
 
 EVERY = 100
 """The default interval of `gradual`."""
-LIMITS = {"keep_masked": 0.05, "gradual": 0.10}
+LIMITS = {"keep_masked": 0.05, "gradual": 0.10, "shearing": 0.15}
 
 
 def main() -> None:
@@ -41,7 +48,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="steps of each kind that are timed")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    config, params = model(args.layers)
+    checkpoint, params = model(args.layers)
+    config = checkpoint.config
     keep = {
         path: np.random.default_rng(0).random(x.shape) >= args.sparsity
         for path, x in trees.flatten(params).items()
@@ -61,6 +69,7 @@ def main() -> None:
     runs = {}
     for name, optimizer in optimizers.items():
         runs[name] = Run(optimizer, lambda p: language_model(p, batch)[0] / batch["weights"].size, params)
+    runs["shearing"] = shearing(checkpoint, params, batch)
     seconds: dict[str, list[float]] = {name: [] for name in (*runs, "gradual, choosing")}
     seconds["gradual, choosing"].append(runs["gradual"].first)  # its step 0 chooses, after compilation
     for _ in range(args.rounds):
@@ -71,6 +80,7 @@ def main() -> None:
     more = {
         "keep_masked": typical["keep_masked"] / typical["adamw"] - 1,
         "gradual": amortised / typical["adamw"] - 1,
+        "shearing": typical["shearing"] / typical["adamw"] - 1,
     }
     for name, value in typical.items():
         print(f"{name:20} {value:8.3f} s a step")
@@ -109,14 +119,37 @@ class Run:
         return time.perf_counter() - start
 
 
-def model(layers: int | None) -> tuple[Any, Any]:
-    """The demo model's config, and random parameters with equal blocks stacked."""
-    hf_config = jprune.load("demo").hf_config
-    config = families.config(hf_config if layers is None else {**hf_config, "num_hidden_layers": layers})
-    params = decoder.init_params(config, jax.random.key(0))
+def shearing(checkpoint: Checkpoint, params: Any, batch: dict[str, jax.Array]) -> Run:
+    """A step under masks, to two thirds of every size."""
+    whole = shape_of(checkpoint)
+    kv_heads = whole.kv_heads * 2 // 3
+    target = Shape(
+        layers=max(1, whole.layers * 2 // 3),
+        hidden=whole.hidden * 2 // 3,
+        heads=whole.heads // whole.kv_heads * kv_heads,
+        kv_heads=kv_heads,
+        intermediate=whole.intermediate * 2 // 3,
+    )
+    masked = MaskedModel(checkpoint, target)
+    sums, each = masked_loss(masked, jnp.dtype(jnp.float32)), AdamW(learning_rate=1e-5, clip=0.0)
+    optimizer = lagrangian.optimizer(each, each, each, targets=masked.targets, steps=1000, warmup=200)
+
+    def f(trainable: Any) -> jax.Array:
+        key = jax.random.key_data(jax.random.key(0)) + trainable["multipliers"]["hidden"][0].astype(jnp.uint32)
+        masks = sample(trainable["log_alpha"], jax.random.wrap_key_data(key))  # drawn in every step
+        return sums(trainable["model"], masks, batch)[0] / batch["weights"].size
+
+    return Run(optimizer, f, {"model": params, **start(masked)})
+
+
+def model(layers: int | None) -> tuple[Checkpoint, Any]:
+    """The demo model (its first layers), and random parameters with equal blocks stacked."""
+    checkpoint = jprune.load("demo")
+    checkpoint = checkpoint if layers is None else checkpoint.select({}, range(layers))
+    params = decoder.init_params(checkpoint.config, jax.random.key(0))
     flat = {path: np.asarray(x) for path, x in trees.flatten(params).items()}
     shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}
-    return config, stacked.stack(trees.unflatten(flat), stacked.runs(config, shapes))
+    return checkpoint, stacked.stack(trees.unflatten(flat), stacked.runs(checkpoint.config, shapes))
 
 
 if __name__ == "__main__":

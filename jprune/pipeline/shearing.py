@@ -85,7 +85,8 @@ class Shearing(Tuning):
             )
         if self.target_warmup is not None and self.target_warmup < 1:
             raise JpruneError(f"--target-warmup must be at least 1, got {self.target_warmup}")
-        self.optimizer({}, 100)
+        self._mask_adamw(self.mask_learning_rate)
+        self._mask_adamw(self.multiplier_learning_rate)
 
     def adamw(self) -> AdamW:
         """Of the weights."""
@@ -109,17 +110,17 @@ class Shearing(Tuning):
 
     def optimizer(self, targets: Mapping[str, int], steps: int) -> Any:
         """Of weights, masks and multipliers."""
-        masks = dataclasses.replace(
-            self.adamw(), learning_rate=self.mask_learning_rate, b1=self.mask_momentum, weight_decay=0.0
-        )
         return lagrangian.optimizer(
             self.adamw(),
-            masks,
-            dataclasses.replace(masks, learning_rate=self.multiplier_learning_rate),
+            self._mask_adamw(self.mask_learning_rate),
+            self._mask_adamw(self.multiplier_learning_rate),
             targets=targets,
             steps=steps,
             warmup=self.target_rise(steps),
         )
+
+    def _mask_adamw(self, rate: float) -> AdamW:
+        return dataclasses.replace(self.adamw(), learning_rate=rate, b1=self.mask_momentum, weight_decay=0.0)
 
     def target_rise(self, steps: int) -> int:
         """Steps until the target is the whole one."""
