@@ -73,8 +73,7 @@ def without_lowest(
     """
     if keep is not None:
         scores = jnp.where(keep, scores, -jnp.inf)
-    columns = scores.reshape(-1, 1) if per == "kernel" else scores
-    mask = ~smallest(columns, count).reshape(scores.shape)
+    mask = ~(smallest_of_all(scores, count) if per == "kernel" else smallest(scores, count))
     return mask if keep is None else mask & keep
 
 
@@ -105,6 +104,23 @@ def smallest(scores: Float[Array, "n columns"], count: Int[Array, ""] | int) -> 
     return jnp.concatenate([jnp.moveaxis(marked, 0, 1).reshape(n, whole), _smallest(scores[:, whole:], count)], axis=1)
 
 
+@jax.jit
+def smallest_of_all(scores: Float[Array, "*shape"], count: Int[Array, ""] | int) -> Bool[Array, "*shape"]:
+    """Marks exactly `count` smallest entries of the whole array; of equal ones, those that come first.
+
+    Where the array lies in pieces on several devices, only counts are exchanged (and booleans, if there are ties).
+    """
+    keys = _ordered_bits(scores)
+    bound, below = _split(keys, count, axis=None)
+    marked, missing = keys < bound, count - below
+
+    def with_ties():
+        tied = keys == bound
+        return marked | (tied & (jnp.cumsum(tied.reshape(-1), dtype=jnp.int32).reshape(keys.shape) <= missing))
+
+    return lax.cond(missing > 0, with_ties, lambda: marked)
+
+
 def _smallest(scores, count):
     keys = _ordered_bits(scores)
     bound, below = _split(keys, count)
@@ -119,8 +135,8 @@ def _smallest(scores, count):
     )
 
 
-def _split(keys: UInt[Array, "n columns"], count) -> tuple[UInt[Array, "columns"], Int[Array, "columns"]]:
-    """For every column, a bound and the number of keys below it.
+def _split(keys: UInt[Array, "..."], count, axis: int | None = 0) -> tuple[UInt[Array, "..."], Int[Array, "..."]]:
+    """For every column (or with axis None for all keys together), a bound and the number of keys below it.
 
     That number is `count`; or less, and then the bound is itself the key at which `count` is reached.
     """
@@ -132,15 +148,15 @@ def _split(keys: UInt[Array, "n columns"], count) -> tuple[UInt[Array, "columns"
     def halve(state):
         low, high, below = state
         middle = low + (high - low) // 2
-        n = jnp.sum(keys < middle, axis=0, dtype=jnp.int32)
+        n = jnp.sum(keys < middle, axis=axis, dtype=jnp.int32)
         # Exactly `count` below the middle: it is the bound, and an interval of one ends the search.
         up = n <= count
         low, below = jnp.where(up, middle, low), jnp.where(up, n, below)
         return low, jnp.where(n == count, low + 1, jnp.where(up, high, middle)), below
 
     # Invariant: at most `count` keys below `low`, more below `high`; a search interval of one has found the bound.
-    start = jnp.min(keys, axis=0), jnp.max(keys, axis=0) + jnp.uint32(1), jnp.zeros(keys.shape[1:], jnp.int32)
-    bound, _, below = lax.while_loop(unsettled, halve, start)
+    low, high = jnp.min(keys, axis=axis), jnp.max(keys, axis=axis) + jnp.uint32(1)
+    bound, _, below = lax.while_loop(unsettled, halve, (low, high, jnp.zeros(low.shape, jnp.int32)))
     return bound, below
 
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jprune import masks, scores, trees
+from jprune import devices, masks, scores, trees
 from jprune.errors import JpruneError
 from jprune.patterns import NM, Pattern, Scope, Unstructured
 from jprune.solvers.pruned import Pruned
@@ -104,7 +104,7 @@ class SparseGPT(Method):
 
     def together(self, kernels, statistic, patterns, keeps) -> dict[str, Pruned]:
         """One factorisation, and one sweep over all outputs."""
-        factor = factorise(statistic.total, self.damping)
+        factor = devices.once(factorise, statistic.total, self.damping)
         check_factor(factor, statistic.total, ", ".join(kernels))
         pruned = sweep(
             list(kernels.values()),

@@ -7,12 +7,15 @@ depends on the scale. The authors of SparseGPT and Wanda keep 2/n sum x x^T and 
 """
 
 import dataclasses
+import functools
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from jprune import devices
 from jprune.errors import JpruneError
 
 S = TypeVar("S")
@@ -187,6 +190,32 @@ class Stacked:
 def zeros(kind: Any, d_in: int, *stack: int) -> Any:
     """A statistic that has seen nothing: of one kernel, or of a stack of so many."""
     return Stacked.zeros(kind, d_in, *stack) if stack else kind.zeros(d_in)
+
+
+def update_in_parts(parts: S, x: Float[Array, "*stack tokens d_in"], mesh: Mesh) -> S:
+    """Statistics with one more axis in front of every field, having seen one part each of `x`.
+
+    With a part for every device of the mesh each device adds up what is there, and nothing is communicated; with one
+    part it sees all of `x`.
+    """
+    if len(jax.tree.leaves(parts)[0]) == 1:
+        own = jax.tree.map(lambda leaf: leaf[0], parts)
+        return jax.tree.map(lambda leaf: leaf[None], own.update(x))
+    each = devices.parts(mesh).spec
+    rows = PartitionSpec(*[None] * (x.ndim - 2), *each)
+
+    def add(parts: S, x: Float[Array, "*stack tokens d_in"]) -> S:
+        return update_in_parts(parts, x, mesh)
+
+    return jax.shard_map(add, mesh=mesh, in_specs=(each, rows), out_specs=each, check_vma=False)(parts, x)
+
+
+def merge_parts(parts: S) -> S:
+    """One statistic that has seen what all parts have, which are numbered by the first axis of every field."""
+    if isinstance(parts, _Sum | Stacked):  # one sum, and so one reduction over devices
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0, dtype=leaf.dtype), parts)
+    count = len(jax.tree.leaves(parts)[0])
+    return functools.reduce(lambda a, b: a.merge(b), [jax.tree.map(lambda x, i=i: x[i], parts) for i in range(count)])
 
 
 @jax.jit

@@ -25,7 +25,7 @@ FLOORS = [
     ["methods"],
     ["trace", "solvers"],
 ]
-GROUND = ["patterns", "masks", "scores", "statistics", "trees", "errors"]
+GROUND = ["devices", "patterns", "masks", "scores", "statistics", "trees", "errors"]
 """Modules of one room: they may know each other, but not in a circle."""
 FLOOR = {room: level for level, rooms in enumerate([*FLOORS, GROUND]) for room in rooms}
 

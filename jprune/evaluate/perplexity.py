@@ -18,13 +18,16 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float64, Int, Integer
 
+from jprune import devices, trees
 from jprune.errors import JpruneError
 from jprune.models import decoder
 from jprune.models.batching import windows_at_once
 from jprune.models.config import DecoderConfig
+from jprune.trace import matmuls
 
 LOGITS_BYTES = 2**26
 
@@ -66,10 +69,11 @@ def perplexity(
     *,
     batch: int | None = None,
     dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Perplexity of `weights` on `tokens`; arguments and errors are those of `mean_nll`."""
-    nll = mean_nll(weights, tokens, batch=batch, dtype=dtype, progress=progress)
+    nll = mean_nll(weights, tokens, batch=batch, dtype=dtype, mesh=mesh, progress=progress)
     mean = float(nll.mean())
     value = math.exp(mean) if mean < 700 else math.inf
     return Perplexity(value=value, tokens=tokens.size, sequence_length=tokens.shape[1], windows=tokens.shape[0])
@@ -81,6 +85,7 @@ def mean_nll(
     *,
     batch: int | None = None,
     dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Float64[np.ndarray, " n"]:
     """Mean cross-entropy, in nats, of the tokens of each window given those before them in it.
@@ -88,8 +93,9 @@ def mean_nll(
     Args:
         weights: the model.
         tokens: windows of token ids.
-        batch: windows computed at once, by default `windows_at_once`.
+        batch: windows computed at once on each device, by default `windows_at_once`.
         dtype: of parameters and hidden states in the computation; the cross-entropy is always float32.
+        mesh: the devices, see `jprune.devices`; by default all of them, with the windows shared out.
         progress: called with (done, total) after each block and after the head.
 
     Raises:
@@ -97,7 +103,8 @@ def mean_nll(
     """
     _check(tokens, weights.config.vocab)
     with jax.default_matmul_precision("highest"):  # float32 means float32: no TF32, no bfloat16 passes
-        return _mean_nll(weights, tokens, _micro_batches(tokens, batch), dtype, progress)
+        mesh = mesh or devices.make_mesh()
+        return _mean_nll(weights, tokens, _micro_batches(tokens, batch, mesh), dtype, mesh, progress)
 
 
 def _mean_nll(
@@ -105,32 +112,40 @@ def _mean_nll(
     tokens: Integer[np.ndarray, "n length"],
     batches: list[Int[Array, "batch length"]],
     dtype: DTypeLike,
+    mesh: Mesh,
     progress: Callable[[int, int], None] | None,
 ) -> Float64[np.ndarray, " n"]:
     config = weights.config
 
-    def read(prefix: str) -> Any:
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype=dtype), weights.params(prefix))
+    def placed(tree: Any, function: Callable | None = None) -> Any:
+        params = trees.flatten(tree)
+        del tree
+        shapes = tuple((path, np.shape(leaf)) for path, leaf in params.items())
+        where = _shardings(function, shapes, config.d_model, mesh)
+        return trees.unflatten({p: devices.put(params.pop(p), where[p]).astype(dtype) for p in list(params)})
 
     def done(count: int) -> None:
         if progress is not None:
             progress(count, config.layers + 1)
 
-    params = {"embed": read("embed")}
-    embed = _jit(decoder.embed(config))
+    params = placed({"embed": weights.params("embed")})
+    windows_lie = batches[0].sharding
+    embed = _jit(decoder.embed(config), windows_lie)
     hidden = [embed(params, windows) for windows in batches]
     del params  # here and below: else it would stay while the next part is read
     for index in range(config.layers):
-        params = read(f"blocks/{index}")
-        block = _jit_in_place(decoder.block(config, index))
+        function = decoder.block(config, index)
+        params = placed(weights.params(f"blocks/{index}"), function)
+        block = _jit_in_place(function, windows_lie)
         for i, x in enumerate(hidden):
             hidden[i] = block(params, x)
         # Computation is asynchronous: without waiting, parameters of blocks still to be computed would pile up.
         jax.block_until_ready(hidden)
         del params
         done(index + 1)
-    params = {name: read(name) for name in decoder.head_parts(config)}
-    head_nll = _jit_nll(decoder.head(config))
+    head = decoder.head(config)
+    params = placed({name: weights.params(name) for name in decoder.head_parts(config)}, head)
+    head_nll = _jit_nll(head, mesh)
     nll = np.concatenate([head_nll(params, x, windows) for x, windows in zip(hidden, batches)])
     nll = nll[: len(tokens)].astype(np.float64)
     if not np.isfinite(nll).all():
@@ -154,8 +169,21 @@ def _check(tokens: np.ndarray, vocab: int) -> None:
         raise JpruneError(f"Token ids lie in [{low}, {high}], outside the model's vocabulary [0, {vocab}).")
 
 
-def _micro_batches(tokens: np.ndarray, batch: int | None) -> list[Int[Array, "batch length"]]:
-    """The windows in micro-batches of one shape, so that each function compiles once.
+@functools.lru_cache(maxsize=256)
+def _shardings(
+    function: Callable | None, shapes: tuple[tuple[str, tuple[int, ...]], ...], d_model: int, mesh: Mesh
+) -> dict[str, NamedSharding]:
+    """Where the parameters of a block lie: its kernels cut along their outputs."""
+    outputs: dict[str, tuple[int, ...]] = {}
+    if function is not None:
+        params = trees.unflatten({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes})
+        x = jax.ShapeDtypeStruct((1, 8, d_model), jnp.float32)
+        outputs = {m.path: m.out_axes for m in matmuls(function, params, x, stacked=True)}
+    return {path: devices.kernel(mesh, shape, outputs.get(path, ())) for path, shape in shapes}
+
+
+def _micro_batches(tokens: np.ndarray, batch: int | None, mesh: Mesh) -> list[Int[Array, "batch length"]]:
+    """The windows in micro-batches of one shape, shared out evenly, so that each function compiles once.
 
     The size is evened out (13 windows, at most 8 at once: 7 and 6), and what the last one lacks is filled with copies
     of the last window: fewer copies than there are micro-batches.
@@ -165,34 +193,38 @@ def _micro_batches(tokens: np.ndarray, batch: int | None) -> list[Int[Array, "ba
         batch = windows_at_once(length)
     if batch < 1:
         raise JpruneError(f"The number of windows in a batch must be at least 1; it is {batch}.")
-    count = math.ceil(n / batch)
-    size = math.ceil(n / count)
+    data = mesh.shape[devices.DATA]
+    count = math.ceil(n / (batch * data))
+    size = math.ceil(n / count / data) * data
     padded = np.pad(tokens.astype(np.int32), ((0, count * size - n), (0, 0)), mode="edge")
-    return [jnp.asarray(part) for part in padded.reshape(count, size, length)]
+    return [devices.put(part, devices.batch(mesh, size)) for part in padded.reshape(count, size, length)]
 
 
 def _nll(
     head: Callable,
+    shares: int,
     params: dict[str, Any],
     x: Float[Array, "batch length d_model"],
     tokens: Int[Array, "batch length"],
 ) -> Float[Array, " batch"]:
-    """Mean cross-entropy of each window from the last block's output."""
+    """Mean cross-entropy of each window from the last block's output, of so many shares of the windows side by side."""
     batch, length, d_model = x.shape
-    rows = batch * (length - 1)
+    rows = batch // shares * (length - 1)
     vocab = jax.eval_shape(head, params, x).shape[-1]
     chunks = math.ceil(rows / max(1, LOGITS_BYTES // (4 * vocab)))
     size = math.ceil(rows / chunks)
-    fill = (0, chunks * size - rows)
-    inputs = jnp.pad(x[:, :-1].reshape(rows, d_model), (fill, (0, 0))).reshape(chunks, 1, size, d_model)
-    targets = jnp.pad(tokens[:, 1:].reshape(rows), fill).reshape(chunks, size, 1)
+    fill = (0, 0), (0, chunks * size - rows)
+    inputs = jnp.pad(x[:, :-1].reshape(shares, rows, d_model), (*fill, (0, 0)))
+    targets = jnp.pad(tokens[:, 1:].reshape(shares, rows), fill)
 
     def chunk(part: tuple[Array, Array]) -> Array:
         h, target = part
-        logits = head(params, h)[0]
-        return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target, axis=-1)[:, 0]
+        logits = head(params, h)
+        return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
 
-    nll = jax.lax.map(chunk, (inputs, targets)).reshape(chunks * size)[:rows]
+    parts = (inputs.reshape(shares, chunks, size, d_model), targets.reshape(shares, chunks, size))
+    nll = jax.lax.map(chunk, jax.tree.map(lambda part: jnp.swapaxes(part, 0, 1), parts))
+    nll = jnp.swapaxes(nll, 0, 1).reshape(shares, chunks * size)[:, :rows]
     return nll.reshape(batch, length - 1).mean(axis=1)
 
 
@@ -200,16 +232,17 @@ def _nll(
 
 
 @functools.lru_cache(maxsize=64)
-def _jit(function: Callable) -> Callable:
-    return jax.jit(function)
+def _jit(function: Callable, sharding: NamedSharding) -> Callable:
+    return jax.jit(function, out_shardings=sharding)
 
 
 @functools.lru_cache(maxsize=64)
-def _jit_in_place(function: Callable) -> Callable:
+def _jit_in_place(function: Callable, sharding: NamedSharding) -> Callable:
     """The output overwrites the hidden states that came in."""
-    return jax.jit(function, donate_argnums=1)
+    return jax.jit(function, donate_argnums=1, out_shardings=sharding)
 
 
 @functools.lru_cache(maxsize=64)
-def _jit_nll(head: Callable) -> Callable:
-    return jax.jit(functools.partial(_nll, head))
+def _jit_nll(head: Callable, mesh: Mesh) -> Callable:
+    nll = functools.partial(_nll, head, mesh.shape[devices.DATA])
+    return jax.jit(nll, out_shardings=devices.whole(mesh))

@@ -18,9 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jprune import trees
+from jprune import devices, trees
 from jprune.checkpoints import Checkpoint
 from jprune.methods import Method
 from jprune.models import decoder
@@ -41,6 +42,7 @@ def prune_blocks(
     tokens: np.ndarray | None,
     journal: Journal,
     *,
+    mesh: Mesh,
     layout: Layout,
     dtype: DTypeLike = jnp.float32,
     progress: Callable[[Progress], None] = lambda _: None,
@@ -56,6 +58,7 @@ def prune_blocks(
       method: how.
       tokens: calibration windows [n, length]; None if the method needs no statistic.
       journal: knows what is done, and takes what is.
+      mesh: the devices, see `jprune.devices`.
       layout: how calibration is cut up.
       dtype: of the activations. Statistics and solvers are float32 in any case.
       progress: called often.
@@ -71,7 +74,7 @@ def prune_blocks(
     """
     stopwatch = stopwatch or Stopwatch()
     options = {"expert_tokens": expert_tokens, "keep_zeros": keep_zeros}
-    run = _Blocks(checkpoint, kernels, method, tokens, journal, layout, dtype, progress, stopwatch, options)
+    run = _Blocks(checkpoint, kernels, method, tokens, journal, mesh, layout, dtype, progress, stopwatch, options)
     with jax.default_matmul_precision("highest"):  # float32 means float32: no TF32, no bfloat16 passes
         return run.all()
 
@@ -86,6 +89,7 @@ class _Blocks:
         method: Method,
         tokens: np.ndarray | None,
         journal: Journal,
+        mesh: Mesh,
         layout: Layout,
         dtype: DTypeLike,
         progress: Callable[[Progress], None],
@@ -95,13 +99,14 @@ class _Blocks:
         self.options = options
         self.checkpoint, self.method, self.tokens, self.journal = checkpoint, method, tokens, journal
         self.layout, self.dtype, self.progress, self.stopwatch = layout, dtype, progress, stopwatch
+        self.mesh = mesh
         self.kernels: dict[str, list[Kernel]] = {}
         for kernel in kernels:
             self.kernels.setdefault(kernel.unit, []).append(kernel)
         todo = units(checkpoint)
         self.units = todo[: max(i for i, unit in enumerate(todo) if unit.name in self.kernels) + 1]
         """Those up to the last in which a kernel is pruned."""
-        self.specs = [] if tokens is None else hidden_specs(checkpoint, tokens.shape, layout, dtype)
+        self.specs = [] if tokens is None else hidden_specs(checkpoint, tokens.shape, layout, dtype, mesh)
 
     def all(self) -> list[KernelReport]:
         """Does what is not done; returns the reports of all."""
@@ -141,16 +146,18 @@ class _Blocks:
         read(0)
         for at, step in enumerate(steps):
             i, unit = step.unit, self.units[step.unit]
+            where = unit.shardings(self.mesh, self.checkpoint.config.d_model)
             with self.stopwatch.phase("io"):
                 values = ahead.pop(at).result()
                 # Emptied on the way, so that no array is held twice.
-                params = {path: jnp.asarray(values.pop(path)) for path, _, _ in unit.shapes}
+                params = {path: devices.put(values.pop(path), where[path]) for path, _, _ in unit.shapes}
             read(at + 1)
             check_finite({unit.path(path): value for path, value in params.items()})
             run = UnitRun(
                 unit,
                 self.kernels.get(unit.name, []),
                 self.method,
+                mesh=self.mesh,
                 layout=self.layout,
                 room=self.journal.room,
                 spill=self.journal.run.spill,
@@ -208,25 +215,41 @@ class _Blocks:
         """The hidden states of all windows before the first unit."""
         assert self.tokens is not None
         with self.stopwatch.phase("calibration"):
-            params = {"embed": jax.tree.map(jnp.asarray, self.checkpoint.params("embed"))}
+            everywhere = devices.whole(self.mesh)
+            read = self.checkpoint.params("embed")
+            params = {"embed": jax.tree.map(lambda value: devices.put(value, everywhere), read)}
             check_finite(trees.flatten(params))
-            embed = forward(decoder.embed(self.checkpoint.config))
+            embed = decoder.embed(self.checkpoint.config)
             batches = self.journal.batches(0, self.specs, writing, save=False)
             start = 0
             for j, (x,) in enumerate(self.specs):
-                part = jnp.asarray(self.tokens[start : start + x.shape[0]])
+                part = devices.put(self.tokens[start : start + x.shape[0]], x.sharding)
                 start += x.shape[0]
-                batches.put(j, (jax.block_until_ready(embed(params, part).astype(self.dtype)),))
+                hidden = forward(embed, x.sharding)(params, part).astype(self.dtype)
+                batches.put(j, (jax.block_until_ready(hidden),))
         return batches
 
     def _report(self, index: int, done: float, text: str, loss: float | None) -> None:
         self.progress(Progress(index + done, len(self.units), f"block {index}: {text}", loss=loss))
 
 
-def hidden_specs(checkpoint: Checkpoint, shape: tuple[int, ...], layout: Layout, dtype: DTypeLike) -> tuple[Specs, ...]:
-    """The hidden states between blocks of token windows [n, length]: micro-batches of at most two sizes."""
+def hidden_specs(
+    checkpoint: Checkpoint, shape: tuple[int, ...], layout: Layout, dtype: DTypeLike, mesh: Mesh
+) -> tuple[Specs, ...]:
+    """The hidden states between blocks of token windows [n, length], and where they lie.
+
+    Micro-batches are of at most two sizes that can be shared out evenly. The windows that are left over, fewer than
+    there are devices, follow in smaller ones, which every device computes.
+    """
     n, length = shape
-    size = math.ceil(n / math.ceil(n / layout.windows))
-    counts = [min(size, n - start) for start in range(0, n, size)]
+    data = mesh.shape[devices.DATA]
+    at_once = max(layout.windows // data, 1)  # on each device
+    even = n // data
+    size = math.ceil(even / math.ceil(even / at_once)) if even else 0
+    counts = [min(size, even - start) * data for start in range(0, even, max(size, 1))]
+    counts += [min(at_once, n - start) for start in range(even * data, n, at_once)]
     width = checkpoint.config.d_model
-    return tuple((jax.ShapeDtypeStruct((count, length, width), jnp.dtype(dtype)),) for count in counts)
+    return tuple(
+        (jax.ShapeDtypeStruct((count, length, width), jnp.dtype(dtype), sharding=devices.batch(mesh, count)),)
+        for count in counts
+    )

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jprune import devices
 from jprune.methods import Method
 from jprune.pipeline.plan import Kernel, Unit
-from jprune.pipeline.stagewise import Spec, finish, inputs_of, observe
-from jprune.statistics import Gram, Stacked, Statistic, zeros
+from jprune.pipeline.stagewise import Spec, finish, inputs_of, observe, zero_parts
+from jprune.statistics import Gram, Stacked, Statistic, merge_parts
 
 AT_ONCE = 2
 """Micro-batches that are computed side by side."""
@@ -106,7 +107,7 @@ def _working(function: Callable, shapes: tuple, wanted: tuple[_Wanted, ...], met
     dtypes = {path: dtype for path, _, dtype in shapes}
     if x is None or method.statistic is None:
         return max((_solving(method, {p: k}, dtypes, None) for p, k in kernels.items()), default=0)
-    spec = Spec(function, shapes, frozenset(kernels), x)
+    spec = Spec(function, shapes, frozenset(kernels), x, devices.alone())
     if not kernels:
         program = jax.jit(function).lower(unit.abstract(), jax.ShapeDtypeStruct(*x))
         return AT_ONCE * _taken(program)
@@ -114,7 +115,7 @@ def _working(function: Callable, shapes: tuple, wanted: tuple[_Wanted, ...], met
     for stage, matmuls in enumerate(plan.matmuls):
         inputs = inputs_of(matmuls)
         statistics = {
-            i: jax.eval_shape(functools.partial(zeros, method.statistic, kernels[path].d_in, *kernels[path].stack))
+            i: jax.eval_shape(zero_parts(method.statistic, 1, spec.sharding, kernels[path].d_in, *kernels[path].stack))
             for path, ids in inputs.items()
             for i in ids
         }
@@ -124,7 +125,8 @@ def _working(function: Callable, shapes: tuple, wanted: tuple[_Wanted, ...], met
         most = max(most, AT_ONCE * (observing + all_statistics))
         for ids in dict.fromkeys(inputs.values()):
             together = {path: kernels[path] for path in inputs if inputs[path] == ids}
-            most = max(most, all_statistics + _solving(method, together, dtypes, statistics[ids[0]]))
+            whole = jax.eval_shape(merge_parts, statistics[ids[0]])
+            most = max(most, all_statistics + _solving(method, together, dtypes, whole))
     last = finish(spec, len(plan.matmuls)).lower(params, _abstract(plan.carries[-2]))
     return max(most, AT_ONCE * _taken(last))
 
@@ -155,7 +157,7 @@ def _taken(lowered: Any) -> int:
 
 def _spec(unit: Unit, kernels: Iterable[Kernel], x: jax.ShapeDtypeStruct) -> Spec:
     chosen = frozenset(_relative(k, unit) for k in kernels)
-    return Spec(unit.function, unit.shapes, chosen, (x.shape, jnp.dtype(x.dtype)))
+    return Spec(unit.function, unit.shapes, chosen, (x.shape, jnp.dtype(x.dtype)), devices.alone())
 
 
 def _sharing(kernels: Iterable[Kernel]) -> list[tuple[int, list[Kernel]]]:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jprune import trees
+from jprune import devices, trees
 from jprune.checkpoints import Checkpoint
 from jprune.methods import Method
 from jprune.models.batching import windows_at_once
@@ -43,7 +44,7 @@ class UnitPlan:
     seconds: float
     peak_memory_bytes: int
     peak_device_memory_bytes: int | None
-    """None on CPU."""
+    """Of each device; None on CPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,13 +100,16 @@ class Memory:
     host_fixed: int
     """Bytes of host memory beside activations."""
     device_fixed: int | None
-    """Of the accelerator; None on CPU."""
+    """Of each accelerator; None on CPU."""
     hidden: int
-    """Bytes of the activations between units."""
+    """Bytes of the activations between units that this process has."""
     carry: int
-    """The most bytes of the values between two stages (which contain the activations)."""
+    """The most bytes of the values between two stages (which contain the activations) that this process has."""
     limit: int
     device_limit: int | None
+    """Of each device."""
+    devices: int = 1
+    """That this process has."""
 
     @property
     def room(self) -> Room:
@@ -113,7 +117,7 @@ class Memory:
         host = max(self.limit - self.host_fixed, 0)
         if self.device_fixed is None or self.device_limit is None:
             return Room(device=host, host=0)
-        return Room(device=max(self.device_limit - self.device_fixed, 0), host=host)
+        return Room(device=self.devices * max(self.device_limit - self.device_fixed, 0), host=host)
 
     @property
     def left(self) -> int:
@@ -141,6 +145,7 @@ class Forecast:
       method: how.
       shape: of the calibration tokens; None if the method needs none.
       dtype: of the activations.
+      mesh: the devices; by default one.
       limit: bytes of memory that may be taken; by default what `memory.default_limit` says.
     """
 
@@ -152,10 +157,12 @@ class Forecast:
         *,
         shape: tuple[int, int] | None,
         dtype: DTypeLike,
+        mesh: Mesh | None = None,
         limit: int | None = None,
     ):
         self.checkpoint, self.kernels, self.method = checkpoint, tuple(kernels), method
         self.shape, self.dtype = shape, dtype
+        self.mesh = mesh or devices.alone()
         self.base = memory.resident() + COMPILER
         self.limit = limit or memory.default_limit()
         self._by_unit: dict[str, list[Kernel]] = {}
@@ -171,15 +178,18 @@ class Forecast:
           disk: the run folder, or where it will be.
           exact: ask the compiler for the working memory even where a rough bound fits.
         """
-        windows = 1 if self.shape is None else min(windows_at_once(self.shape[1]), self.shape[0])
-        layout = Layout(windows=windows)
+        data = self.mesh.shape[devices.DATA]
+        each = 1 if self.shape is None else min(windows_at_once(self.shape[1]), -(-self.shape[0] // data))
+        layout = Layout(windows=each * data)
         found = self.memory(layout, exact=exact)
-        while not found.fits and layout.windows > 1:
-            layout = Layout(windows=layout.windows // 2)
+        while not found.fits and each > 1:
+            each //= 2
+            layout = Layout(windows=each * data)
             found = self.memory(layout, exact=exact)
         needed = max(found.hidden, found.carry)
         if needed > found.left and (jax.default_backend() != "cpu" or 2 * needed > _free_disk(disk)):
-            layout = Layout(windows=layout.windows, carry_limit=max(found.left - found.hidden, 0))
+            all_of_it = int((found.left - found.hidden) / devices.share(self.mesh))
+            layout = Layout(windows=layout.windows, carry_limit=max(all_of_it, 0))
         return layout, found
 
     def memory(self, layout: Layout, *, exact: bool = False) -> Memory:
@@ -194,23 +204,31 @@ class Forecast:
         costs = self.costs(layout)
         peaks = self.working(layout, exact=exact)
         weights = max(cost.weights for cost in costs)
-        hidden = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in self.hidden(layout))
+        hidden = sum(map(_nbytes, self.hidden(layout)))
         on_cpu = jax.default_backend() == "cpu"
-        device_limit = memory.device_limit()
+        share, count = devices.share(self.mesh), len(self.mesh.local_devices)
         return Memory(
-            host_fixed=self.base + UNITS_IN_MEMORY * weights + (max(peaks) if on_cpu else 0),
+            host_fixed=self.base + self._host(weights, max(peaks)),
             device_fixed=None if on_cpu else weights + max(peaks),
-            hidden=hidden,
-            carry=max(cost.carry for cost in costs),
+            hidden=math.ceil(hidden * share),
+            carry=math.ceil(max(cost.carry for cost in costs) * share),
             limit=self.limit,
-            device_limit=device_limit,
+            device_limit=memory.device_limit(),
+            devices=count,
         )
+
+    def _host(self, weights: int, peak: int) -> int:
+        """Bytes of host memory for a unit's weights, and for what its programs take where devices are of the host."""
+        if jax.default_backend() != "cpu":
+            return UNITS_IN_MEMORY * weights
+        count = len(self.mesh.local_devices)
+        return (UNITS_IN_MEMORY + count - 1) * weights + count * peak
 
     def hidden(self, layout: Layout) -> list[jax.ShapeDtypeStruct]:
         """The hidden states, micro-batch by micro-batch."""
         if self.shape is None:
             return []
-        return [x for (x,) in hidden_specs(self.checkpoint, self.shape, layout, self.dtype)]
+        return [x for (x,) in hidden_specs(self.checkpoint, self.shape, layout, self.dtype, self.mesh)]
 
     def costs(self, layout: Layout) -> list[UnitCost]:
         """Of every unit."""
@@ -218,9 +236,12 @@ class Forecast:
         return [unit_cost(unit, self._by_unit.get(unit.name, []), self.method, hidden) for unit in self.units]
 
     def working(self, layout: Layout, *, exact: bool) -> list[int]:
-        """Working memory of every unit, in bytes."""
+        """Working memory of every unit on each device, in bytes."""
         hidden = self.hidden(layout)
-        x = hidden[0] if hidden else None
+        x = None
+        if hidden:
+            shape = hidden[0].sharding.shard_shape(hidden[0].shape)
+            x = jax.ShapeDtypeStruct(shape, hidden[0].dtype)
         estimate = working if exact else rough_working
         return [estimate(unit, self._by_unit.get(unit.name, []), self.method, x) for unit in self.units]
 
@@ -235,7 +256,7 @@ class Forecast:
         planned = []
         for unit, cost, peak in zip(self.units, self.costs(layout), self.working(layout, exact=True), strict=True):
             on_cpu = found.device_fixed is None
-            host = self.base + UNITS_IN_MEMORY * cost.weights + (peak + on_device if on_cpu else on_host)
+            host = self.base + self._host(cost.weights, peak) + (on_device if on_cpu else on_host)
             planned.append(
                 UnitPlan(
                     name=unit.name,
@@ -243,7 +264,7 @@ class Forecast:
                     flops=cost.forward_flops + cost.statistic_flops + cost.solve_flops,
                     seconds=rates.seconds(cost),
                     peak_memory_bytes=host,
-                    peak_device_memory_bytes=None if on_cpu else cost.weights + peak + on_device,
+                    peak_device_memory_bytes=None if on_cpu else cost.weights + peak + on_device // found.devices,
                 )
             )
         sizes = {path: math.prod(shape.shape) for path, shape in self.checkpoint.shapes.items()}

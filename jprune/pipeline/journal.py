@@ -17,7 +17,7 @@ from jprune.checkpoints.huggingface import Writer
 from jprune.pipeline.background import Background
 from jprune.pipeline.report import KernelReport
 from jprune.pipeline.resume import RunFolder
-from jprune.pipeline.spill import ArrayFile, Batches, Room, Specs
+from jprune.pipeline.spill import Batches, Room, Specs
 
 SHARE = 0.1
 """Of the time, that saving activations may take; they are saved after every unit as long as it takes less."""
@@ -109,14 +109,8 @@ class Journal:
         mark = self._marks.get(name) or self.run.marked(name)
         if mark is None or mark["hidden"] is None:
             return None
-        file = ArrayFile(self.run.hidden / f"{index:05}.bin", specs)
-        try:
-            intact = [file.checksums(j) for j in range(len(specs))] == mark["hidden"]
-        except (OSError, ValueError):  # gone, or shorter than it should be
-            return None
-        batches = Batches(specs, self.room, file.path)
-        batches.saved = True
-        return batches if intact else None
+        batches = Batches(specs, self.room, self.run.hidden / f"{index:05}.bin")
+        return batches if batches.intact(mark["hidden"]) else None
 
     def save(
         self,

@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
-from jprune import trees
+from jprune import devices, trees
 from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.models import decoder
@@ -45,6 +46,11 @@ class Unit:
     def path(self, relative: str) -> str:
         """The path in the model of a path in the unit."""
         return f"{self.prefix}/{relative}" if self.prefix else relative
+
+    def shardings(self, mesh: Mesh, d_model: int) -> dict[str, NamedSharding]:
+        """Where its parameters lie while they are used, by path in the unit: kernels cut along their outputs."""
+        found = {m.path: m.out_axes for m in _matmuls(self.function, self.shapes, d_model)}
+        return {path: devices.kernel(mesh, shape, found.get(path, ())) for path, shape, _ in self.shapes}
 
     def abstract(self) -> PyTree:
         """Its parameters as ShapeDtypeStructs."""

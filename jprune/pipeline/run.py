@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jprune import trees
+from jprune import devices, trees
 from jprune.checkpoints import Checkpoint, formats, huggingface, load, orbax, record, writing
 from jprune.checkpoints.formats import Format
 from jprune.data import windows
@@ -80,6 +81,7 @@ def prune_model(
     resume: bool = False,
     run: str | Path | None = None,
     memory: int | None = None,
+    mesh: Mesh | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     **options: Any,
 ) -> Report:
@@ -97,6 +99,7 @@ def prune_model(
       run: folder of what the run needs to be resumed, and of activations for which there is no memory; by default
         beside `out`, with `.run` after its name. It is removed when the run is finished.
       memory: bytes of memory that may be taken; by default three quarters of what is free.
+      mesh: the devices, see `jprune.devices`; by default all of them, with windows of calibration shared out.
       progress: called often.
       **options: calibration, filters and the like: the other fields of `Recipe`.
 
@@ -107,6 +110,7 @@ def prune_model(
     stopwatch = Stopwatch()
     recipe = Recipe(pattern=pattern, **options)
     out = Path(out).expanduser()
+    mesh = mesh or devices.make_mesh()
     folder = Path(run).expanduser() if run else default_folder(out)
     if resume and finished(folder, out):
         return Report.from_record(record.read(out), out)
@@ -128,13 +132,14 @@ def prune_model(
         resume=resume,
         overwrite=overwrite,
     )
-    task = _Task(checkpoint, method, recipe, kernels, calibration, evaluation, dtype, format, job, stopwatch)
+    task = _Task(checkpoint, method, recipe, kernels, calibration, evaluation, dtype, format, mesh, job, stopwatch)
     forecast = Forecast(
         checkpoint,
         kernels,
         method,
         shape=(calibration.tokens.shape[0], calibration.tokens.shape[1]) if calibration else None,
         dtype=dtype,
+        mesh=mesh,
         limit=memory,
     )
     try:
@@ -175,17 +180,18 @@ class _Task:
         evaluation: windows.Windows | None,
         dtype: DTypeLike,
         format: Format,
+        mesh: Mesh,
         job: RunFolder,
         stopwatch: Stopwatch,
     ):
         self.checkpoint, self.method, self.recipe, self.kernels = checkpoint, method, recipe, kernels
         self.calibration, self.evaluation, self.dtype, self.format = calibration, evaluation, dtype, format
-        self.job, self.stopwatch = job, stopwatch
+        self.mesh, self.job, self.stopwatch = mesh, job, stopwatch
 
     def run(self, forecast: Forecast, tell: Callable[[Progress], None]) -> Report:
         """Prunes into the partial result, writes its record, and marks it as finished."""
         layout, memory = forecast.choose(self.job.folder)
-        machine = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count()}
+        machine = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "mesh": dict(self.mesh.shape)}
         decided = self.job.decide({**dataclasses.asdict(layout), "machine": machine})
         if self.job.resumed:
             layout = Layout(windows=decided["windows"], carry_limit=decided["carry_limit"])
@@ -212,6 +218,7 @@ class _Task:
                 self.method,
                 self.calibration.tokens if self.calibration else None,
                 journal,
+                mesh=self.mesh,
                 layout=layout,
                 dtype=self.dtype,
                 progress=tell,
@@ -284,6 +291,7 @@ class _Task:
                 weights,
                 evaluation.tokens,
                 dtype=self.dtype,
+                mesh=self.mesh,
                 progress=lambda done, total: tell(Progress(float(done), total, evaluation.source, phase)),
             )
 
@@ -335,6 +343,7 @@ def plan_run(
     pattern: Pattern,
     out: str | Path = ".",
     memory: int | None = None,
+    mesh: Mesh | None = None,
     **options: Any,
 ) -> Plan:
     """What `prune_model` would do, without reading a weight or a text; arguments are the same.
@@ -349,7 +358,10 @@ def plan_run(
     shape = window_shape(checkpoint, recipe) if method.statistic else None
     dtype = activation_dtype(checkpoint, recipe.dtype)
     kernels = chosen_kernels(checkpoint, recipe)
-    return Forecast(checkpoint, kernels, method, shape=shape, dtype=dtype, limit=memory).plan(Path(out).expanduser())
+    forecast = Forecast(
+        checkpoint, kernels, method, shape=shape, dtype=dtype, mesh=mesh or devices.make_mesh(), limit=memory
+    )
+    return forecast.plan(Path(out).expanduser())
 
 
 def chosen_kernels(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Kernel, ...]:

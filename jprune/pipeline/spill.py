@@ -1,6 +1,7 @@
 """Micro-batches of activations: in memory while there is room, in a memory-mapped file beyond that.
 
-What is computed does not depend on where they lie. A file holds the arrays of every micro-batch at known places, so it
+What is computed does not depend on where they lie. Of arrays in pieces on several devices each process keeps its own
+pieces, in a file of its own. A file holds the arrays of every micro-batch at known places, so it
 is written in any order and read without a copy; mapped pages belong to the file, and the system takes them back when it
 needs them.
 """
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jprune import devices
 from jprune.checkpoints import writing
 from jprune.pipeline.background import Background
 
@@ -56,7 +58,7 @@ class Room:
 
 
 class ArrayFile:
-    """Micro-batches of arrays in one file.
+    """Micro-batches of arrays in one file, or of each array the pieces that this process has.
 
     Args:
       path: the file; made when something is written to it.
@@ -75,8 +77,8 @@ class ArrayFile:
                 end += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
             self._starts.append(starts)
 
-    def write(self, j: int, arrays: Arrays) -> list[int]:
-        """Puts a micro-batch into its place; returns the checksums of its arrays.
+    def write(self, j: int, arrays: Sequence[devices.Pieces]) -> list[int]:
+        """Puts a micro-batch into its place, the pieces of an array one after the other; returns their checksums.
 
         Raises:
           JpruneError: the disk is full or cannot be written.
@@ -85,34 +87,45 @@ class ArrayFile:
         with writing.explained(self.path.parent):
             self.path.touch()
             with self.path.open("r+b") as file:
-                for start, array in zip(self._starts[j], arrays, strict=True):
-                    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+                for start, pieces in zip(self._starts[j], arrays, strict=True):
                     file.seek(start)
-                    file.write(data.data)
-                    checksums.append(writing.checksum(data))
+                    for _, piece in sorted(pieces.items()):
+                        data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+                        file.write(data.data)
+                        checksums.append(writing.checksum(data))
         return checksums
 
-    def read(self, j: int) -> Arrays:
-        """A micro-batch, mapped.
+    def read(self, j: int, shardings: Sequence[Any]) -> list[devices.Pieces]:
+        """The pieces of a micro-batch that lie so, mapped.
 
         Raises:
           ValueError: the file is shorter than it should be.
         """
-        return tuple(
-            np.memmap(self.path, np.uint8, "r", start, (math.prod(shape) * dtype.itemsize,)).view(dtype).reshape(shape)
-            for start, (shape, dtype) in zip(self._starts[j], self._specs[j], strict=True)
-        )
+        return [
+            self._pieces(start, dtype, devices.local_pieces(shape, sharding))
+            for start, (shape, dtype), sharding in zip(self._starts[j], self._specs[j], shardings, strict=True)
+        ]
 
-    def checksums(self, j: int) -> list[int]:
-        """Of the arrays of a micro-batch as they are in the file."""
-        return [writing.checksum(array) for array in self.read(j)]
+    def checksums(self, j: int, shardings: Sequence[Any]) -> list[int]:
+        """Of the pieces of a micro-batch as they are in the file."""
+        return [writing.checksum(piece) for pieces in self.read(j, shardings) for piece in pieces.values()]
+
+    def _pieces(self, start: int, dtype: np.dtype, places: Sequence[devices.Index]) -> devices.Pieces:
+        pieces = {}
+        for place in places:
+            shape = tuple(end - begin for begin, end in place)
+            mapped = np.memmap(self.path, np.uint8, "r", start, (math.prod(shape) * dtype.itemsize,))
+            pieces[place] = mapped.view(dtype).reshape(shape)
+            start += mapped.size
+        return pieces
 
 
 class Batches:
     """Micro-batches of arrays, put and taken by their number.
 
     Args:
-      specs: shape and dtype of the arrays of every micro-batch.
+      specs: shape and dtype of the arrays of every micro-batch; with their sharding if something is to be read that
+        another process has written.
       room: memory that may be taken.
       path: of the file for those for which there is no room.
       behind: if given, those that stay in memory are written to the file too, by it.
@@ -130,34 +143,56 @@ class Batches:
         self._checksums: dict[int, list[int]] = {}
         self._room = room
         self._behind = behind
-        self._kept: dict[int, tuple[str, Arrays]] = {}
+        self._kept: dict[int, tuple[str, int, Any]] = {}
+        # Where arrays lie is known beforehand, or from those that are put.
+        self._shardings = {j: [s.sharding for s in arrays] for j, arrays in enumerate(specs)}
 
     def __len__(self) -> int:
         return len(self.specs)
 
     def put(self, j: int, arrays: Arrays) -> None:
         """Stores a micro-batch; waits for the file only if there is no room in memory."""
-        place = self._room.take(self.nbytes(j))
+        self._shardings[j] = [x.sharding for x in arrays]
+        nbytes = sum(shard.data.nbytes for x in arrays for shard in x.addressable_shards)
+        place = self._room.take(nbytes)
         if place is None:
             self._write(j, arrays)
             return
-        self._kept[j] = place, arrays if place == "device" else tuple(map(np.asarray, arrays))
+        held = arrays if place == "device" else [devices.to_host(x) for x in arrays]
+        self._kept[j] = place, nbytes, held
         if self._behind is not None:
-            self._behind.submit(functools.partial(self._write, j, self._kept[j][1]), self.nbytes(j))
+            self._behind.submit(functools.partial(self._write, j, held), nbytes)
 
     def get(self, j: int) -> Arrays:
-        """A micro-batch: arrays of the device, of NumPy, or maps of the file."""
-        return self._kept[j][1] if j in self._kept else self.file.read(j)
+        """A micro-batch, on the devices."""
+        place, _, held = self._kept.get(j, ("file", 0, None))
+        if place == "device":
+            return held
+        pieces = held if place == "host" else self.file.read(j, self._shardings[j])
+        where = zip(self.specs[j], self._shardings[j], strict=True)
+        return tuple(
+            devices.from_host(own, spec.shape, sharding) for own, (spec, sharding) in zip(pieces, where, strict=True)
+        )
 
     def take(self, j: int) -> Arrays:
         """A micro-batch, for the last time."""
         arrays = self.get(j)
         if j in self._kept:
-            self._room.give_back(self._kept.pop(j)[0], self.nbytes(j))
+            place, nbytes, _ = self._kept.pop(j)
+            self._room.give_back(place, nbytes)
         return arrays
 
+    def intact(self, checksums: Sequence[Sequence[int]]) -> bool:
+        """Whether the file holds what had these checksums; it is then taken as saved."""
+        try:
+            found = [self.file.checksums(j, self._shardings[j]) for j in range(len(self))]
+        except (OSError, ValueError):  # gone, or shorter than it should be
+            return False
+        self.saved = found == checksums
+        return self.saved
+
     def nbytes(self, j: int) -> int:
-        """Size of a micro-batch."""
+        """Size of a micro-batch, on all devices together."""
         return sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in self.specs[j])
 
     def synced(self) -> list[list[int]]:
@@ -169,11 +204,13 @@ class Batches:
 
     def drop(self) -> None:
         """Forgets everything, and removes the file."""
-        for j in list(self._kept):
-            self.take(j)
+        for place, nbytes, _ in self._kept.values():
+            self._room.give_back(place, nbytes)
+        self._kept.clear()
         self.file.path.unlink(missing_ok=True)
 
-    def _write(self, j: int, arrays: Arrays) -> None:
+    def _write(self, j: int, held: Sequence[Any]) -> None:
         start = time.monotonic()
-        self._checksums[j] = self.file.write(j, arrays)
+        pieces = [devices.to_host(x) if isinstance(x, jax.Array) else x for x in held]
+        self._checksums[j] = self.file.write(j, pieces)
         self.seconds += time.monotonic() - start

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jprune import trees
+from jprune import devices, trees
 from jprune.methods import Method
 from jprune.pipeline.plan import Kernel
 from jprune.statistics import Stacked
@@ -18,6 +19,7 @@ def solve_stacks(
     kernels: Mapping[str, tuple[Kernel, jax.Array]],
     statistic: Any,
     least: int,
+    mesh: Mesh,
     *,
     keep_zeros: bool = False,
 ) -> tuple[dict[str, tuple[jax.Array, Any]], tuple[int, ...]]:
@@ -29,6 +31,7 @@ def solve_stacks(
       statistic: a `Stacked`, or None if the method needs none.
       least: kernels that saw fewer tokens are pruned as if their inputs were all alike, by magnitude that is. (What
         other kernels of the stack saw says nothing: hidden channels of different experts have nothing in common.)
+      mesh: the devices; outputs of every kernel are shared out.
       keep_zeros: what is zero stays zero.
 
     Returns:
@@ -53,6 +56,7 @@ def solve_stacks(
     for i in range(count):
         own = statistic if statistic is None else alike if i in few else statistic.of(i)
         matrices = {name: trees.to_matrix(x[i], axes[name]) for name, x in apart.items()}
+        matrices = devices.spread_columns(mesh, matrices)
         keeps = {name: matrix != 0 for name, matrix in matrices.items()} if keep_zeros else {}
         for name, result in jax.block_until_ready(method.together(matrices, own, patterns, keeps)).items():
             done[name].append(trees.from_matrix(result.kernel, apart[name].shape[1:], axes[name]))

@@ -2,6 +2,9 @@
 
 Micro-batches pass in their order, two at a time, and what they add to a statistic is added in that order: the same
 unit, weights, activations and layout give the same bits, whenever and wherever the activations lie.
+
+On a mesh, the windows of a micro-batch are shared out. Each device adds up the statistics of what it sees, and they are
+reduced over the devices once a stage; kernels are solved for with their outputs shared out.
 """
 
 import functools
@@ -13,8 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jprune import trees
+from jprune import devices, trees
 from jprune.errors import JpruneError
 from jprune.methods import Method
 from jprune.pipeline import memory
@@ -24,7 +28,7 @@ from jprune.pipeline.report import KernelReport
 from jprune.pipeline.spill import Arrays, Batches, Room
 from jprune.pipeline.stacks import solve_stacks
 from jprune.pipeline.stopwatch import Stopwatch
-from jprune.statistics import Statistic, zeros
+from jprune.statistics import Statistic, merge_parts, update_in_parts, zeros
 from jprune.trace import Stages, stages
 
 PyTree = Any
@@ -38,6 +42,7 @@ class UnitRun:
       unit: which.
       kernels: of the unit, to be pruned.
       method: how.
+      mesh: the devices.
       layout: how calibration is cut up.
       room: memory for activations.
       spill: folder for those that do not fit.
@@ -53,6 +58,7 @@ class UnitRun:
         kernels: Iterable[Kernel],
         method: Method,
         *,
+        mesh: Mesh,
         layout: Layout,
         room: Room,
         spill: Any,
@@ -64,6 +70,7 @@ class UnitRun:
         self.unit = unit
         self.wanted = {_relative(kernel, unit): kernel for kernel in kernels}
         self.method = method
+        self.mesh = mesh
         self.reports: list[KernelReport] = []
         self._layout, self._room, self._spill = layout, room, spill
         self._stopwatch, self._progress = stopwatch, progress
@@ -89,14 +96,15 @@ class UnitRun:
           pruned: `params` have been pruned before, by the same run: only the hidden states are wanted. Every program
             runs as it did then, so that they are the same to the last bit.
         """
-        x = [arrays[0] for arrays in hidden.specs]
-        specs = [Spec(self.unit.function, self.unit.shapes, frozenset(self.wanted), (s.shape, s.dtype)) for s in x]
+        x = [(arrays[0].shape, arrays[0].dtype) for arrays in hidden.specs]
+        specs = [Spec(self.unit.function, self.unit.shapes, frozenset(self.wanted), own, self.mesh) for own in x]
         if not self.wanted:
             after = make() if make else None
             with self._stopwatch.phase("calibration"), _Flight(after) as flight:
-                for j in range(len(hidden) if make else 0):
+                for j, spec in enumerate(specs if make else ()):
                     self.progress(j / len(hidden), "nothing to prune here")
-                    flight.add(j, (forward(self.unit.function)(trees.unflatten(params), *hidden.take(j)),))
+                    run = forward(self.unit.function, spec.sharding)
+                    flight.add(j, (run(trees.unflatten(params), *hidden.take(j)),))
             return params, after
         plan = specs[0].stages()
         steps = len(plan.matmuls) + 1
@@ -155,16 +163,18 @@ class UnitRun:
         """Runs the segments for every micro-batch; returns the statistic of every distinct input of the last one."""
         (first, stage), (steps, text) = segments, said
         tree = trees.unflatten(params)
-        # Two sums, so that two micro-batches can be computed side by side.
-        streams = [self._zeros(inputs) for _ in range(2)]
+        # Two sums, so that two micro-batches can be computed side by side; each in as many parts as tokens can be cut.
+        sums: dict[tuple[int, int], dict[int, Statistic]] = {}
         with _Flight(kept) as flight:
             for j, spec in enumerate(specs):
                 self.progress((stage + j / (len(specs) + 1)) / steps, text)
                 arrays = carries.get(j) if kept is None else carries.take(j)
                 carry = _started(spec, arrays) if first == 0 else arrays
-                carry, streams[j % 2] = observe(spec, first, stage, kept is not None)(tree, carry, streams[j % 2])
+                own = (spec.pieces, j % 2)
+                sums[own] = sums.get(own) or self._zeros(inputs, spec)
+                carry, sums[own] = observe(spec, first, stage, kept is not None)(tree, carry, sums[own])
                 flight.add(j, carry)
-        return jax.block_until_ready(_merge(*streams))
+        return jax.block_until_ready(_merged(self.mesh, sums.values()))
 
     def _solve(
         self, params: Mapping[str, jax.Array], kernels: Mapping[str, Kernel], statistic: Statistic | None
@@ -178,11 +188,13 @@ class UnitRun:
                     {k.path: (k, params[path]) for path, k in kernels.items()},
                     statistic,
                     self._expert_tokens,
+                    self.mesh,
                     keep_zeros=self._keep_zeros,
                 )
             else:
                 matrices = {k.path: trees.to_matrix(params[path], k.in_axes) for path, k in kernels.items()}
                 patterns = {k.path: k.pattern for k in kernels.values()}
+                matrices = devices.spread_columns(self.mesh, matrices)
                 keeps = {name: matrix != 0 for name, matrix in matrices.items()} if self._keep_zeros else {}
                 solved = jax.block_until_ready(self.method.together(matrices, statistic, patterns, keeps))
                 results = {
@@ -191,7 +203,8 @@ class UnitRun:
                 }
         pruned = {}
         for path, kernel in kernels.items():
-            pruned[path], loss = results[kernel.path]
+            values, loss = results[kernel.path]
+            pruned[path] = jax.device_put(values, params[path].sharding)
             zeros = int(pruned[path].size - jnp.count_nonzero(pruned[path]))
             loss = None if loss is None else float(loss)
             if loss is not None and not math.isfinite(loss):
@@ -209,10 +222,11 @@ class UnitRun:
             )
         return pruned
 
-    def _zeros(self, inputs: Mapping[str, tuple[int, ...]]) -> dict[int, Statistic]:
-        assert self.method.statistic is not None
+    def _zeros(self, inputs: Mapping[str, tuple[int, ...]], spec: "Spec") -> dict[int, Statistic]:
         kernels = {i: self.wanted[path] for path, ids in inputs.items() for i in ids}
-        return {i: zeros(self.method.statistic, k.d_in, *k.stack) for i, k in kernels.items()}
+        sharding = devices.parts(self.mesh) if spec.pieces > 1 else devices.whole(self.mesh)
+        kind = self.method.statistic
+        return {i: zero_parts(kind, spec.pieces, sharding, k.d_in, *k.stack)() for i, k in kernels.items()}
 
 
 class _Flight:
@@ -253,6 +267,21 @@ class Spec(NamedTuple):
     shapes: tuple
     chosen: frozenset[str]
     x: tuple[tuple[int, ...], Any]
+    mesh: Mesh
+
+    @property
+    def sharding(self) -> NamedSharding:
+        """Where hidden states lie."""
+        return devices.batch(self.mesh, self.x[0][0])
+
+    def tokens(self, ndim: int) -> NamedSharding:
+        """Where the tokens of hidden states lie, in arrays [*stack, tokens, d_in]."""
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * (ndim - 2), *self.sharding.spec))
+
+    @property
+    def pieces(self) -> int:
+        """Into how many pieces the tokens are cut to be summed over."""
+        return devices.pieces_of_rows(self.mesh, math.prod(self.x[0][:-1]))
 
     def stages(self) -> Stages:
         """The stages of the unit for micro-batches of shape and dtype `x`."""
@@ -275,9 +304,12 @@ def observe(spec: Spec, first: int, stage: int, keep: bool) -> Any:
     def observe(params: PyTree, carry: Any, statistics: dict[int, Statistic]) -> tuple[Any, dict[int, Statistic]]:
         for segment in cut.segments[first : stage + 1]:
             carry = segment(params, carry)
-        inputs = cut.inputs(stage, carry)
+        # Said here, or XLA would cut the whole segment as the sums want their tokens cut.
+        rows = {i: jnp.asarray(x) for i, x in cut.inputs(stage, carry).items()}
+        inputs = {i: jax.lax.with_sharding_constraint(x, spec.tokens(x.ndim)) for i, x in rows.items()}
         ticket = (jnp.zeros(()),)  # what is not kept can still be waited for
-        return carry if keep else ticket, {i: s.update(jnp.asarray(inputs[i])) for i, s in statistics.items()}
+        seen = {i: update_in_parts(s, inputs[i], spec.mesh) for i, s in statistics.items()}
+        return carry if keep else ticket, seen
 
     return jax.jit(observe, donate_argnames="statistics")
 
@@ -292,18 +324,46 @@ def finish(spec: Spec, first: int) -> Any:
             carry = segment(params, carry)
         return cut.finish(carry)
 
-    return jax.jit(finish)
+    return jax.jit(finish, out_shardings=spec.sharding)
 
 
 @functools.lru_cache(maxsize=64)
-def forward(function: Callable) -> Any:
-    """A function compiled; equal units have one function."""
-    return jax.jit(function)
+def forward(function: Callable, sharding: NamedSharding) -> Any:
+    """A function compiled, and where its output lies; equal units have one function."""
+    return jax.jit(function, out_shardings=sharding)
+
+
+@functools.lru_cache(maxsize=256)
+def zero_parts(kind: Any, count: int, sharding: NamedSharding, d_in: int, *stack: int) -> Any:
+    """Makes so many statistics that have seen nothing, with one more axis in front."""
+
+    def make() -> Statistic:
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), zeros(kind, d_in, *stack))
+
+    return jax.jit(make, out_shardings=sharding)
+
+
+def _merged(mesh: Mesh, sums: Iterable[dict[int, Statistic]]) -> dict[int, Statistic]:
+    """All sums, each in parts, as one that every device has: reduced over the devices once."""
+    alike: dict[int, dict[int, Statistic]] = {}
+    for own in sums:
+        count = len(jax.tree.leaves(own)[0])
+        alike[count] = _merge_alike(alike[count], own) if count in alike else own
+    return _merge_parts(mesh)(list(alike.values()))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _merge(a: dict[int, Statistic], b: dict[int, Statistic]) -> dict[int, Statistic]:
-    return {i: a[i].merge(b[i]) for i in a}
+def _merge_alike(a: dict[int, Statistic], b: dict[int, Statistic]) -> dict[int, Statistic]:
+    return {i: jax.vmap(lambda a, b: a.merge(b))(a[i], b[i]) for i in a}
+
+
+@functools.lru_cache(maxsize=8)
+def _merge_parts(mesh: Mesh) -> Any:
+    def merge(sums: list[dict[int, Statistic]]) -> dict[int, Statistic]:
+        merged = [{i: merge_parts(parts) for i, parts in own.items()} for own in sums]
+        return {i: functools.reduce(lambda a, b: a.merge(b), [own[i] for own in merged]) for i in merged[0]}
+
+    return jax.jit(merge, out_shardings=devices.whole(mesh))
 
 
 def _started(spec: Spec, arrays: Arrays) -> Arrays:

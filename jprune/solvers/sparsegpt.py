@@ -33,9 +33,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jprune import masks
+from jprune import devices, masks
 from jprune.errors import JpruneError
 from jprune.patterns import NM, Pattern, Unstructured
 from jprune.solvers.pruned import Pruned
@@ -167,7 +167,9 @@ def sweep(
         block = block_size if nm is None else max(block_size // nm.m, 1) * nm.m
         args = [_prepare(kernels[i], factor, patterns[i], keeps[i], block) for i in members]
         kinds, given, quotas = zip(*args)
-        solved = _sweep(tuple(kernels[i] for i in members), factor, given, jnp.stack(quotas, 1), kinds, block)
+        matrices = tuple(kernels[i] for i in members)
+        pieces = devices.pieces_of_columns(matrices)
+        solved = _sweep(matrices, factor, given, jnp.stack(quotas, 1), kinds, block, pieces)
         results |= dict(zip(members, solved, strict=True))
     return [results[i] for i in range(len(kernels))]
 
@@ -231,7 +233,21 @@ def _transposed_matmul(a: Float[Array, "k i"], b: Float[Array, "k j"]) -> Float[
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
 
 
-@functools.partial(jax.jit, static_argnames=("kinds", "block"))
+def _join(matrices: Sequence[Array], pieces: int) -> Array:
+    """Matrices side by side. Where their columns lie in pieces on devices, those of one device are brought together,
+    and none is moved: the first piece of every matrix, then the second of every matrix, and so on."""
+    cut = [x.reshape(len(x), pieces, -1) for x in matrices]
+    return jnp.concatenate(cut, axis=2).reshape(len(matrices[0]), -1)
+
+
+def _part(joined: Shaped[Array, "*rows d_out"], kinds: Sequence[_Kind], i: int, pieces: int) -> Array:
+    """The columns of one of the matrices that were joined."""
+    start, count = sum(kind.d_out for kind in kinds[:i]) // pieces, kinds[i].d_out
+    rows = joined.shape[:-1]
+    return joined.reshape(*rows, pieces, -1)[..., start : start + count // pieces].reshape(*rows, count)
+
+
+@functools.partial(jax.jit, static_argnames=("kinds", "block", "pieces"))
 def _sweep(
     kernels: tuple[Float[Array, "d_in _"], ...],
     factor: Factor,
@@ -239,15 +255,15 @@ def _sweep(
     quotas: Int[Array, "blocks kernels"],
     kinds: tuple[_Kind, ...],
     block: int,
+    pieces: int,
 ) -> tuple[Pruned, ...]:
     d_in = len(factor.upper)
     blocks = len(quotas)
     many = max((s for s in _SUPER if blocks % s == 0), default=blocks)
     padding = blocks * block - d_in
     super_size = many * block
-    ends = np.cumsum([k.d_out for k in kinds])[:-1]
 
-    weights = jnp.concatenate([k.astype(jnp.float32) for k in kernels], axis=1)
+    weights = _join([k.astype(jnp.float32) for k in kernels], pieces)
     weights = jnp.where(factor.dead[:, None], 0.0, weights)
     d_out = weights.shape[1]
     # Padding inputs are independent of all others (identity in the factor), zero, and never chosen.
@@ -257,7 +273,7 @@ def _sweep(
     may_keep = None
     if any(g is not None for g in given):
         all_given = [jnp.ones(k.shape, bool) if g is None else g for g, k in zip(given, kernels)]
-        may_keep = jnp.pad(jnp.concatenate(all_given, axis=1), ((0, padding), (0, 0)), constant_values=True)
+        may_keep = jnp.pad(_join(all_given, pieces), ((0, padding), (0, 0)), constant_values=True)
 
     def super_block(changed, s):
         """`changed` is D, the change of all earlier inputs."""
@@ -287,6 +303,7 @@ def _sweep(
                 quotas[s * many + b],
                 jnp.arange(block) + here < d_in,
                 kinds,
+                pieces,
             )
             changed_here = lax.dynamic_update_slice_in_dim(changed_here, old_here - pruned, start, axis=0)
             return changed_here, (pruned, keep, loss)
@@ -298,11 +315,10 @@ def _sweep(
     pruned = pruned.reshape(-1, d_out)[:d_in]
     keep = keep.reshape(-1, d_out)[:d_in]
     losses = jnp.sum(loss, axis=(0, 1))
+    own = functools.partial(_part, kinds=kinds, pieces=pieces)
     return tuple(
-        Pruned(new.astype(old.dtype), mask, jnp.sum(loss))
-        for old, new, mask, loss in zip(
-            kernels, jnp.split(pruned, ends, 1), jnp.split(keep, ends, 1), jnp.split(losses, ends), strict=True
-        )
+        Pruned(own(pruned, i=i).astype(old.dtype), own(keep, i=i), jnp.sum(own(losses, i=i)))
+        for i, old in enumerate(kernels)
     )
 
 
@@ -313,6 +329,7 @@ def _eliminate(
     quotas: Int[Array, "kernels"],
     real: Bool[Array, "block"],
     kinds: tuple[_Kind, ...],
+    pieces: int,
 ) -> tuple[Float[Array, "block d_out"], Bool[Array, "block d_out"], Float[Array, "d_out"]]:
     """Chooses the mask of one block and prunes it row by row.
 
@@ -323,6 +340,7 @@ def _eliminate(
       quotas: zeros to choose in the block, per output or per kernel.
       real: False for padding.
       kinds: how each kernel's mask is chosen.
+      pieces: see `_join`.
 
     Returns:
       Pruned weights, mask, and loss of every output.
@@ -337,7 +355,7 @@ def _eliminate(
     # N:M is chosen on the way, from weights that make up for all inputs before; else the whole block is chosen here.
     keep = jnp.ones(weights.shape, bool) if allowed is None else allowed
     if not nm:
-        keep = _choose(weights, scale, allowed, quotas, real, kinds)
+        keep = _choose(weights, scale, allowed, quotas, real, kinds, pieces)
 
     def group(errors, j):
         start = j * size
@@ -380,21 +398,20 @@ def _eliminate(
     return pruned.reshape(weights.shape), keep.reshape(weights.shape), loss
 
 
-def _choose(weights, scale, allowed, quotas, real, kinds):
+def _choose(weights, scale, allowed, quotas, real, kinds, pieces):
     """The mask of a block from its weights, for every kernel that has not been given one."""
     scores = _scores(weights, scale)
     if allowed is not None:
         scores = jnp.where(allowed, scores, -jnp.inf)
     scores = jnp.where(real[:, None], scores, jnp.inf)
-    keeps, start = [], 0
+    keeps = []
     for i, kind in enumerate(kinds):
-        columns = slice(start, start := start + kind.d_out)
+        own = _part(scores, kinds, i, pieces)
         if kind.given:
-            keeps.append(allowed[:, columns])
+            keeps.append(_part(allowed, kinds, i, pieces))
         elif kind.per_output:
-            keeps.append(~masks.smallest(scores[:, columns], quotas[i]))
+            keeps.append(~masks.smallest(own, quotas[i]))
         else:
-            flat = scores[:, columns].reshape(-1, 1)
-            keeps.append(~masks.smallest(flat, quotas[i]).reshape(len(scores), kind.d_out))
-    keep = jnp.concatenate(keeps, axis=1)
+            keeps.append(~masks.smallest_of_all(own, quotas[i]))
+    keep = _join(keeps, pieces)
     return keep if allowed is None else keep & allowed

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jprune import trees
+from jprune import devices, trees
 from jprune.errors import JpruneError
 from jprune.evaluate import perplexity as module
 from jprune.evaluate.perplexity import mean_nll, perplexity
@@ -105,7 +105,7 @@ def test_logits_stay_small_with_a_big_vocabulary():
     params = {key: decoder.abstract_params(config)[key] for key in ("final_norm", "head")}
     x = jax.ShapeDtypeStruct((2, 2048, d_model), jnp.float32)
     ids = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
-    compiled = module._jit_nll(decoder.head(config)).lower(params, x, ids).compile()
+    compiled = module._jit_nll(decoder.head(config), devices.alone()).lower(params, x, ids).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * module.LOGITS_BYTES
 
 
@@ -126,9 +126,10 @@ def test_streams_each_part_once_and_reports_progress(getkey, tokens):
 
 def test_equal_blocks_and_ragged_batches_compile_once(getkey, tokens):
     model = make(getkey(), windows=(None, 4, None), norm_eps=2e-6)  # an epsilon of its own: functions of its own
-    mean_nll(model, tokens, batch=3)
+    mean_nll(model, tokens, batch=1)  # seven windows: four, one for each device, and three
+    lie = devices.batch(devices.make_mesh(), 4)
     for index in range(3):
-        assert module._jit_in_place(decoder.block(model.config, index))._cache_size() == 1
+        assert module._jit_in_place(decoder.block(model.config, index), lie)._cache_size() == 1
     assert decoder.block(model.config, 0) is decoder.block(model.config, 2)
     np.testing.assert_allclose(mean_nll(model, tokens), reference(model, tokens), rtol=1e-5)
 

@@ -6,10 +6,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jprune import devices
 from jprune.checkpoints import writing
 from jprune.errors import JpruneError
 from jprune.pipeline.background import Background
 from jprune.pipeline.spill import ArrayFile, Batches, Room
+
+HERE = [jax.sharding.SingleDeviceSharding(jax.devices()[0])] * 2
 
 
 def specs(count=3):
@@ -48,14 +51,16 @@ def test_what_is_put_comes_back(rng, tmp_path, device, host):
 def test_room_is_taken_and_given_back(rng, tmp_path):
     batches = Batches(specs(), Room(device=600, host=0), tmp_path / "file.bin")
     given = values(rng)
-    for j in range(3):
+    for j in range(2):
         batches.put(j, given[j])
-    assert isinstance(batches.get(0)[0], jax.Array)
-    assert isinstance(batches.get(1)[0], jax.Array)
-    assert isinstance(batches.get(2)[0], np.memmap)
+    assert not (tmp_path / "file.bin").exists()
+    batches.put(2, given[2])
+    assert (tmp_path / "file.bin").exists()
+    (tmp_path / "file.bin").unlink()
     batches.take(0)
     batches.put(2, given[2])
-    assert isinstance(batches.get(2)[0], jax.Array)
+    assert not (tmp_path / "file.bin").exists()
+    same(batches.get(2), given[2])
 
 
 def test_written_behind_and_checked(rng, tmp_path):
@@ -68,21 +73,23 @@ def test_written_behind_and_checked(rng, tmp_path):
         checksums = batches.synced()
     file = ArrayFile(tmp_path / "file.bin", specs())
     for j in range(3):
-        same(file.read(j), given[j])
-        assert file.checksums(j) == checksums[j] == [writing.checksum(np.asarray(x)) for x in given[j]]
+        same([piece for (piece,) in map(dict.values, file.read(j, HERE))], given[j])
+        assert file.checksums(j, HERE) == checksums[j] == [writing.checksum(np.asarray(x)) for x in given[j]]
     data = bytearray((tmp_path / "file.bin").read_bytes())
     data[4096 + 1] ^= 1  # in the second array of the first micro-batch
     (tmp_path / "file.bin").write_bytes(data)
-    assert file.checksums(0)[0] == checksums[0][0]
-    assert file.checksums(0)[1] != checksums[0][1]
+    assert file.checksums(0, HERE)[0] == checksums[0][0]
+    assert file.checksums(0, HERE)[1] != checksums[0][1]
 
 
 def test_bfloat16_is_mapped_as_it_is(tmp_path):
     spec = ((jax.ShapeDtypeStruct((3,), jnp.bfloat16),),)
     file = ArrayFile(tmp_path / "file.bin", spec)
-    file.write(0, (np.array([1, -2, 0.5], ml_dtypes.bfloat16),))
-    assert file.read(0)[0].dtype == ml_dtypes.bfloat16
-    assert jax.jit(jnp.sum)(file.read(0)[0]) == -0.5
+    file.write(0, ({((0, 3),): np.array([1, -2, 0.5], ml_dtypes.bfloat16)},))
+    ((mapped,),) = map(dict.values, file.read(0, HERE[:1]))
+    assert isinstance(mapped, np.memmap)
+    assert mapped.dtype == ml_dtypes.bfloat16
+    assert jax.jit(jnp.sum)(mapped) == -0.5
 
 
 def test_a_full_disk_is_explained(tmp_path, monkeypatch):
@@ -91,7 +98,9 @@ def test_a_full_disk_is_explained(tmp_path, monkeypatch):
 
     monkeypatch.setattr(writing, "checksum", full)
     with pytest.raises(JpruneError, match=r"disk .* is full"):
-        ArrayFile(tmp_path / "file.bin", specs()).write(0, tuple(np.zeros(s.shape, s.dtype) for s in specs()[0]))
+        ArrayFile(tmp_path / "file.bin", specs()).write(
+            0, list(map(devices.to_host, values(np.random.default_rng(), 1)[0]))
+        )
 
 
 def test_jobs_run_in_order_and_their_errors_come_out():

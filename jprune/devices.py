@@ -1,0 +1,149 @@
+"""Where arrays lie on the devices of one or of many processes; one device is a mesh of one.
+
+A mesh has two axes. Along "data" windows of tokens are shared out, and along "model" the outputs of kernels. XLA's
+partitioner puts in the communication. What is to lie in pieces follows from shapes alone, so every process decides
+alike; what cannot be cut evenly lies whole on every device.
+
+Outputs of a kernel are independent of each other in every solver, so for solving they are shared out along both axes:
+every device has as much to do.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jprune.errors import JpruneError
+
+DATA, MODEL = "data", "model"
+Index = tuple[tuple[int, int], ...]
+"""Where a piece begins and ends along every axis."""
+Pieces = dict[Index, np.ndarray]
+"""The distinct pieces of an array that one process has."""
+
+
+def make_mesh(model: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices of all processes, or over those given.
+
+    Args:
+      model: devices among which the outputs of a kernel are shared out; "data" is what that leaves.
+      devices: by default all there are.
+
+    Raises:
+      JpruneError: the devices cannot be shared out so.
+    """
+    devices = jax.devices() if devices is None else devices
+    if model < 1 or len(devices) % model:
+        raise JpruneError(
+            f"the model axis must divide the number of devices: got {model}, and there are {len(devices)} devices; "
+            f"give one of {', '.join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)}"
+        )
+    return jax.make_mesh((len(devices) // model, model), (DATA, MODEL), (AxisType.Auto,) * 2, devices=devices)
+
+
+@functools.cache
+def alone() -> Mesh:
+    """A mesh of one device of this process."""
+    return make_mesh(devices=jax.local_devices()[:1])
+
+
+def share(mesh: Mesh) -> float:
+    """The share of the mesh's devices that this process has."""
+    return len(mesh.local_devices) / mesh.size
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """Of arrays that every device has."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch(mesh: Mesh, rows: int) -> NamedSharding:
+    """Of arrays of so many rows (windows): shared out along "data" if that can be done evenly."""
+    return NamedSharding(mesh, PartitionSpec(DATA)) if rows % mesh.shape[DATA] == 0 else whole(mesh)
+
+
+def parts(mesh: Mesh) -> NamedSharding:
+    """Of arrays with one row for every device."""
+    return NamedSharding(mesh, PartitionSpec((DATA, MODEL)))
+
+
+def pieces_of_rows(mesh: Mesh, rows: int) -> int:
+    """Into how many pieces so many rows (tokens) can be cut: one for every device, or one."""
+    return mesh.size if rows % mesh.size == 0 else 1
+
+
+def kernel(mesh: Mesh, shape: tuple[int, ...], out_axes: Iterable[int]) -> NamedSharding:
+    """Of a kernel while it is used: the first of its output axes that can be cut evenly is cut along "model"."""
+    size = mesh.shape[MODEL]
+    fits = [axis for axis in sorted(out_axes) if size > 1 and shape[axis] % size == 0]
+    return NamedSharding(mesh, PartitionSpec(*[None] * fits[0], MODEL)) if fits else whole(mesh)
+
+
+def _columns(mesh: Mesh, counts: Iterable[int]) -> NamedSharding:
+    """Of matrices with so many outputs each: in as many pieces as fit all of them."""
+    counts = list(counts)
+    for axes in ((DATA, MODEL), (DATA,), (MODEL,)):
+        if all(count % math.prod(mesh.shape[a] for a in axes) == 0 for count in counts):
+            return NamedSharding(mesh, PartitionSpec(None, axes))
+    return whole(mesh)
+
+
+def spread_columns(mesh: Mesh, matrices: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Matrices [d_in, d_out] that are to be solved for side by side, with their outputs shared out."""
+    sharding = _columns(mesh, [x.shape[1] for x in matrices.values()])
+    return {name: jax.device_put(x, sharding) for name, x in matrices.items()}
+
+
+def pieces_of_columns(matrices: Sequence[Any]) -> int:
+    """Into how many pieces the outputs of all these matrices are cut; 1 for what is not yet on any device."""
+    counts = set()
+    for x in matrices:
+        on_devices = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+        counts.add(x.shape[1] // x.sharding.shard_shape(x.shape)[1] if on_devices and x.size else 1)
+    return counts.pop() if len(counts) == 1 else 1
+
+
+def put(value: Any, sharding: NamedSharding) -> jax.Array:
+    """A host's array on the devices; each process places its own pieces, and all must have the same values."""
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def once(f: Callable[..., Any], x: jax.Array, *args: Any) -> Any:
+    """``f(x, *args)`` for an array that every device has: computed on one device of each process, copied to its others.
+
+    What f needs beside its result is then in memory once, and virtual devices do not compute the same in turns.
+    """
+    known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    if not known or len(x.sharding.device_set) == 1 or not x.is_fully_replicated:
+        return f(x, *args)
+    shards = x.addressable_shards
+
+    def copied(y: jax.Array) -> jax.Array:
+        copies = [jax.device_put(y, shard.device) for shard in shards]
+        return jax.make_array_from_single_device_arrays(y.shape, x.sharding, copies)
+
+    return jax.tree.map(copied, f(shards[0].data, *args))
+
+
+def to_host(x: jax.Array) -> Pieces:
+    """The distinct pieces of an array that this process has."""
+    return {_index(s.index, x.shape): np.asarray(s.data) for s in x.addressable_shards}
+
+
+def from_host(pieces: Pieces, shape: tuple[int, ...], sharding: Any) -> jax.Array:
+    """The array whose pieces every process has got by `to_host`."""
+    return jax.make_array_from_callback(shape, sharding, lambda index: pieces[_index(index, shape)])
+
+
+def local_pieces(shape: tuple[int, ...], sharding: Any) -> list[Index]:
+    """Where the distinct pieces that this process has of an array lie, in a fixed order."""
+    return sorted({_index(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()})
+
+
+def _index(slices: Any, shape: tuple[int, ...]) -> Index:
+    return tuple((s.start or 0, n if s.stop is None else s.stop) for s, n in zip(slices, shape, strict=True))
