@@ -118,7 +118,7 @@ def test_zeros_of_a_stack_are_kept(rng):
     def solve(**options):
         statistic = Stacked.zeros(Gram, 8, EXPERTS).update(jnp.asarray(x, jnp.float32))
         kernels = {"w": (kernel, jnp.asarray(values))}
-        results, _ = solve_stacks(SparseGPT(block_size=4), kernels, statistic, 1, **options)
+        results, _ = solve_stacks(SparseGPT(block_size=4), kernels, statistic, 1, devices.alone(), **options)
         return np.asarray(results["w"][0])
 
     kept, anew = solve(keep_zeros=True), solve()
