@@ -66,7 +66,11 @@ def tiny_model(tmp_path, tiny_config):
         params = trees.flatten(decoder.init_params(config, jax.random.key(1)))
         # Larger than usual, so that pruning changes outputs by more than rounding.
         params = {p: np.asarray(x) * (5 if p.endswith("kernel") else 1) for p, x in params.items()}
-        tensors = {e.key: e.write(params[p].astype(dtype)) for p, e in families.table(config).items()}
+        tensors = {}
+        for p, e in families.table(config).items():
+            for i, key in enumerate(e.keys):  # of a stack of experts each has one
+                tensors[key] = np.zeros(e.shape, dtype)
+                e.write_to(i, params[p].astype(dtype), tensors[key])
         change(tensors)
         folder = tmp_path / name
         folder.mkdir()

@@ -106,7 +106,9 @@ class _Blocks:
         todo = units(checkpoint)
         self.units = todo[: max(i for i, unit in enumerate(todo) if unit.name in self.kernels) + 1]
         """Those up to the last in which a kernel is pruned."""
-        self.specs = [] if tokens is None else hidden_specs(checkpoint, tokens.shape, layout, dtype, mesh)
+        self.specs = (
+            [] if tokens is None else hidden_specs(checkpoint.config.d_model, tokens.shape, layout, dtype, mesh)
+        )
 
     def all(self) -> list[KernelReport]:
         """Does what is not done; returns the reports of all."""
@@ -234,7 +236,7 @@ class _Blocks:
 
 
 def hidden_specs(
-    checkpoint: Checkpoint, shape: tuple[int, ...], layout: Layout, dtype: DTypeLike, mesh: Mesh
+    d_model: int, shape: tuple[int, ...], layout: Layout, dtype: DTypeLike, mesh: Mesh
 ) -> tuple[Specs, ...]:
     """The hidden states between blocks of token windows [n, length], and where they lie.
 
@@ -248,8 +250,7 @@ def hidden_specs(
     size = math.ceil(even / math.ceil(even / at_once)) if even else 0
     counts = [min(size, even - start) * data for start in range(0, even, max(size, 1))]
     counts += [min(at_once, n - start) for start in range(even * data, n, at_once)]
-    width = checkpoint.config.d_model
     return tuple(
-        (jax.ShapeDtypeStruct((count, length, width), jnp.dtype(dtype), sharding=devices.batch(mesh, count)),)
+        (jax.ShapeDtypeStruct((count, length, d_model), jnp.dtype(dtype), sharding=devices.batch(mesh, count)),)
         for count in counts
     )

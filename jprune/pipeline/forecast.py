@@ -228,7 +228,8 @@ class Forecast:
         """The hidden states, micro-batch by micro-batch."""
         if self.shape is None:
             return []
-        return [x for (x,) in hidden_specs(self.checkpoint, self.shape, layout, self.dtype, self.mesh)]
+        width = self.checkpoint.config.d_model
+        return [x for (x,) in hidden_specs(width, self.shape, layout, self.dtype, self.mesh)]
 
     def costs(self, layout: Layout) -> list[UnitCost]:
         """Of every unit."""
