@@ -77,10 +77,14 @@ def pieces_of_rows(mesh: Mesh, rows: int) -> int:
 
 
 def kernel(mesh: Mesh, shape: tuple[int, ...], out_axes: Iterable[int]) -> NamedSharding:
-    """Of a kernel while it is used: the first of its output axes that can be cut evenly is cut along "model"."""
-    size = mesh.shape[MODEL]
-    fits = [axis for axis in sorted(out_axes) if size > 1 and shape[axis] % size == 0]
-    return NamedSharding(mesh, PartitionSpec(*[None] * fits[0], MODEL)) if fits else whole(mesh)
+    """Of a kernel while it is used: its first output axis is cut along "model" if that can be done evenly.
+
+    That axis numbers heads, or channels. Cutting heads themselves would have devices talk within the attention.
+    """
+    first, size = min(out_axes, default=None), mesh.shape[MODEL]
+    if first is None or size == 1 or shape[first] % size:
+        return whole(mesh)
+    return NamedSharding(mesh, PartitionSpec(*[None] * first, MODEL))
 
 
 def _columns(mesh: Mesh, counts: Iterable[int]) -> NamedSharding:
@@ -128,6 +132,11 @@ def once(f: Callable[..., Any], x: jax.Array, *args: Any) -> Any:
         return jax.make_array_from_single_device_arrays(y.shape, x.sharding, copies)
 
     return jax.tree.map(copied, f(shards[0].data, *args))
+
+
+def readable(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """The array, with all of it in every process. To be called by all."""
+    return x if x.is_fully_addressable or x.is_fully_replicated else jax.device_put(x, whole(mesh))
 
 
 def to_host(x: jax.Array) -> Pieces:

@@ -260,6 +260,7 @@ class Writer:
         dtypes: the dtype of each parameter in the file, by path; those not named keep the dtype they are stored in.
         max_shard_bytes: a file holds at most this much (or one tensor, if that is larger).
         reopen: the folder may hold what an earlier process wrote with the same arguments; see `keep`.
+        follow: another process makes the folder and writes it; this one only reads.
 
     Raises:
         JpruneError: the disk is full or cannot be written.
@@ -273,6 +274,7 @@ class Writer:
         *,
         max_shard_bytes: int | float = 5e9,
         reopen: bool = False,
+        follow: bool = False,
     ):
         self.folder = folder
         self._entries = families.table(checkpoint.config)
@@ -291,14 +293,16 @@ class Writer:
         sizes = {key: int(np.prod(shape)) * dtype.itemsize for key, (shape, dtype) in stored.items()}
         self._total = sum(sizes.values())
         with writing.explained(folder):
-            there = sum(file.stat().st_blocks * 512 for file in folder.glob("*.safetensors")) if reopen else 0
-            writing.require_space(folder, self._total - there)
-            write_side_files(folder, checkpoint, self._dtypes)
+            if not follow:
+                there = sum(file.stat().st_blocks * 512 for file in folder.glob("*.safetensors")) if reopen else 0
+                writing.require_space(folder, self._total - there)
+                write_side_files(folder, checkpoint, self._dtypes)
             self._shards: dict[str, writing.SafetensorsFile] = {}
             plan = _shards(sizes, max_shard_bytes)
             for i, keys in enumerate(plan):
                 name = f"model-{i + 1:05}-of-{len(plan):05}.safetensors" if len(plan) > 1 else "model.safetensors"
-                file = writing.SafetensorsFile(folder / name, {key: stored[key] for key in keys}, reopen=reopen)
+                tensors = {key: stored[key] for key in keys}
+                file = writing.SafetensorsFile(folder / name, tensors, reopen=reopen, follow=follow)
                 self._shards |= dict.fromkeys(keys, file)
 
     def write(self, path: str, array: np.ndarray | jax.Array) -> int:

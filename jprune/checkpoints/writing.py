@@ -32,9 +32,17 @@ class SafetensorsFile:
         path: the file to create.
         tensors: shape and dtype of each tensor by its key.
         reopen: the file may exist, from an earlier process that was to write the same tensors; what it holds stays.
+        follow: another process makes the file and writes it; this one only reads.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], *, reopen: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+        *,
+        reopen: bool = False,
+        follow: bool = False,
+    ):
         self.path = path
         self._tensors = dict(tensors)
         self._offsets: dict[str, int] = {}
@@ -50,6 +58,8 @@ class SafetensorsFile:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
+        if follow:
+            return
         if reopen:
             path.touch()
         with path.open("r+b" if reopen else "xb") as file:

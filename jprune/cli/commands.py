@@ -13,9 +13,10 @@ import numpy as np
 from jprune import trees
 from jprune.checkpoints import Checkpoint, formats, load, record
 from jprune.cli import display
-from jprune.cli.command import Command
+from jprune.cli.command import Command, OnDevices
 from jprune.errors import JpruneError
 from jprune.models.config import LAYER_SIZES, describe
+from jprune.pipeline import processes
 from jprune.pipeline.journal import count_zeros
 from jprune.pipeline.output import new_folder
 from jprune.pipeline.plan import matmul_kernels, prunable
@@ -26,7 +27,7 @@ _SIZES = ("vocab", "d_model", "layers", "heads", "kv_heads", "head_dim", "d_ff",
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalPerplexity(Command):
+class EvalPerplexity(OnDevices):
     """Perplexity of a model on a text, by the standard protocol: windows that do not overlap."""
 
     text: str = "pydoc"
@@ -42,14 +43,19 @@ class EvalPerplexity(Command):
         """Measures."""
         from jprune.evaluate.perplexity import perplexity
 
-        checkpoint = load(self.model)
-        dtype = activation_dtype(checkpoint, self.dtype)
-        windows = evaluation_windows(checkpoint, self.text, length=self.sequence_length, count=self.windows)
+        mesh = self.mesh()
+        with processes.together():
+            checkpoint = load(self.model)
+            dtype = activation_dtype(checkpoint, self.dtype)
+            windows = evaluation_windows(checkpoint, self.text, length=self.sequence_length, count=self.windows)
+        alike = {"the model": checkpoint.fingerprint(), "the text or its windows": windows.sha256}
+        processes.check_alike({**alike, "--dtype": jnp.dtype(dtype).name})
         with display.progress() as show:
             result = perplexity(
                 checkpoint,
                 windows.tokens,
                 dtype=dtype,
+                mesh=mesh,
                 progress=lambda done, total: show(Progress(float(done), total, self.text, "perplexity")),
             )
         for notice in windows.notices:

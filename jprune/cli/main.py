@@ -24,6 +24,7 @@ from jprune.cli.shrink import GroupsOf, LLMPrunerOptions, Shrink, ShrinkTo
 from jprune.cli.tune import Tune
 from jprune.errors import JpruneError, UsageError
 from jprune.methods import METHODS
+from jprune.pipeline import processes
 from jprune.pipeline.loraprune import LoRAPrune
 from jprune.pipeline.recovery import TUNINGS
 from jprune.pipeline.shearing import Shearing
@@ -38,9 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         name, rest = _find(words)
         command = _parse(name, rest)
-        result = command.run()
-        if command.json:
-            print(json.dumps(result), flush=True)
+        with command.begun():
+            result = command.run()
+            if command.json:
+                print(json.dumps(result), flush=True)
     except UsageError as error:
         return _fail(error, 2)
     except JpruneError as error:
@@ -48,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _fail(f"interrupted; {error or 'nothing was written'}", 130)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if (gone := processes.lost(error)) is not None:
+            return _fail(gone, 1)
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _fail("out of memory: use fewer --samples, a shorter --sequence-length, or --dtype bfloat16", 1)
@@ -152,4 +156,4 @@ def _keep_compiled_programs() -> None:
 
 def _fail(error: object, status: int) -> int:
     print(f"jprune: {error}", file=sys.stderr)
-    return status
+    return processes.leave(status)

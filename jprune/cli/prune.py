@@ -10,7 +10,7 @@ import tyro
 from jprune import patterns
 from jprune.checkpoints.formats import Format
 from jprune.cli import display
-from jprune.cli.command import Command
+from jprune.cli.command import OnDevices
 from jprune.errors import JpruneError, UsageError
 from jprune.methods import Method
 from jprune.patterns import NM, Pattern, Scope, Unstructured
@@ -21,7 +21,7 @@ from jprune.pipeline.run import method_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prune(Command):
+class Prune(OnDevices):
     """Prune a model."""
 
     method: Method
@@ -88,6 +88,7 @@ class Prune(Command):
             "expert_tokens": self.expert_tokens,
             "keep_zeros": self.keep_zeros,
         }
+        options["mesh"] = self.mesh()
         options["memory"] = None if self.memory is None else memory.parse(self.memory)
         if self.plan:
             return self._show_plan(plan_run(self.model, out=self.run_folder or self.out or ".", **options))

@@ -25,6 +25,7 @@ from jprune import devices, trees
 from jprune.checkpoints import Checkpoint
 from jprune.methods import Method
 from jprune.models import decoder
+from jprune.pipeline import processes
 from jprune.pipeline.background import Background
 from jprune.pipeline.journal import Journal, Step, route
 from jprune.pipeline.layout import Layout
@@ -67,7 +68,7 @@ def prune_blocks(
       keep_zeros: see `UnitRun`.
 
     Returns:
-      One report per pruned kernel, in the order of the units.
+      One report per pruned kernel, in the order of the units; in process 0, the others get none.
 
     Raises:
       JpruneError: weights or activations that are not finite, a Gram matrix that cannot be factorised, a full disk.
@@ -113,7 +114,7 @@ class _Blocks:
     def all(self) -> list[KernelReport]:
         """Does what is not done; returns the reports of all."""
         with self.stopwatch.phase("io"):
-            done = [self.journal.done(unit.name, self._paths(unit)) for unit in self.units]
+            done = processes.by_first(lambda: [self.journal.done(unit.name, self._paths(unit)) for unit in self.units])
         missing = [i for i, finished in enumerate(done) if not finished]
         largest = max(sum(math.prod(shape) * np.dtype(d).itemsize for _, shape, d in u.shapes) for u in self.units)
         with Background() as reading, Background(limit=largest) as writing:
@@ -126,16 +127,19 @@ class _Blocks:
             self._rest(writing)
             with self.stopwatch.phase("io"):
                 writing.wait()
+        if not processes.first():
+            return []
         return [report for unit in self.units for report in self.journal.reports(unit.name)]
 
     def _load(self, missing: Sequence[int]) -> dict[int, Batches]:
-        """The saved activations from which some missing unit can start."""
+        """The saved activations from which some missing unit can start, in every process."""
         found = {}
         with self.stopwatch.phase("io"):
             for i in range(1, max(missing, default=-1) + 1):
-                if (batches := self.journal.load(i, self.units[i - 1].name, self.specs)) is not None:
+                if (batches := self.journal.load(i, self.specs)) is not None:
                     found[i] = batches
-        return found
+            everywhere = set.intersection(*map(set, processes.gathered(list(found))))
+        return {i: batches for i, batches in found.items() if i in everywhere}
 
     def _walk(self, steps: Sequence[Step], saved: dict[int, Batches], reading: Background, writing: Background) -> None:
         ahead: dict[int, Future] = {}
@@ -179,7 +183,7 @@ class _Blocks:
                 params, after = run.with_data(params, hidden, make, pruned=not step.prune)
                 if not hidden.saved:
                     hidden.drop()
-            named = {unit.path(path): value for path, value in params.items()}
+            named = {unit.path(path): devices.readable(value, self.mesh) for path, value in params.items()}
             with self.stopwatch.phase("io"):
                 self.journal.save(unit.name, i, named, run.reports, after, writing, written=not step.prune)
             del params, named, run
@@ -201,7 +205,9 @@ class _Blocks:
         return self.journal.batches(index + 1, self.specs, writing, save=self.journal.due())
 
     def _rest(self, writing: Background) -> None:
-        """Copies what belongs to no unit that was gone through, in parts."""
+        """Copies what belongs to no unit that was gone through, in parts; process 0 does."""
+        if not processes.first():
+            return
         seen = {path for unit in self.units for path in self._paths(unit)}
         parts: dict[str, list[str]] = {}
         for path in self.checkpoint.shapes:

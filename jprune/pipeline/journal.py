@@ -8,15 +8,18 @@ import dataclasses
 import functools
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jprune.checkpoints import writing
 from jprune.checkpoints.huggingface import Writer
+from jprune.pipeline import processes
 from jprune.pipeline.background import Background
 from jprune.pipeline.report import KernelReport
-from jprune.pipeline.resume import RunFolder
+from jprune.pipeline.resume import RunFolder, read_mark, write_mark
 from jprune.pipeline.spill import Batches, Room, Specs
 
 SHARE = 0.1
@@ -73,6 +76,7 @@ class Journal:
         self._marks: dict[str, dict[str, Any]] = {}
         self._saved_at: float | None = None
         self._cost = 0.0
+        self._saved = self._saved_by_all = 0  # the latest activations, by the index of the unit that starts from them
 
     @property
     def zeros(self) -> int:
@@ -97,20 +101,23 @@ class Journal:
 
     def batches(self, index: int, specs: Sequence[Specs], background: Background, *, save: bool) -> Batches:
         """Takes the activations before unit `index`; if they are to be saved, what stays in memory is written too."""
-        return Batches(specs, self.room, self.run.hidden / f"{index:05}.bin", background if save else None)
+        return Batches(specs, self.room, self._hidden(index), background if save else None)
 
     def due(self) -> bool:
-        """Whether enough time has passed to save activations again. The clock that is read only ever goes forward."""
-        return self._saved_at is None or time.monotonic() - self._saved_at >= self._cost / SHARE
+        """Whether enough time has passed to save activations again, as process 0 sees it; called by all alike.
 
-    def load(self, index: int, name: str, specs: Sequence[Specs]) -> Batches | None:
-        """The saved activations before unit `index`, which are those after unit `name`; None if there are none, or
-        if they are damaged."""
-        mark = self._marks.get(name) or self.run.marked(name)
-        if mark is None or mark["hidden"] is None:
-            return None
-        batches = Batches(specs, self.room, self.run.hidden / f"{index:05}.bin")
-        return batches if batches.intact(mark["hidden"]) else None
+        The clock that is read only ever goes forward.
+        """
+        due = self._saved_at is None or time.monotonic() - self._saved_at >= self._cost / SHARE
+        everywhere = processes.gathered([due, self._saved])
+        self._saved_by_all = min(saved for _, saved in everywhere)
+        return everywhere[0][0]
+
+    def load(self, index: int, specs: Sequence[Specs]) -> Batches | None:
+        """The saved activations before unit `index`; None if there are none, or if they are damaged."""
+        checksums = read_mark(self._hidden(index).with_suffix(".json"))
+        batches = Batches(specs, self.room, self._hidden(index))
+        return batches if checksums and batches.intact(checksums) else None
 
     def save(
         self,
@@ -123,7 +130,9 @@ class Journal:
         *,
         written: bool = False,
     ) -> None:
-        """Writes the parameters of a unit, and then marks it, in the background.
+        """Writes the parameters of a unit, and then marks it, in the background; process 0 does.
+
+        The activations after it are saved by every process, as far as it has them.
 
         Args:
           name: of the unit.
@@ -134,8 +143,10 @@ class Journal:
           background: runs it.
           written: the parameters are in the result already; only the activations are new.
         """
-        job = functools.partial(self._save, name, index, dict(params), tuple(kernels), hidden, written)
-        background.submit(job, 0 if written else sum(value.nbytes for value in params.values()))
+        written = written or not processes.first()
+        held = {} if written else dict(params)
+        job = functools.partial(self._save, name, index, held, tuple(kernels), hidden, written)
+        background.submit(job, sum(value.nbytes for value in held.values()))
 
     def _save(
         self,
@@ -146,23 +157,26 @@ class Journal:
         hidden: Batches | None,
         written: bool,
     ) -> None:
-        if written:
-            mark = self._marks[name] | {"hidden": None}
-        else:
+        if not written:
             tensors = {path: self._result.write(path, value) for path, value in params.items()}
             zeros = sum(count_zeros(np.asarray(params[path])) for path in params if path in self._counted)
             reports = [dataclasses.asdict(report) for report in kernels]
-            mark = {"tensors": tensors, "zeros": zeros, "kernels": reports, "hidden": None}
+            mark = {"tensors": tensors, "zeros": zeros, "kernels": reports}
             self._result.sync(tensors)
+            self.run.mark(name, mark)
+            self._marks[name] = mark
         if hidden is not None and hidden.saved:
-            mark["hidden"] = hidden.synced()
-        self.run.mark(name, mark)
-        self._marks[name] = mark
-        if hidden is not None and hidden.saved:
-            self._saved_at, self._cost = time.monotonic(), hidden.seconds
-            for file in self.run.hidden.glob("*.bin"):
-                if int(file.stem) < index + 1:
+            with writing.explained(self.run.hidden):
+                write_mark(self._hidden(index + 1).with_suffix(".json"), hidden.synced())
+            self._saved_at, self._cost, self._saved = time.monotonic(), hidden.seconds, index + 1
+            # Others may still be at the ones before, and all must have those that a run is to go on from.
+            needed = min(self._saved, self._saved_by_all) if processes.many() else self._saved
+            for file in self.run.hidden.glob("*.*"):
+                if file.stem.isdecimal() and int(file.stem) < needed:
                     file.unlink()
+
+    def _hidden(self, index: int) -> Path:
+        return self.run.hidden / f"{index:05}.bin"
 
 
 def count_zeros(values: np.ndarray) -> int:

@@ -89,5 +89,5 @@ def resident() -> int:
 
 def device_limit() -> int | None:
     """Bytes that the accelerator lets us take; None on CPU, whose memory is the host's."""
-    statistics = jax.devices()[0].memory_stats() or {}
+    statistics = jax.local_devices()[0].memory_stats() or {}
     return None if jax.default_backend() == "cpu" else statistics.get("bytes_limit")

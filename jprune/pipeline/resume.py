@@ -3,7 +3,8 @@
     run.json          what the run is of (its fingerprint), and what was decided for it
     lock              who is at work
     done/<unit>.json  one mark for each unit that is done: its report, and checksums of what it wrote
-    hidden/<n>.bin    the activations after unit n: what the next unit starts from
+    hidden/<n>.bin    the activations before unit n, and beside them their checksums; with several processes each has
+                      its own, in a folder of its own
     spill/            what did not fit into memory; worth nothing after the process
 
 The result grows beside `out`, in a hidden folder, and is renamed when it is complete. A mark is written after all that
@@ -22,6 +23,7 @@ from typing import Any
 
 from jprune.checkpoints import writing
 from jprune.errors import JpruneError
+from jprune.pipeline import processes
 from jprune.pipeline.lock import Lock
 
 FORMAT_VERSION = 1
@@ -58,6 +60,8 @@ def finished(folder: Path, out: Path) -> bool:
 class RunFolder:
     """The folder of one run, locked as long as the object lives (`close`, `remove`).
 
+    Of several processes the first locks it and writes; the others learn from it what it says.
+
     Args:
       folder: made if it is not there.
       out: the result's folder.
@@ -78,73 +82,80 @@ class RunFolder:
         self, folder: Path, *, out: Path, fingerprint: Mapping[str, Any], resume: bool = False, overwrite: bool = False
     ):
         self.folder = folder
+        self._lock: Lock | None = None
+        fingerprint = json.loads(json.dumps({"out": str(out.resolve()), **fingerprint}))
+        self._state, self.resumed = processes.by_first(lambda: self._open(fingerprint, resume, overwrite))
+        self.partial = out.with_name(f".{out.name}.{self._state['id']}.partial")
+        self.old = self.partial.with_suffix(".old")
+        try:
+            with processes.together(), writing.explained(folder):
+                for path in (self.hidden, self.spill):
+                    path.mkdir(parents=True, exist_ok=True)
+        except BaseException:
+            self._release()
+            raise
+
+    def _open(self, fingerprint: Mapping[str, Any], resume: bool, overwrite: bool) -> tuple[dict[str, Any], bool]:
+        """Locks the folder and makes it ready; returns what run.json says, and whether there is a run to go on with."""
+        folder = self.folder
         with writing.explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _refuse_strangers(folder)
             self._lock = Lock(folder)
         try:
-            fingerprint = json.loads(json.dumps({"out": str(out.resolve()), **fingerprint}))
             before = self._read()
             if before and not (resume or overwrite):
                 raise JpruneError(
                     f"{folder} holds a run that was interrupted after {self._count()} of its parts; go on with it by "
                     "--resume, drop it by --overwrite, or remove the folder"
                 )
-            self.resumed = bool(before and resume)
             if before and resume:
                 self._check(before, fingerprint)
-                self._state = before
+                state = before
             else:
                 self._clear(before)
-                self._state = {
+                state = {
                     "format_version": FORMAT_VERSION,
                     "id": secrets.token_hex(4),
                     "fingerprint": fingerprint,
                     "decisions": {},
                 }
-                self._write()
-            self.partial = out.with_name(f".{out.name}.{self._state['id']}.partial")
-            self.old = self.partial.with_suffix(".old")
+                self._write(state)
             with writing.explained(folder):
-                shutil.rmtree(self.spill, ignore_errors=True)
-                for path in (self.folder / "done", self.hidden, self.spill):
-                    path.mkdir(exist_ok=True)
+                shutil.rmtree(folder / "spill", ignore_errors=True)
+                (folder / "done").mkdir(exist_ok=True)
         except BaseException:
-            self._lock.release()
+            self._release()
             raise
+        return state, bool(before and resume)
 
     @property
     def hidden(self) -> Path:
-        """Folder of the activations between units."""
-        return self.folder / "hidden"
+        """Folder of the activations between units, as far as this process has them."""
+        return self.folder / "hidden" / processes.part()
 
     @property
     def spill(self) -> Path:
-        """Folder of what did not fit into memory."""
-        return self.folder / "spill"
+        """Folder of what did not fit into the memory of this process."""
+        return self.folder / "spill" / processes.part()
 
     def decide(self, decisions: Mapping[str, Any]) -> dict[str, Any]:
-        """What was decided when the run began; `decisions`, if it begins now. JSON."""
+        """What was decided when the run began; `decisions` of the first process, if it begins now. JSON."""
         if not self._state["decisions"]:
-            self._state["decisions"] = json.loads(json.dumps(decisions))
-            self._write()
+            self._state["decisions"] = processes.gathered(json.loads(json.dumps(decisions)))[0]
+            if processes.first():
+                self._write(self._state)
         return self._state["decisions"]
 
     def mark(self, name: str, contents: Mapping[str, Any]) -> None:
         """Says durably that a part is done. What it wrote must have been synced before."""
-        text = json.dumps(contents)
-        whole = {"checksum": zlib.crc32(text.encode()), "contents": contents}
-        with writing.explained(self.folder):
-            writing.replace(self._mark(name), json.dumps(whole).encode())
+        if processes.first():
+            with writing.explained(self.folder):
+                write_mark(self._mark(name), contents)
 
     def marked(self, name: str) -> dict[str, Any] | None:
         """The contents of a mark; None if the part is not done, or its mark is damaged."""
-        try:
-            whole = json.loads(self._mark(name).read_bytes())
-            intact = zlib.crc32(json.dumps(whole["contents"]).encode()) == whole["checksum"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return whole["contents"] if intact else None
+        return read_mark(self._mark(name))
 
     def close(self) -> str:
         """Leaves the run for a later process, or nothing if nothing of it is done; says which."""
@@ -152,17 +163,23 @@ class RunFolder:
             self.remove()
             return "nothing was written"
         shutil.rmtree(self.spill, ignore_errors=True)
-        self._lock.release()
+        self._release()
         return f"{parts} parts of the run are done and kept in {self.folder}: go on with the same command and --resume"
 
     def remove(self) -> None:
         """Removes the folder, and what has grown of the result: the run is over."""
+        if not processes.first():
+            return
         # The marks go last but for run.json: a removal that is cut short must not leave a run that looks undamaged.
-        for path in (self.spill, self.hidden, self.partial, self.old):
+        for path in (self.folder / "spill", self.folder / "hidden", self.partial, self.old):
             shutil.rmtree(path, ignore_errors=True)
         (self.folder / _RUN).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.release()
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -175,9 +192,9 @@ class RunFolder:
             raise JpruneError(f"{self.folder} is a run of another version of jprune; remove it, or use that version")
         return state
 
-    def _write(self) -> None:
+    def _write(self, state: Mapping[str, Any]) -> None:
         with writing.explained(self.folder):
-            writing.replace(self.folder / _RUN, json.dumps(self._state, indent=2).encode())
+            writing.replace(self.folder / _RUN, json.dumps(state, indent=2).encode())
 
     def _check(self, before: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
         for name, now in fingerprint.items():
@@ -202,6 +219,22 @@ class RunFolder:
 
     def _mark(self, name: str) -> Path:
         return self.folder / "done" / f"{name.replace('/', '-')}.json"
+
+
+def write_mark(path: Path, contents: Any) -> None:
+    """Writes a mark: JSON that is there whole, and known to be, or not at all."""
+    whole = {"checksum": zlib.crc32(json.dumps(contents).encode()), "contents": contents}
+    writing.replace(path, json.dumps(whole).encode())
+
+
+def read_mark(path: Path) -> Any:
+    """What a mark says; None if it is not there, or damaged."""
+    try:
+        whole = json.loads(path.read_bytes())
+        intact = zlib.crc32(json.dumps(whole["contents"]).encode()) == whole["checksum"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return whole["contents"] if intact else None
 
 
 def _refuse_strangers(folder: Path) -> None:

@@ -21,7 +21,7 @@ from jprune.errors import JpruneError
 from jprune.evaluate.perplexity import Perplexity, perplexity
 from jprune.methods import METHODS, Method
 from jprune.patterns import NM, Pattern
-from jprune.pipeline import interrupt, output
+from jprune.pipeline import interrupt, output, processes
 from jprune.pipeline.blockwise import prune_blocks
 from jprune.pipeline.forecast import Forecast, Plan
 from jprune.pipeline.journal import Journal
@@ -87,6 +87,9 @@ def prune_model(
 ) -> Report:
     """Prunes a model and writes the result, block by block.
 
+    Where `jax.distributed.initialize` has joined several processes, all call this with the same arguments; process 0
+    writes.
+
     Args:
       model: a checkpoint, or what `jprune.load` takes.
       out: folder of the result; it appears when everything is done.
@@ -112,26 +115,23 @@ def prune_model(
     out = Path(out).expanduser()
     mesh = mesh or devices.make_mesh()
     folder = Path(run).expanduser() if run else default_folder(out)
-    if resume and finished(folder, out):
+    if resume and processes.by_first(lambda: finished(folder, out)):
         return Report.from_record(record.read(out), out)
-    checkpoint = model if isinstance(model, Checkpoint) else load(model)
-    output.check(out, overwrite=overwrite, source=checkpoint.source)
-    formats.check(checkpoint, format)
-    dtype = activation_dtype(checkpoint, recipe.dtype)
-    kernels = chosen_kernels(checkpoint, recipe)
-    with stopwatch.phase("data"):
+    with processes.together(), stopwatch.phase("data"):
+        checkpoint = model if isinstance(model, Checkpoint) else load(model)
+        output.check(out, overwrite=overwrite, source=checkpoint.source)
+        formats.check(checkpoint, format)
+        dtype = activation_dtype(checkpoint, recipe.dtype)
+        kernels = chosen_kernels(checkpoint, recipe)
         calibration = calibration_windows(checkpoint, recipe) if method.statistic else None
         length: int | None = calibration.tokens.shape[1] if calibration else window_shape(checkpoint, recipe)[1]
         if windows.is_rows(evaluate):
             length = None  # its rows say
         evaluation = None if evaluate is None else evaluation_windows(checkpoint, evaluate, length=length)
-    job = RunFolder(
-        folder,
-        out=out,
-        fingerprint=_fingerprint(checkpoint, method, recipe, calibration, dtype, format),
-        resume=resume,
-        overwrite=overwrite,
-    )
+    fingerprint = _fingerprint(checkpoint, method, recipe, calibration, dtype, format)
+    text = {"the evaluation text or its windows": evaluation.sha256 if evaluation else None}
+    processes.check_alike({"--out": str(out.resolve()), "--run": str(folder.resolve()), **fingerprint, **text})
+    job = RunFolder(folder, out=out, fingerprint=fingerprint, resume=resume, overwrite=overwrite)
     task = _Task(checkpoint, method, recipe, kernels, calibration, evaluation, dtype, format, mesh, job, stopwatch)
     forecast = Forecast(
         checkpoint,
@@ -150,10 +150,14 @@ def prune_model(
                 check()
 
             report = task.run(forecast, tell)
-            job.mark(FINISHED, {})
-            output.publish(job.partial, out, job.old, overwrite=overwrite, source=checkpoint.source)
+            with processes.together():
+                if processes.first():
+                    job.mark(FINISHED, {})
+                    output.publish(job.partial, out, job.old, overwrite=overwrite, source=checkpoint.source)
     except BaseException as error:
         advice = job.close()
+        if (gone := processes.lost(error)) is not None:
+            raise JpruneError(f"{gone}. {advice}") from error
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(advice) from None
         if _out_of_memory(error):
@@ -191,11 +195,16 @@ class _Task:
     def run(self, forecast: Forecast, tell: Callable[[Progress], None]) -> Report:
         """Prunes into the partial result, writes its record, and marks it as finished."""
         layout, memory = forecast.choose(self.job.folder)
-        machine = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "mesh": dict(self.mesh.shape)}
+        machine = {
+            "device": jax.devices()[0].device_kind,
+            "cores": os.cpu_count(),
+            "mesh": dict(self.mesh.shape),
+            "processes": jax.process_count(),
+        }
         decided = self.job.decide({**dataclasses.asdict(layout), "machine": machine})
-        if self.job.resumed:
-            layout = Layout(windows=decided["windows"], carry_limit=decided["carry_limit"])
-            memory = forecast.memory(layout)
+        agreed = Layout(windows=decided["windows"], carry_limit=decided["carry_limit"])
+        if agreed != layout:
+            layout, memory = agreed, forecast.memory(agreed)
         notices = list(dict.fromkeys(n for w in (self.calibration, self.evaluation) if w for n in w.notices))
         if not memory.fits:
             notices.append(f"this may need more than {memory.limit / 1e9:.2g} GB of memory; see --plan")
@@ -205,12 +214,10 @@ class _Task:
             )
         before = self._before(tell)
         counted = prunable(self.checkpoint, self.kernels)
-        with writing.explained(self.job.partial):
-            self.job.partial.mkdir(exist_ok=True)
-        if self.job.marked("converted") is None:
-            on_the_way = "jprune" if self.format == "orbax" else self.format
-            writer = formats.writer(self.job.partial, self.checkpoint, format=on_the_way, reopen=True)
-            assert isinstance(writer, huggingface.Writer)
+        done = processes.by_first(lambda: self.job.marked("converted"))
+        if done is None:
+            with processes.together():
+                writer = self._writer()
             journal = Journal(self.job, writer, counted, memory.room)
             kernels = prune_blocks(
                 self.checkpoint,
@@ -226,19 +233,16 @@ class _Task:
                 expert_tokens=self.recipe.expert_tokens,
                 keep_zeros=self.recipe.keep_zeros,
             )
-            with self.stopwatch.phase("io"):
-                writer.close()
-                if self.format == "orbax":
-                    _to_orbax(self.job.partial)
-            writing.sync_folder(self.job.partial)
             contents = {"zeros": journal.zeros, "kernels": [dataclasses.asdict(kernel) for kernel in kernels]}
-            self.job.mark("converted", contents)
-        done = self.job.marked("converted")
-        assert done is not None
-        for left in huggingface.weight_files(self.job.partial) if self.format == "orbax" else ():
-            left.unlink()
+            with self.stopwatch.phase("io"):
+                done = processes.by_first(lambda: self._complete(writer, contents))
         try:
-            after = self._perplexity(load(self.job.partial), "evaluate after", tell)
+            with processes.together():
+                if self.format == "orbax" and processes.first():
+                    for left in huggingface.weight_files(self.job.partial):
+                        left.unlink()
+                result = load(self.job.partial)
+            after = self._perplexity(result, "evaluate after", tell)
         except JpruneError as error:  # hours of work are not thrown away for it
             after = None
             notices.append(f"the perplexity after pruning could not be measured: {error}")
@@ -264,18 +268,39 @@ class _Task:
         contents = _record(
             self.checkpoint, self.method, self.recipe, self.calibration, self.evaluation, self.dtype, report
         )
-        with writing.explained(self.job.partial):
-            record.write(
-                self.job.partial, contents | {"layout": dataclasses.asdict(layout), "resumed": self.job.resumed}
-            )
+        with processes.together(), writing.explained(self.job.partial):
+            if processes.first():
+                more = {"layout": dataclasses.asdict(layout), "machine": machine, "resumed": self.job.resumed}
+                record.write(self.job.partial, contents | more)
         return report
+
+    def _writer(self) -> huggingface.Writer:
+        """Of the partial result, whatever is in it already; in processes but the first only to read it."""
+        if processes.first():
+            with writing.explained(self.job.partial):
+                self.job.partial.mkdir(exist_ok=True)
+        on_the_way = "jprune" if self.format == "orbax" else self.format
+        writer = formats.writer(
+            self.job.partial, self.checkpoint, format=on_the_way, reopen=True, follow=not processes.first()
+        )
+        assert isinstance(writer, huggingface.Writer)
+        return writer
+
+    def _complete(self, writer: huggingface.Writer, contents: dict[str, Any]) -> dict[str, Any]:
+        """Finishes the partial result, all of whose parameters are there; returns what the mark says of it."""
+        writer.close()
+        if self.format == "orbax":
+            _to_orbax(self.job.partial)
+        writing.sync_folder(self.job.partial)
+        self.job.mark("converted", contents)
+        return contents
 
     def _before(self, tell: Callable[[Progress], None]) -> Perplexity | None:
         """The perplexity before, measured once in a run."""
         if self.evaluation is None:
             return None
         name = f"before-{self.evaluation.sha256}"
-        if (known := self.job.marked(name)) is None:
+        if (known := processes.by_first(lambda: self.job.marked(name))) is None:
             measured = self._perplexity(self.checkpoint, "evaluate before", tell)
             assert measured is not None
             known = dataclasses.asdict(measured)

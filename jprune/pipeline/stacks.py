@@ -44,7 +44,7 @@ def solve_stacks(
     alike = None
     if isinstance(statistic, Stacked):
         few = tuple(i for i, seen in enumerate(np.asarray(statistic.tokens).tolist()) if seen < least)
-        alike = statistic.alike() if few else None
+        alike = jax.jit(Stacked.alike)(statistic) if few else None
     stacks = {
         name: jnp.moveaxis(values, k.batch_axes, range(len(k.batch_axes))) for name, (k, values) in kernels.items()
     }

@@ -58,5 +58,5 @@ def peak_memory_bytes() -> int:
 
 def peak_device_memory_bytes() -> int | None:
     """The most memory of the first accelerator that was in use at one time; None on CPU."""
-    statistics = jax.devices()[0].memory_stats() or {}
+    statistics = jax.local_devices()[0].memory_stats() or {}
     return statistics.get("peak_bytes_in_use")

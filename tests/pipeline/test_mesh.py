@@ -190,9 +190,9 @@ def test_a_mesh_that_does_not_fit(model):
 
 def test_what_cannot_be_cut_evenly_is_whole():
     own = mesh(2, 2)
-    assert devices.kernel(own, (6, 3, 4), (1, 2)).spec == jax.sharding.PartitionSpec(None, None, "model")
     assert devices.kernel(own, (6, 4, 4), (1, 2)).spec == jax.sharding.PartitionSpec(None, "model")
-    assert devices.kernel(own, (6, 3), (1,)).is_fully_replicated
+    assert devices.kernel(own, (6, 3, 4), (1, 2)).is_fully_replicated  # heads are not cut
+    assert devices.kernel(own, (6, 4), ()).is_fully_replicated
     spread = devices.spread_columns(own, {"a": jnp.ones((2, 8)), "b": jnp.ones((2, 6))})
     assert devices.pieces_of_columns(list(spread.values())) == 2
     spread = devices.spread_columns(own, {"a": jnp.ones((2, 8)), "b": jnp.ones((2, 5))})
