@@ -52,7 +52,7 @@ def finished(folder: Path, out: Path) -> bool:
         return False
     lock = Lock(folder)
     shutil.rmtree(partial.with_suffix(".old"), ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    _vanish(folder)
     lock.release()
     return True
 
@@ -170,11 +170,9 @@ class RunFolder:
         """Removes the folder, and what has grown of the result: the run is over."""
         if not processes.first():
             return
-        # The marks go last but for run.json: a removal that is cut short must not leave a run that looks undamaged.
         for path in (self.folder / "spill", self.folder / "hidden", self.partial, self.old):
             shutil.rmtree(path, ignore_errors=True)
-        (self.folder / _RUN).unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _vanish(self.folder)
         self._release()
 
     def _release(self) -> None:
@@ -235,6 +233,16 @@ def read_mark(path: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return whole["contents"] if intact else None
+
+
+def _vanish(folder: Path) -> None:
+    """Removes a folder under another name: half of one, left by a process that was killed, would be taken for a run."""
+    gone = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.gone")
+    try:
+        folder.rename(gone)
+    except OSError:  # a mount point, say
+        gone = folder
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _refuse_strangers(folder: Path) -> None:
