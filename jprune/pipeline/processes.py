@@ -82,6 +82,7 @@ class Cluster:
                 self.process_id,
                 initialization_timeout=PATIENCE,
                 heartbeat_timeout_seconds=HEARTBEAT,
+                shutdown_timeout_seconds=HEARTBEAT,
             )
         except (ValueError, RuntimeError) as error:
             what = (

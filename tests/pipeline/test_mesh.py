@@ -15,7 +15,9 @@ from jprune.errors import JpruneError
 from jprune.evaluate.perplexity import mean_nll
 from jprune.pipeline import forecast, prune_model
 from jprune.pipeline.blockwise import hidden_specs
+from jprune.pipeline.forecast import Forecast
 from jprune.pipeline.layout import Layout
+from jprune.pipeline.plan import choose_kernels
 from jprune.pipeline.spill import Batches, Room
 from jprune.statistics import merge_parts, update_in_parts, zeros
 
@@ -205,3 +207,17 @@ def test_what_cannot_be_cut_evenly_is_whole():
     assert devices.pieces_of_columns(list(spread.values())) == 2
     spread = devices.spread_columns(own, {"a": jnp.ones((2, 8)), "b": jnp.ones((2, 5))})
     assert devices.pieces_of_columns(list(spread.values())) == 1
+
+
+def test_memory_of_several_devices(tiny_model):
+    """On a CPU every device takes of the host's memory; activations are shared out and not multiplied."""
+    checkpoint = jprune.load(tiny_model())
+    kernels = choose_kernels(checkpoint, NM(2, 4))
+    options = {"shape": (8, 24), "dtype": np.float32, "limit": 10**10}
+    one, four = (Forecast(checkpoint, kernels, Wanda(), mesh=mesh(n), **options) for n in (1, 4))
+    assert one.memory(Layout(windows=2)).hidden == four.memory(Layout(windows=8)).hidden == 8 * 24 * 32 * 4
+    peaks = [max(f.working(Layout(windows=2 * f.mesh.size), exact=False)) for f in (one, four)]
+    assert peaks[0] == peaks[1]  # two windows on each device, as on one
+    weights = max(cost.weights for cost in one.costs(Layout(windows=2)))
+    more = four.memory(Layout(windows=8)).host_fixed - four.base - (one.memory(Layout(windows=2)).host_fixed - one.base)
+    assert more == 3 * (weights + peaks[0])
