@@ -295,7 +295,7 @@ def shear_model(
     )
     log_alpha = trained.trainable["log_alpha"]
     masks = {kind: hard_concrete.deterministic(x, masked.targets[kind]) for kind, x in log_alpha.items()}
-    smaller = masked.left(masks)
+    smaller, expected = masked.left(masks), expected_shape(masked, log_alpha)
     with output.new_folder(out, overwrite=overwrite, source=checkpoint.source) as part:
         with stopwatch.phase("io"):
             params = stacked.unstack(jax.tree.map(np.asarray, trained.trainable["model"]))
@@ -309,11 +309,11 @@ def shear_model(
             method=NAME,
             steps=training.steps,
             best_step=trained.step,
-            trainable_parameters=sum(x.size for x in jax.tree.leaves(trained.trainable)),
+            trainable_parameters=sum(x.size for x in jax.tree.leaves(trained.trainable["model"])),
             parameters=parameters(checkpoint),
             parameters_after=parameters(smaller),
             target=masked.target,
-            expected=expected_shape(masked, log_alpha),
+            expected=expected,
             sizes=sizes(smaller),
             losses=tuple(line["loss"] for line in trained.history),
             evaluation_losses=evaluation_losses(trained),
@@ -323,13 +323,13 @@ def shear_model(
             seconds=stopwatch.seconds(),
             peak_memory_bytes=peak_memory_bytes(),
             resumed_from=trained.resumed_from,
-            notices=(*training.notices, *formats.notices(smaller, chosen), *failed),
+            notices=(*training.notices, *_missed(expected, masked.target), *formats.notices(smaller, chosen), *failed),
             domains=training.domains(trained),
         )
         contents = {
             **report.json(),
             "recipe": {"method": NAME, **given},
-            "kept": {kind: np.argwhere(np.asarray(mask) > 0).tolist() for kind, mask in masks.items() if mask.ndim < 2},
+            "kept": {kind: np.flatnonzero(mask).tolist() for kind, mask in masks.items() if mask.ndim < 2},
             **training.record(trained, task.dtype),
             "format": chosen,
             "notices": list(report.notices),
@@ -354,6 +354,21 @@ def expected_shape(masked: MaskedModel, log_alpha: lagrangian.LogAlpha) -> dict[
     """The sizes that the masks expect, the mean over layers."""
     found = masked.shape({kind: float(size) for kind, size in lagrangian.sizes(log_alpha).items()})
     return {name: round(size, 3) for name, size in found.items()}
+
+
+def _missed(expected: Mapping[str, float], target: Shape) -> tuple[str, ...]:
+    """A notice if the masks were not done: what they still expected is cut off all at once."""
+    missed = [
+        f"{name} {expected[name]:g} instead of {size}"
+        for name, size in dataclasses.asdict(target).items()
+        if abs(expected[name] - size) > 0.01 * size
+    ]
+    if not missed:
+        return ()
+    return (
+        f"after the last step the masks expected {', '.join(missed)}, and the rest went at once: more --steps, or for "
+        "short runs --mask-momentum 0 --mask-learning-rate 0.3, serve the model better",
+    )
 
 
 def watch(masked: MaskedModel, warmup: int) -> Callable[[PyTree, PyTree], dict[str, float]]:

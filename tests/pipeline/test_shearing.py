@@ -63,6 +63,7 @@ def test_the_target_is_reached(checkpoint, data, tmp_path):
     assert lines[0]["expected/hidden"] > 31
     assert report.losses[-1] < np.log(96)  # it has learnt, too
     assert np.isfinite(report.after.value)
+    assert not any("expected" in notice for notice in report.notices)
     assert not (tmp_path / "out.run").exists()
 
 
@@ -80,6 +81,7 @@ def test_a_resumed_run_is_the_same(checkpoint, data, tmp_path):
     resumed = shear_model(checkpoint, tmp_path / "out", method=method, data=data, resume=True)
     assert resumed.resumed_from >= 3
     assert resumed.losses == straight.losses
+    assert any("expected hidden 31" in notice for notice in resumed.notices)  # six steps are too few
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
 
