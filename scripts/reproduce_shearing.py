@@ -120,6 +120,7 @@ def shear(args: argparse.Namespace) -> Row:
     words = ["--target", args.target, "--steps", str(args.steps), "--learning-rate", str(args.learning_rate)]
     words += ["--mask-learning-rate", str(args.mask_learning_rate), "--mask-momentum", str(args.mask_momentum)]
     out = args.work / "masked"
+    words += ["--checkpoint-every", str(max(1, args.steps // 2))]  # the state is twelve bytes a parameter
     said = jprune("prune", "shearing", args.model, *words, *training(args), "--resume", "--out", str(out))
     return {
         "model": str(out),
@@ -159,6 +160,7 @@ def tune(before: Row, name: str, steps: int, rate: float, args: argparse.Namespa
     """The row of a model that is trained; what was spent on it before is part of it."""
     out = args.work / name
     words = ["--steps", str(steps), "--learning-rate", str(rate), "--resume", "--out", str(out)]
+    words += ["--checkpoint-every", str(steps)]
     said = jprune("tune", "full", before["model"], *words, *training(args))
     return {
         "model": str(out),
