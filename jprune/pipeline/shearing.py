@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ class Shearing(Tuning):
             return sums(trainable["model"], rounded(trainable["log_alpha"]), batch)
 
         def read(trainable: PyTree, path: str) -> np.ndarray:
-            raise JpruneError(f"{path}: what masks leave is written as a whole; see MaskedModel.sheared")
+            return next(values for name, values in result(masked, trainable)[1] if name == path)
 
         return Task(
             trainable={
@@ -186,6 +186,20 @@ def rounded(log_alpha: lagrangian.LogAlpha) -> dict[str, Float[Array, "*rows n"]
     """Soft masks, of which each row has as many as it expects to keep, rounded."""
     counts = {kind: jnp.round(jnp.sum(hard_concrete.expected(x), -1, keepdims=True)) for kind, x in log_alpha.items()}
     return {kind: hard_concrete.deterministic(x, counts[kind]) for kind, x in log_alpha.items()}
+
+
+def final_masks(masked: MaskedModel, log_alpha: lagrangian.LogAlpha) -> dict[str, Float[Array, "*rows n"]]:
+    """Soft masks, of which each row has as many as the target says."""
+    return {kind: hard_concrete.deterministic(x, masked.targets[kind]) for kind, x in log_alpha.items()}
+
+
+def result(masked: MaskedModel, trainable: PyTree) -> tuple[Checkpoint, Iterator[tuple[str, np.ndarray]]]:
+    """The smaller model as a view of the one before, and its own parameters by path, in its dtypes."""
+    masks = final_masks(masked, trainable["log_alpha"])
+    smaller = masked.left(masks)
+    params = stacked.unstack(jax.tree.map(np.asarray, trainable["model"]))
+    leaves = masked.sheared(params, masks)
+    return smaller, ((path, np.asarray(x).astype(smaller.shapes[path].dtype)) for path, x in leaves)
 
 
 def count(config: DecoderConfig) -> target_shape.Count:
@@ -294,14 +308,13 @@ def shear_model(
         overwrite=overwrite,
     )
     log_alpha = trained.trainable["log_alpha"]
-    masks = {kind: hard_concrete.deterministic(x, masked.targets[kind]) for kind, x in log_alpha.items()}
-    smaller, expected = masked.left(masks), expected_shape(masked, log_alpha)
+    masks, expected = final_masks(masked, log_alpha), expected_shape(masked, log_alpha)
+    smaller, leaves = result(masked, trained.trainable)
     with output.new_folder(out, overwrite=overwrite, source=checkpoint.source) as part:
         with stopwatch.phase("io"):
-            params = stacked.unstack(jax.tree.map(np.asarray, trained.trainable["model"]))
             with formats.writer(part, smaller, format=chosen) as writer:
-                for path, values in masked.sheared(params, masks):
-                    writer.write(path, np.asarray(values).astype(smaller.shapes[path].dtype))
+                for path, values in leaves:
+                    writer.write(path, values)
             shutil.copy2(folder / metrics.NAME, part / metrics.NAME)
         after, failed = training.perplexity_after(part, task.dtype)
         report = ShearingReport(

@@ -115,6 +115,8 @@ def test_training_sees_the_masked_model(checkpoint, data):
     want = -np.take_along_axis(np.asarray(scores), data[:4, 1:, None], axis=-1).sum()
     same = jax.jit(masked_loss(masked, jnp.float32))(task.trainable["model"], masks, batch)[0]
     np.testing.assert_allclose(same, want, rtol=1e-5)
+    read = task.read({**trainable, "model": task.trainable["model"]}, "blocks/1/mlp/down/kernel")
+    np.testing.assert_array_equal(read, params["blocks"]["1"]["mlp"]["down"]["kernel"])
     assert np.isfinite(got)
     drawn = [float(jax.jit(task.loss)(trainable, {}, batch, jax.random.key(i))[0]) for i in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
