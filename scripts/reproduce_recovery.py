@@ -1,6 +1,6 @@
 """What training wins back after pruning, by method: one-shot, one-shot and tuned, in rounds, structured, with LoRA.
 
-    python scripts/reproduce_recovery.py [--steps 60] [--out docs/results/recovery_cpu.json]
+    python scripts/reproduce_recovery.py [--steps 60] [--out docs/results/recovery.json]
 
 Unstructured: one-shot SparseGPT and magnitude; the same, tuned afterwards for `--steps`; and Prune-and-Tune, whose
 rounds share the same number of steps. Structured, as many heads and channels of every layer: LLM-Pruner, the same with
@@ -8,8 +8,8 @@ LoRA afterwards, and LoRAPrune. All training is on `--data`, on as many windows 
 is measured on `--text`. The two must share nothing: of `pydoc` and of `hf:` sources each takes its own part.
 
 Each command is a process of its own, so that peak memory is its own; a row that needs two has the sum of their seconds
-and the higher of their peaks. A row is written as soon as it is there, and a run that was stopped goes on after it:
-models are kept in --work until the script is through. With --out, a plot of the same name ends in .svg.
+and the higher of their peaks. A row is written as soon as it is there, and a run that was stopped, or is to have more
+rows of the same options, goes on after it, with the models in --work, which stay. Beside --out lies a plot, .svg.
 
 The defaults are for two CPU cores and the demo model. A host with a GPU would take the authors' model and texts:
 
@@ -21,7 +21,6 @@ The defaults are for two CPU cores and the demo model. A host with a GPU would t
 import argparse
 import json
 import math
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -69,7 +68,6 @@ def main() -> None:
         table.row("loraprune", ratio, partial(loraprune, ratio, args))
     table.show()
     args.out.with_suffix(".svg").write_text(plot(table.rows), encoding="utf-8")
-    shutil.rmtree(args.work)
 
 
 class Table:
@@ -77,7 +75,8 @@ class Table:
 
     def __init__(self, args: argparse.Namespace):
         self._args = args
-        options = {k: v for k, v in vars(args).items() if k not in ("work", "out")}
+        chosen = ("pruners", "sparsities", "ratios")  # which rows there are, and not what is in them
+        options = {k: v for k, v in vars(args).items() if k not in ("work", "out", *chosen)}
         self._result: dict[str, Any] = {"machine": describe(), "options": options, "rows": []}
         if args.out.exists():
             before = json.loads(args.out.read_text())
