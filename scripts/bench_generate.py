@@ -33,7 +33,7 @@ def worker(source: str, options: dict[str, Any], pipe: Connection) -> None:
     import jprune
     from jprune.models.config import describe as sizes
     from jprune.models.generate import stream
-    from jprune.pipeline.run import activation_dtype
+    from jprune.pipeline.recipe import activation_dtype
     from jprune.pipeline.stopwatch import peak_device_memory_bytes, peak_memory_bytes
 
     checkpoint = jprune.load(source)

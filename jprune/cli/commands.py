@@ -20,8 +20,8 @@ from jprune.pipeline import processes
 from jprune.pipeline.journal import count_zeros
 from jprune.pipeline.output import new_folder
 from jprune.pipeline.plan import matmul_kernels, prunable
+from jprune.pipeline.recipe import activation_dtype, evaluation_windows, parse_dtype
 from jprune.pipeline.report import Progress
-from jprune.pipeline.run import activation_dtype, evaluation_windows, parse_dtype
 
 _SIZES = ("vocab", "d_model", "layers", "heads", "kv_heads", "head_dim", "d_ff", "context", "tied")
 

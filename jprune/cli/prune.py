@@ -16,8 +16,8 @@ from jprune.methods import Method
 from jprune.patterns import NM, Pattern, Scope, Unstructured
 from jprune.pipeline import memory, plan_run, prune_model
 from jprune.pipeline.forecast import Plan
+from jprune.pipeline.recipe import method_name
 from jprune.pipeline.report import Report
-from jprune.pipeline.run import method_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,8 @@ from jprune.data.training import evaluation_batches, training_batches
 from jprune.errors import JpruneError
 from jprune.models import loss, stacked
 from jprune.models.batching import windows_at_once
+from jprune.pipeline.recipe import activation_dtype
 from jprune.pipeline.recovery import read_stacked
-from jprune.pipeline.run import activation_dtype
 from jprune.train import loop, sharding
 from jprune.train.shearing.dynamic_loading import Reweighing
 

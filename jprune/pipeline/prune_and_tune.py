@@ -30,15 +30,17 @@ from jprune.data.training import training_batches
 from jprune.errors import JpruneError
 from jprune.methods import Method, SparseGPT
 from jprune.patterns import Scope, Unstructured
-from jprune.pipeline import output, run
+from jprune.pipeline import output
+from jprune.pipeline import recipe as recipes
 from jprune.pipeline.journal import count_zeros
 from jprune.pipeline.memory import trim
 from jprune.pipeline.plan import prunable
+from jprune.pipeline.recipe import Recipe
 from jprune.pipeline.recovery import Full, Lora
 from jprune.pipeline.report import Progress, perplexity_of
 from jprune.pipeline.resume import default_folder
 from jprune.pipeline.rounds import PruneAndTuneReport, Round, schedule, tuning_of_a_round, zeros_present
-from jprune.pipeline.run import Recipe, prune_model
+from jprune.pipeline.run import prune_model
 from jprune.pipeline.stopwatch import peak_memory_bytes
 from jprune.pipeline.training import DEMO_EVALUATION_LENGTH, DEMO_LENGTH, run_folder
 from jprune.pipeline.tune import EPOCHS, method_name, tune_model
@@ -111,7 +113,7 @@ def prune_and_tune(
     tuning = tuning_of_a_round(checkpoint, tuning)
     recipe = Recipe(pattern=Unstructured(sparsity, per), keep_zeros=True, **options)
     if not windows.is_rows(recipe.calibration):  # later rounds do not know that they are about the demo model
-        samples, length = run.window_shape(checkpoint, recipe)
+        samples, length = recipes.window_shape(checkpoint, recipe)
         recipe = dataclasses.replace(recipe, samples=samples, sequence_length=length)
     sparsities = schedule(sparsity, rounds, present=zeros_present(checkpoint, recipe))
     formats.check(checkpoint, format)
@@ -128,14 +130,14 @@ def prune_and_tune(
     evaluation = None
     if evaluate is not None:
         given = None if windows.is_rows(evaluate) else evaluate_length or (DEMO_EVALUATION_LENGTH if demo else None)
-        evaluation = run.evaluation_windows(checkpoint, evaluate, length=given, count=evaluate_windows)
+        evaluation = recipes.evaluation_windows(checkpoint, evaluate, length=given, count=evaluate_windows)
     described = {
         **{"sparsity": sparsity, "rounds": sparsities, "per": per},
-        **{"pruner": run.method_name(method), **dataclasses.asdict(method)},
+        **{"pruner": recipes.method_name(method), **dataclasses.asdict(method)},
         **{"tuning": method_name(tuning), **dataclasses.asdict(tuning), "tune_length": batches.length},
         **_fields(recipe, leave_out=("pattern", "keep_zeros", "seed", "calibration", "overrides")),
         "calibration": str(recipe.calibration) if isinstance(recipe.calibration, str | Path) else None,
-        "overrides": {regex: run.pattern_text(pattern) for regex, pattern in recipe.overrides.items()},
+        "overrides": {regex: recipes.pattern_text(pattern) for regex, pattern in recipe.overrides.items()},
     }
     settings = {
         **{name: value for name, value in described.items() if name != "micro_batch"},
@@ -270,7 +272,7 @@ class _Rounds:
 
     def report(self, out: Path, notices: Sequence[str]) -> PruneAndTuneReport:
         """What came out, from the records of the rounds."""
-        counted = prunable(self.checkpoint, run.chosen_kernels(self.checkpoint, self.recipe))
+        counted = prunable(self.checkpoint, recipes.chosen_kernels(self.checkpoint, self.recipe))
         sizes = {path: int(np.prod(shape.shape)) for path, shape in self.checkpoint.shapes.items()}
         zeros, done, all_records = 0, [], []
         for sparsity, pruned, tuned in self._records():
@@ -282,7 +284,7 @@ class _Rounds:
             all_records += [tuned] if pruned is None else [pruned, tuned]
         return PruneAndTuneReport(
             out=out,
-            pruner=run.method_name(self.method),
+            pruner=recipes.method_name(self.method),
             tuning=method_name(self.tuning),
             sparsity=trees.Sparsity(zeros, sum(sizes[path] for path in counted), sum(sizes.values())),
             rounds=tuple(done),

@@ -19,9 +19,9 @@ from jprune.evaluate.perplexity import Perplexity
 from jprune.models import loss
 from jprune.patterns import Unstructured
 from jprune.pipeline.journal import count_zeros
+from jprune.pipeline.recipe import Recipe, chosen_kernels
 from jprune.pipeline.recovery import Full, Lora
 from jprune.pipeline.report import perplexity_of
-from jprune.pipeline.run import Recipe, chosen_kernels
 
 SPARSITIES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8)
 """Of the authors' rounds, who speak of densities: 1, 0.9, 0.7, 0.5, 0.3, 0.2."""

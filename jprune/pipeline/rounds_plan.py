@@ -13,9 +13,10 @@ from jprune.methods import Method, SparseGPT
 from jprune.patterns import Scope, Unstructured
 from jprune.pipeline import speed
 from jprune.pipeline.forecast import Plan
+from jprune.pipeline.recipe import Recipe, activation_dtype, chosen_kernels
 from jprune.pipeline.recovery import Full, Lora
 from jprune.pipeline.rounds import schedule, tuning_of_a_round, zeros_present
-from jprune.pipeline.run import Recipe, activation_dtype, chosen_kernels, plan_run
+from jprune.pipeline.run import plan_run
 from jprune.pipeline.training import DEMO_LENGTH
 
 

@@ -20,8 +20,8 @@ from jprune.errors import JpruneError
 from jprune.evaluate.perplexity import Perplexity, perplexity
 from jprune.pipeline import gradients, output
 from jprune.pipeline.influence import block_influences
+from jprune.pipeline.recipe import activation_dtype, evaluation_windows
 from jprune.pipeline.report import Progress, environment
-from jprune.pipeline.run import activation_dtype, evaluation_windows
 from jprune.pipeline.stopwatch import Stopwatch, peak_memory_bytes
 from jprune.pipeline.units import units_of_blocks, units_of_hidden
 from jprune.structured import importance

@@ -16,7 +16,7 @@ from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.models import loss, stacked
 from jprune.pipeline.plan import matmul_kernels
-from jprune.pipeline.run import activation_dtype
+from jprune.pipeline.recipe import activation_dtype
 from jprune.train import lora
 from jprune.train.loop import Batch
 from jprune.train.quantise import quantise
