@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--pruners", nargs="*", default=["sparsegpt", "magnitude"])
     parser.add_argument("--sparsities", nargs="*", type=float, default=[0.5, 0.7])
     parser.add_argument("--ratios", nargs="*", type=float, default=[0.2, 0.5], help="of heads and channels")
-    parser.add_argument("--rounds", default="0.3,0.5,0.7", help="sparsities; of a lower target, those below it")
+    parser.add_argument(
+        "--rounds", nargs="*", default=["0.3,0.5,0.7", "0.5,0.6,0.7"], help="sparsities, one or more lists"
+    )
     parser.add_argument("--calibration", default="pydoc")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=512, help="of calibration and evaluation")
@@ -61,7 +63,9 @@ def main() -> None:
         for pruner in args.pruners:
             one_shot = table.row(pruner, sparsity, partial(prune, pruner, sparsity, args))
             table.row(f"{pruner}, tuned", sparsity, partial(tune, one_shot, "full", args))
-            table.row(f"prune-and-tune, {pruner}", sparsity, partial(in_rounds, pruner, sparsity, args))
+            for rounds in schedules(sparsity, args):
+                name = f"prune-and-tune {rounds}, {pruner}"
+                table.row(name, sparsity, partial(in_rounds, pruner, sparsity, rounds, args))
     for ratio in args.ratios:
         small = table.row("llm-pruner", ratio, partial(shrink, ratio, args))
         table.row("llm-pruner, lora", ratio, partial(tune, small, "lora", args))
@@ -75,7 +79,7 @@ class Table:
 
     def __init__(self, args: argparse.Namespace):
         self._args = args
-        chosen = ("pruners", "sparsities", "ratios")  # which rows there are, and not what is in them
+        chosen = ("pruners", "sparsities", "ratios", "rounds")  # which rows there are, and not what is in them
         options = {k: v for k, v in vars(args).items() if k not in ("work", "out", *chosen)}
         self._result: dict[str, Any] = {"machine": describe(), "options": options, "rows": []}
         if args.out.exists():
@@ -102,11 +106,11 @@ class Table:
 
     def show(self) -> None:
         """Prints all rows."""
-        print(f"\n{'method':28} {'removed':>8} {'perplexity':>11} {'steps':>6} {'seconds':>8} {'peak GB':>8}")
+        print(f"\n{'method':38} {'removed':>8} {'perplexity':>11} {'steps':>6} {'seconds':>8} {'peak GB':>8}")
         for row in self.rows:
             peak = f"{row['peak_memory_bytes'] / 1e9:.2f}" if row["peak_memory_bytes"] else "-"
             print(
-                f"{row['method']:28} {100 * row['sparsity']:7.0f}% {row['perplexity']:11.3f} {row['tuning_steps']:6} "
+                f"{row['method']:38} {100 * row['sparsity']:7.0f}% {row['perplexity']:11.3f} {row['tuning_steps']:6} "
                 f"{row['seconds']:8.0f} {peak:>8}"
             )
 
@@ -122,17 +126,23 @@ def shrink(ratio: float, args: argparse.Namespace) -> Row:
     return run(out, "prune", "llm-pruner", args.model, *words)
 
 
-def in_rounds(pruner: str, sparsity: float, args: argparse.Namespace) -> Row:
-    rounds = [*(s for s in map(float, args.rounds.split(",")) if s < sparsity), sparsity]
-    each = max(1, args.steps // len(rounds))
+def schedules(sparsity: float, args: argparse.Namespace) -> list[str]:
+    """The rounds to a target: of each list the sparsities below it, and itself; none of a single round."""
+    lists = ([s for s in map(float, text.split(",")) if s < sparsity] for text in args.rounds)
+    return list(dict.fromkeys(",".join(f"{s:g}" for s in [*below, sparsity]) for below in lists if below))
+
+
+def in_rounds(pruner: str, sparsity: float, rounds: str, args: argparse.Namespace) -> Row:
+    count = len(rounds.split(","))
+    each = max(1, args.steps // count)
     row = run(
-        args.work / f"rounds-{pruner}-{sparsity:g}",
-        *("prune", "prune-and-tune", args.model, "--sparsity", str(sparsity), "--rounds", ",".join(map(str, rounds))),
+        args.work / f"rounds-{rounds}-{pruner}",
+        *("prune", "prune-and-tune", args.model, "--sparsity", str(sparsity), "--rounds", rounds),
         *("--pruner", pruner, "--steps", str(each), "--batch-size", str(args.batch_size), "--data", args.data),
         *("--tune-length", str(args.tune_length), "--learning-rate", str(args.learning_rate), *calibration(args)),
         *("--checkpoint-every", str(each)),
     )
-    return row | {"tuning_steps": each * len(rounds)}
+    return row | {"tuning_steps": each * count}
 
 
 def tune(before: Row, way: str, args: argparse.Namespace) -> Row:
