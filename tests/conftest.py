@@ -26,6 +26,17 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs are on one device: compiling for the four virtual ones takes longer."""
+    from jprune import devices
+    from jprune.train import sharding
+
+    alone = devices.alone()
+    monkeypatch.setattr(sharding, "make_mesh", lambda **options: None)
+    monkeypatch.setattr(devices, "make_mesh", lambda *args, **options: alone)
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     """config.json of a LLaMA whose sizes are no multiples of each other where they need not be."""

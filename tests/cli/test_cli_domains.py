@@ -10,18 +10,16 @@ import pytest
 from jprune.cli import main
 from jprune.errors import UsageError
 from jprune.pipeline.domains import DynamicLoading
-from jprune.train import sharding
 from jprune.train.shearing.dynamic_loading import Reweighing
 
 parse = importlib.import_module("jprune.cli.main")._parse
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Nothing is written into the user's cache; one device compiles faster than four."""
+def own_cache(tmp_path, monkeypatch, one_device):
+    """Nothing is written into the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", str(tmp_path / "cache"))
-    monkeypatch.setattr(sharding, "make_mesh", lambda **options: None)
 
 
 def options(*words):

@@ -6,14 +6,12 @@ import jax
 import pytest
 
 from jprune.cli import main
-from jprune.train import sharding
 
 
 @pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
+def run(capsys, tmp_path, monkeypatch, one_device):
     """Runs the command; gives (exit status, stdout, stderr). Nothing is written into the user's cache."""
     monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", str(tmp_path / "cache"))
-    monkeypatch.setattr(sharding, "make_mesh", lambda **options: None)
 
     def run(*words):
         try:

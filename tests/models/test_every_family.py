@@ -25,6 +25,7 @@ from jprune.trace import matmuls, stages
 
 pytest.importorskip("torch")
 hf = pytest.importorskip("hf_families")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 VARIANTS = {
     f"{architecture.removesuffix('ForCausalLM')}-{number}": (family, architecture, variant)

@@ -64,7 +64,7 @@ def test_against_the_solver(rng, nm):
     weights, inverse, keep = (jnp.asarray(a) for a in problem(rng, 128, 33, 0.5 if nm is None else 0.9))
     kind = solver._Kind(33, nm=nm, given=nm is None)
     real = jnp.ones(128, bool)
-    expected = solver._eliminate(weights, inverse, keep, jnp.zeros(1, jnp.int32), real, (kind,))
+    expected = solver._eliminate(weights, inverse, keep, jnp.zeros(1, jnp.int32), real, (kind,), 1)
     for interpret in (False, True):
         found = pk.sparsegpt_sweep(weights, inverse, keep, nm=nm, interpret=interpret)
         np.testing.assert_array_equal(found[1], expected[1])

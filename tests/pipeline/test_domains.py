@@ -10,14 +10,9 @@ from jprune.errors import JpruneError
 from jprune.pipeline.domains import DynamicLoading
 from jprune.pipeline.recovery import Full
 from jprune.pipeline.tune import tune_model
-from jprune.train import sharding
 from jprune.train.shearing.dynamic_loading import Reweighing
 
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Compiling for the four virtual devices of the tests takes long."""
-    monkeypatch.setattr(sharding, "make_mesh", lambda **options: None)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def counting(first, step, n=40, length=12):

@@ -19,7 +19,7 @@ from jprune.pipeline.trainable import block_kernels
 from jprune.pipeline.units import units_of_blocks
 from jprune.structured import shrink
 from jprune.structured.groups import positions
-from jprune.train import lora, sharding
+from jprune.train import lora
 from jprune.train.quantise import dequantise_tree
 
 SHORT = {"steps": 6, "every": 2, "batch_size": 4, "micro_batch": 4, "warmup": 0, "rank": 2, "learning_rate": 0.02}
@@ -30,10 +30,7 @@ MIXTRAL = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Compiling for the four virtual devices of the tests takes long."""
-    monkeypatch.setattr(sharding, "make_mesh", lambda **options: None)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture

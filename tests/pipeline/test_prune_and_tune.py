@@ -22,15 +22,11 @@ from jprune.pipeline.recovery import Full, Lora
 from jprune.pipeline.rounds import schedule
 from jprune.pipeline.rounds_plan import plan_prune_and_tune
 from jprune.pipeline.tune import tune_model
-from jprune.train import sharding
 
 SHORT = {"steps": 3, "batch_size": 4, "micro_batch": 4, "learning_rate": 0.01}
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Compiling for the four virtual devices of the tests takes long."""
-    monkeypatch.setattr(sharding, "make_mesh", lambda **options: None)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture

@@ -25,10 +25,7 @@ MAKE_MESH = sharding.make_mesh
 QUICK = {"batch_size": 4, "micro_batch": 2, "warmup": 0, "mask_momentum": 0.0}
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Compiling for the four virtual devices of the tests takes long."""
-    monkeypatch.setattr(sharding, "make_mesh", lambda **options: None)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture

@@ -17,15 +17,11 @@ from jprune.errors import JpruneError
 from jprune.models import decoder
 from jprune.pipeline.recovery import Full, Lora
 from jprune.pipeline.tune import tune_model
-from jprune.train import sharding
 
 SHORT = {"steps": 4, "batch_size": 4, "micro_batch": 4, "warmup": 0}
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Compiling for the four virtual devices of the tests takes long."""
-    monkeypatch.setattr(sharding, "make_mesh", lambda **options: None)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ def prune(
     *,
     watched: str,
     die_at: int | None = None,
+    die_after: str | None = None,
     power: bool = False,
     count_into: str | None = None,
     cache: str | None = None,
@@ -58,6 +59,7 @@ def prune(
       options: of prune_model.
       watched: operations below this folder count.
       die_at: the operation before which to die.
+      die_after: die before the first operation after there is something at this path.
       power: die as by a power failure.
       count_into: file for the number of operations.
       cache: folder for compiled programs.
@@ -75,7 +77,7 @@ def prune(
     from jprune.pipeline import forecast, prune_model
 
     forecast.windows_at_once = lambda length: 2
-    with Disk(Path(watched), die_at=die_at, power=power) as disk:
+    with Disk(Path(watched), die_at=die_at, die_after=die_after, power=power) as disk:
         prune_model(**options)
     if count_into:
         Path(count_into).write_text(str(disk.count))
@@ -87,16 +89,23 @@ class Disk:
     Args:
       folder: operations elsewhere do not count.
       die_at: the operation before which the process ends.
+      die_after: likewise, the first one after there is something at this path.
       power: what has not been synced is lost then.
       full_at: the operation from which on nothing more can be written.
     """
 
     def __init__(
-        self, folder: Path, *, die_at: int | None = None, power: bool = False, full_at: int | None = None
+        self,
+        folder: Path,
+        *,
+        die_at: int | None = None,
+        die_after: str | None = None,
+        power: bool = False,
+        full_at: int | None = None,
     ) -> None:
         self.count = 0
         self._folder = str(folder)
-        self._die_at, self._power, self._full_at = die_at, power, full_at
+        self._die_at, self._die_after, self._power, self._full_at = die_at, die_after, power, full_at
         self._synced: dict[int, bytes] = {}  # by inode
         self._lock = threading.Lock()
         self._before: list[tuple[Any, str, Any]] = []
@@ -145,7 +154,7 @@ class Disk:
             return
         with self._lock:
             self.count += 1
-            if self.count == self._die_at:
+            if self.count == self._die_at or (self._die_after and os.path.exists(self._die_after)):
                 if self._power:
                     self._lose()
                 os._exit(DEAD)
