@@ -4,8 +4,9 @@
 
 Unstructured: one-shot SparseGPT and magnitude; the same, tuned afterwards for `--steps`; and Prune-and-Tune, whose
 rounds share the same number of steps. Structured, as many heads and channels of every layer: LLM-Pruner, the same with
-LoRA afterwards, and LoRAPrune. All training is on `--data`, on as many windows a step and tokens a window; perplexity
-is measured on `--text`. The two must share nothing: of `pydoc` and of `hf:` sources each takes its own part.
+LoRA afterwards, and LoRAPrune, its frozen weights in float32 and in int8. All training is on `--data`, on as many
+windows a step and tokens a window; perplexity is measured on `--text`. The two must share nothing: of `pydoc` and of
+`hf:` sources each takes its own part.
 
 Each command is a process of its own, so that peak memory is its own; a row that needs two has the sum of their seconds
 and the higher of their peaks. A row is written as soon as it is there, and a run that was stopped, or is to have more
@@ -69,7 +70,8 @@ def main() -> None:
     for ratio in args.ratios:
         small = table.row("llm-pruner", ratio, partial(shrink, ratio, args))
         table.row("llm-pruner, lora", ratio, partial(tune, small, "lora", args))
-        table.row("loraprune", ratio, partial(loraprune, ratio, args))
+        table.row("loraprune", ratio, partial(loraprune, ratio, "float32", args))
+        table.row("loraprune, int8", ratio, partial(loraprune, ratio, "int8", args))
     table.show()
     args.out.with_suffix(".svg").write_text(plot(table.rows), encoding="utf-8")
 
@@ -162,11 +164,13 @@ def tune(before: Row, way: str, args: argparse.Namespace) -> Row:
     }
 
 
-def loraprune(ratio: float, args: argparse.Namespace) -> Row:
+def loraprune(ratio: float, dtype: str, args: argparse.Namespace) -> Row:
+    """LoRAPrune with its frozen weights in `dtype`."""
     every = max(1, min(10, args.steps // 10))  # a short run has to choose as often
     row = run(
-        args.work / f"loraprune-{ratio:g}",
+        args.work / f"loraprune-{ratio:g}-{dtype}",
         *("prune", "loraprune", args.model, "--ratio", str(ratio), "--uniform", "--every", str(every)),
+        *("--base-dtype", dtype),
         *("--steps", str(args.steps), *training(args), "--learning-rate", str(args.lora_learning_rate)),
     )
     return row | {"tuning_steps": args.steps}
