@@ -11,47 +11,29 @@ from jprune import patterns
 from jprune.checkpoints.formats import Format
 from jprune.cli import display
 from jprune.cli.command import OnDevices
+from jprune.cli.pruning import Pruning
 from jprune.errors import JpruneError, UsageError
 from jprune.methods import Method
-from jprune.patterns import NM, Pattern, Scope, Unstructured
-from jprune.pipeline import memory, plan_run, prune_model
+from jprune.patterns import NM, Pattern, Unstructured
+from jprune.pipeline import plan_run, prune_model
 from jprune.pipeline.forecast import Plan
 from jprune.pipeline.recipe import method_name
 from jprune.pipeline.report import Report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prune(OnDevices):
+class Prune(Pruning, OnDevices):
     """Prune a model."""
 
     method: Method
-    out: Path | None = None
-    """Folder of the result; it appears when everything is done."""
     sparsity: float | None = None
     """Share of zeros, in [0, 1)."""
-    per: Scope | None = None
-    """Where weights compete for --sparsity: among the inputs of each output, in blocks of 128 inputs, or in the whole
-    kernel. By default as the method's authors do."""
     pattern: str | None = None
     """N:M, such as 2:4, keeps N of every M consecutive inputs; instead of --sparsity."""
-    calibration: str = "pydoc"
-    """Calibration text: pydoc, a text file, .jsonl, .jsonl.gz, .parquet, .npy of token ids, or hf:DATASET."""
-    samples: int | None = None
-    """Calibration windows. By default 128, or 64 for the demo model."""
-    sequence_length: int | None = None
-    """Tokens a window. By default 2048 or the model's context, or 512 for the demo model."""
-    seed: int = 0
-    """Of the choice of calibration windows."""
-    where: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Regular expression over kernel paths; prune only what one of them finds."""
-    skip: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Regular expression over kernel paths; leave alone what one of them finds."""
     override: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """REGEX=PATTERN: another sparsity or N:M for what the expression finds; the last that finds a kernel counts."""
-    dtype: str | None = None
-    """Of the activations: float32, bfloat16 or float16. By default float32 on CPU, else what the weights have."""
-    expert_tokens: int = 128
-    """An expert that sees fewer calibration tokens than this is pruned by magnitude, whatever the method."""
+    seed: int = 0
+    """Of the choice of calibration windows."""
     keep_zeros: bool = False
     """Prune a model further that is pruned already: what is zero stays zero, and counts among the zeros asked for."""
     format: Format = "hf"
@@ -59,37 +41,20 @@ class Prune(OnDevices):
     vLLM) or orbax."""
     evaluate: str | None = None
     """Text whose perplexity is measured before and after, named as for --calibration."""
-    plan: bool = False
-    """Print what would be done, what it takes and how long, and touch nothing."""
-    memory: str | None = None
-    """Memory that may be taken, such as 6GB. By default what the process has and three quarters of what is free."""
     run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
     """Folder of what the run needs to be resumed, and of what does not fit into memory. By default OUT.run."""
-    resume: bool = False
-    """Go on with a run that was interrupted, to the same result; begin if there is none."""
-    overwrite: bool = False
-    """Replace --out if an earlier run wrote it; without --resume, drop a run that was interrupted."""
-    recipe: Path | None = None
-    """TOML or JSON file with options, or the jprune.json of an earlier run; the command line counts more."""
 
     def run(self) -> dict[str, Any]:
         """Prunes, or prints the plan."""
         options: dict[str, Any] = {
+            **self.pruning(),
             "method": self.method,
             "pattern": self._pattern(),
-            "calibration": self.calibration,
-            "samples": self.samples,
-            "sequence_length": self.sequence_length,
-            "seed": self.seed,
-            "where": self.where,
-            "skip": self.skip,
             "overrides": dict(_override(text) for text in self.override),
-            "dtype": self.dtype,
-            "expert_tokens": self.expert_tokens,
+            "seed": self.seed,
             "keep_zeros": self.keep_zeros,
+            "mesh": self.mesh(),
         }
-        options["mesh"] = self.mesh()
-        options["memory"] = None if self.memory is None else memory.parse(self.memory)
         if self.plan:
             return self._show_plan(plan_run(self.model, out=self.run_folder or self.out or ".", **options))
         if self.out is None:

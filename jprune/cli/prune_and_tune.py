@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 import tyro
@@ -10,10 +9,9 @@ import tyro
 from jprune.checkpoints.formats import Format
 from jprune.cli import display
 from jprune.cli.command import Command
+from jprune.cli.pruning import Pruning
 from jprune.errors import UsageError
 from jprune.methods import Method
-from jprune.patterns import Scope
-from jprune.pipeline import memory
 from jprune.pipeline.prune_and_tune import prune_and_tune
 from jprune.pipeline.recovery import Full, Lora
 from jprune.pipeline.rounds import PruneAndTuneReport
@@ -21,7 +19,7 @@ from jprune.pipeline.rounds_plan import PruneAndTunePlan, plan_prune_and_tune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PruneAndTune(Command):
+class PruneAndTune(Pruning, Command):
     """Prune in rounds, and train what is left after each (Syed, Guo and Sundarapandiyan 2023)."""
 
     pruner_options: Method
@@ -31,8 +29,6 @@ class PruneAndTune(Command):
     data: str | None = None
     """Training data: pydoc, a text file, .jsonl, .jsonl.gz, .parquet (text, or records of instructions), .npy of token
     ids, or hf:DATASET."""
-    out: Path | None = None
-    """Folder of the result; it appears when everything is done. The rounds are kept beside it, in OUT.run."""
     rounds: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Sparsities of the rounds, such as 0.3,0.5,0.7; the last is --sparsity, and at 0 nothing is pruned. By default
     0,0.1,0.3,0.5,0.7,0.8 as far as they go."""
@@ -41,29 +37,11 @@ class PruneAndTune(Command):
     tuning: Literal["full", "lora"] = "full"
     """What a round trains: all weights that are left, or adapters that are merged; its own options go with it. --steps
     are those of one round, 100 by default."""
-    per: Scope | None = None
-    """Where weights compete: among the inputs of each output, in blocks of 128 inputs, or in the whole kernel. By
-    default as the pruner's authors do."""
-    calibration: str = "pydoc"
-    """Calibration text, named as for --data."""
-    samples: int | None = None
-    """Calibration windows. By default 128, or 64 for the demo model."""
-    sequence_length: int | None = None
-    """Tokens of a calibration window. By default 2048 or the model's context, or 512 for the demo model."""
     tune_length: int | None = None
     """Tokens of a training window. By default 2048 for text and 256 for instructions, or the model's context (256 for
     the demo model)."""
     windows: int | None = None
     """Take only the first so many windows or records of the training data."""
-    where: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Regular expression over kernel paths; prune only what one of them finds."""
-    skip: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Regular expression over kernel paths; do not prune what one of them finds."""
-    dtype: str | None = None
-    """Of the activations while pruning: float32, bfloat16 or float16. By default float32 on CPU, else what the weights
-    have."""
-    expert_tokens: int = 128
-    """An expert that sees fewer calibration tokens than this is pruned by magnitude."""
     evaluate: str | None = None
     """Text whose perplexity is measured before, and in each round after pruning and after training."""
     evaluate_length: int | None = None
@@ -76,37 +54,20 @@ class PruneAndTune(Command):
     """Of the result: hf, jprune, decilm or orbax."""
     keep_rounds: bool = False
     """Keep the model of every round, in OUT/rounds."""
-    plan: bool = False
-    """Print the rounds, what they take and how long, and touch nothing."""
-    memory: str | None = None
-    """Memory that pruning may take, such as 6GB. By default what the process has and three quarters of what is free."""
     fsdp: int = 1
     """Cut parameters and optimizer state up over so many devices; the other devices share out the data."""
-    resume: bool = False
-    """Go on with a run that was interrupted, to the same result; begin if there is none."""
-    overwrite: bool = False
-    """Replace --out if an earlier run wrote it; without --resume, drop a run that was interrupted."""
-    recipe: Path | None = None
-    """TOML or JSON file with options, or the jprune.json of an earlier run; the command line counts more."""
 
     def run(self) -> dict[str, Any]:
         """Does all rounds, or prints the plan."""
         options: dict[str, Any] = {
+            **self.pruning(),
             "sparsity": self.sparsity,
             "rounds": self._rounds(),
             "method": self.pruner_options,
             "per": self.per,
             "tuning": self.tuning_options,
             "tune_length": self.tune_length,
-            "memory": None if self.memory is None else memory.parse(self.memory),
-            "calibration": self.calibration,
-            "samples": self.samples,
-            "sequence_length": self.sequence_length,
             "seed": self.tuning_options.seed,
-            "where": self.where,
-            "skip": self.skip,
-            "dtype": self.dtype,
-            "expert_tokens": self.expert_tokens,
         }
         if self.plan:
             return self._show_plan(plan_prune_and_tune(self.model, out=self.out or ".", **options))

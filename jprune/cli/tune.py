@@ -10,7 +10,8 @@ from jprune.cli import display
 from jprune.cli.command import Command
 from jprune.cli.training_data import TrainingData
 from jprune.pipeline.recovery import Full, Lora
-from jprune.pipeline.tune import TuneReport, tune_model
+from jprune.pipeline.training_run import TuneReport
+from jprune.pipeline.tune import tune_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ resuming costs nothing and gives exactly the batches that were left.
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,13 +21,11 @@ import numpy as np
 from jaxtyping import Int, Int32, Integer
 
 from jprune.data import sources, windows
+from jprune.data.stream import Batch, Stream, check_place
 from jprune.data.windows import Spec, Tokenizer
 from jprune.errors import JpruneError
 
 logger = logging.getLogger(__name__)
-
-Batch = dict[str, np.ndarray]
-"""`tokens` int32 [B, L] and `weights` float32 [B, L]: weights[b, t] is the loss weight of predicting tokens[b, t]."""
 
 ROWS_AT_ONCE = 1024
 """Rows of a memory-mapped file that are checked in one go."""
@@ -72,7 +70,7 @@ class Rows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batches(Iterable[Batch]):
+class Batches(Stream):
     """A stream of batches; every `iter()` starts at its beginning.
 
     With `shuffle` (training) an epoch has `windows // batch_size` batches. Without it (evaluation) the windows come in
@@ -81,12 +79,8 @@ class Batches(Iterable[Batch]):
     Attributes:
         examples: the windows.
         source: the spec they come from, as given.
-        batch_size: windows a batch, over all processes.
         epochs: how often the windows are gone through; None for ever.
-        seed: of the permutations, from 0 to 2**32 - 1.
         shuffle: whether each epoch is a new permutation.
-        process_index: which of the equal parts of each batch's rows this process gets, from 0.
-        process_count: how many parts there are.
         notices: what the user should know about how they were made, one sentence each.
 
     Raises:
@@ -95,26 +89,14 @@ class Batches(Iterable[Batch]):
 
     examples: Examples
     source: str
-    batch_size: int
     epochs: int | None = None
-    seed: int = 0
     shuffle: bool = True
-    process_index: int = 0
-    process_count: int = 1
     notices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        windows.check_count("batch size", self.batch_size)
+        super().__post_init__()
         if self.epochs is not None:
             windows.check_count("number of epochs", self.epochs)
-        if not 0 <= self.seed < 2**32:
-            raise JpruneError(f"The seed of the data must be from 0 to {2**32 - 1}; it is {self.seed}.")
-        if not 0 <= self.process_index < self.process_count:
-            raise JpruneError(f"Process {self.process_index} of {self.process_count}: the first process is number 0.")
-        if self.batch_size % self.process_count:
-            raise JpruneError(
-                f"A batch of {self.batch_size} windows cannot be shared equally by {self.process_count} processes."
-            )
         if self.length < 2:
             raise JpruneError(f"{self.source}: windows of {self.length} token hold nothing to predict; give 2 or more.")
         needed = self.batch_size if self.shuffle else 1
@@ -157,14 +139,9 @@ class Batches(Iterable[Batch]):
 
     def _take(self, indices: Int[np.ndarray, "b"]) -> Batch:
         """This process's rows of the global batch made of these windows."""
-        share = self.batch_size // self.process_count
-        mine = np.asarray(indices)[self.process_index * share : (self.process_index + 1) * share]
-        if len(mine) == share:
+        mine, batch = np.asarray(indices)[self.mine], self.blank(self.length)
+        if len(mine) == len(batch["tokens"]):
             return self.examples.take(mine)
-        batch = {
-            "tokens": np.zeros((share, self.length), np.int32),
-            "weights": np.zeros((share, self.length), np.float32),
-        }
         if len(mine):
             for name, rows in self.examples.take(mine).items():
                 batch[name][: len(mine)] = rows
@@ -199,11 +176,7 @@ class BatchIterator(Iterator[Batch]):
         Raises:
             JpruneError: the place is in a stream of other data, another batch size or another seed.
         """
-        if state.get("data") != self._batches.fingerprint:
-            raise JpruneError(
-                f"{self._batches.source}: the saved place in the data belongs to other data, another window length, "
-                "batch size or seed; training can only go on with the same. Start anew in another folder."
-            )
+        check_place(state, fingerprint=self._batches.fingerprint, source=self._batches.source)
         self._iterator.set_state(state["position"])
 
 

@@ -21,9 +21,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int
 
-from jprune.data.batches import Batch
 from jprune.data.chat import ChatTemplate
 from jprune.data.records import Record, found
+from jprune.data.stream import Batch
 from jprune.data.windows import Tokenizer
 from jprune.errors import JpruneError
 

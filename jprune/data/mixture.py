@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Int
 
 from jprune.data import windows
-from jprune.data.batches import Batch, Batches, Examples
+from jprune.data.batches import Batches, Examples
+from jprune.data.stream import Batch, Stream, check_place
 from jprune.errors import JpruneError
 
 HELD_OUT_SHARE = 20
@@ -71,17 +72,13 @@ def hold_out(domain: Batches, count: int | None = None, *, batch_size: int = 1) 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixture(Iterable[Batch]):
+class Mixture(Stream):
     """A stream of batches without end over several domains; every `iter()` starts at its beginning.
 
     Attributes:
         domains: the windows of each, by name; of these `Batches` only the examples, source and notices count.
-        batch_size: windows a batch, over all processes.
         proportions: the weights to begin with, one for every domain; they need not sum to 1. By default the numbers of
             windows, as if the domains were one.
-        seed: of the draws and the permutations, from 0 to 2**32 - 1.
-        process_index: which of the equal parts of each batch's rows this process gets, from 0.
-        process_count: how many parts there are.
 
     Raises:
         JpruneError: windows of different lengths, proportions that are not those of the domains, or numbers that do not
@@ -89,24 +86,12 @@ class Mixture(Iterable[Batch]):
     """
 
     domains: Mapping[str, Batches]
-    batch_size: int
     proportions: Mapping[str, int | float] | None = None
-    seed: int = 0
-    process_index: int = 0
-    process_count: int = 1
 
     def __post_init__(self) -> None:
         if not self.domains:
             raise JpruneError("a mixture needs at least one domain; there is none")
-        windows.check_count("batch size", self.batch_size)
-        if not 0 <= self.seed < 2**32:
-            raise JpruneError(f"The seed of the data must be from 0 to {2**32 - 1}; it is {self.seed}.")
-        if not 0 <= self.process_index < self.process_count:
-            raise JpruneError(f"Process {self.process_index} of {self.process_count}: the first process is number 0.")
-        if self.batch_size % self.process_count:
-            raise JpruneError(
-                f"A batch of {self.batch_size} windows cannot be shared equally by {self.process_count} processes."
-            )
+        super().__post_init__()
         lengths = {name: domain.length for name, domain in self.domains.items()}
         if len(set(lengths.values())) > 1:
             found = ", ".join(f"{length} ({name})" for name, length in lengths.items())
@@ -195,15 +180,10 @@ class MixtureIterator(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         mixture = self._mixture
-        share = mixture.batch_size // mixture.process_count
-        mine = slice(mixture.process_index * share, (mixture.process_index + 1) * share)
+        mine, batch = mixture.mine, mixture.blank(mixture.length)
         drawn = np.random.default_rng((mixture.seed, self._batch)).choice(
             len(mixture.domains), size=mixture.batch_size, p=list(self._weights.values())
         )
-        batch = {
-            "tokens": np.zeros((share, mixture.length), np.int32),
-            "weights": np.zeros((share, mixture.length), np.float32),
-        }
         for i, (name, domain) in enumerate(mixture.domains.items()):
             of_domain = drawn == i
             # Every process counts the rows of all, and reads its own.
@@ -233,11 +213,7 @@ class MixtureIterator(Iterator[Batch]):
         Raises:
             JpruneError: the place is in a stream of other data, another batch size or another seed.
         """
-        if state.get("data") != self._mixture.fingerprint:
-            raise JpruneError(
-                f"{self._mixture.source}: the saved place in the data belongs to other data, another window length, "
-                "batch size or seed; training can only go on with the same. Start anew in another folder."
-            )
+        check_place(state, fingerprint=self._mixture.fingerprint, source=self._mixture.source)
         names = list(self._mixture.domains)
         self._batch = int(state["batch"])
         self.taken = {name: int(state["taken"][name]) for name in names}

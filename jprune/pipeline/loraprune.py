@@ -5,7 +5,6 @@ The method is `jprune.train.loraprune`; what is masked, and what comes out, `jpr
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import optax
 
 from jprune import trees
-from jprune.checkpoints import Checkpoint, formats, load, record
+from jprune.checkpoints import Checkpoint, formats, load
 from jprune.checkpoints.formats import Format
 from jprune.data import windows
 from jprune.errors import JpruneError
@@ -24,13 +23,13 @@ from jprune.pipeline import output
 from jprune.pipeline.masked_adapters import Adapted, Masks, UnitMasks, WeightMasks
 from jprune.pipeline.recovery import KERNELS, Adapters, Task
 from jprune.pipeline.report import Progress
-from jprune.pipeline.resume import default_folder
-from jprune.pipeline.stopwatch import Stopwatch, peak_memory_bytes
+from jprune.pipeline.stopwatch import Stopwatch
 from jprune.pipeline.structured import ShrinkPlan, parameters, sizes
 from jprune.pipeline.trainable import block_kernels, blockwise_loss, compute_dtype
-from jprune.pipeline.training import Training, evaluation_losses
-from jprune.pipeline.tune import TuneReport
-from jprune.train import lora, metrics
+from jprune.pipeline.training import Training
+from jprune.pipeline.training_run import Result, TuneReport, model_writer, train_and_write
+from jprune.train import lora
+from jprune.train.loop import Trained
 from jprune.train.loraprune import kept, loraprune
 from jprune.train.schedules import SparsitySchedule, cubic
 
@@ -236,63 +235,33 @@ def loraprune_model(
     growth = method.growth(training.steps)
     with stopwatch.phase("load"):
         task = method.task(checkpoint, training.steps, masks)
-    before = training.perplexity(checkpoint, task.dtype, "evaluate before")
-    folder = default_folder(out)
-    given = dataclasses.asdict(method)
-    trained = training.train(
+
+    def result(trained: Trained) -> Result:
+        trainable = jax.tree.map(np.asarray, trained.trainable)
+        pruned = _checked(masks, trainable["keep"], method.share)
+        smaller, read = masks.result(trainable)
+        kept = {"kept": _listed(masks.kept(trainable["keep"]))} if isinstance(masks, UnitMasks) else {}
+        return Result(
+            write=model_writer(smaller, ((path, read(path)) for path in smaller.shapes), chosen),
+            trainable_parameters=lora.trainable_parameters(trainable["adapters"]),
+            own={"parameters_after": parameters(smaller), "pruned": pruned, "sizes": sizes(smaller)},
+            details={"schedule": dataclasses.asdict(growth), **kept, "format": chosen},
+        )
+
+    return train_and_write(
+        training,
         task,
-        folder,
-        recipe={"method": NAME, **{name: value for name, value in given.items() if name != "micro_batch"}},
-        evaluate_every=evaluate_every,
+        out,
+        recipe={"method": NAME, **dataclasses.asdict(method)},
+        result=result,
+        report=LoRAPruneReport,
         keep_best=False,  # before the schedule's end too little has gone
-        checkpoint_every=checkpoint_every,
         watch=_watch(masks, task.trainable["keep"], growth),
+        evaluate_every=evaluate_every,
+        checkpoint_every=checkpoint_every,
         resume=resume,
         overwrite=overwrite,
     )
-    trainable = jax.tree.map(np.asarray, trained.trainable)
-    pruned = _checked(masks, trainable["keep"], method.share)
-    smaller, read = masks.result(trainable)
-    with output.new_folder(out, overwrite=overwrite, source=checkpoint.source) as part:
-        with stopwatch.phase("io"):
-            with formats.writer(part, smaller, format=chosen) as writer:
-                for path in smaller.shapes:
-                    writer.write(path, read(path))
-            shutil.copy2(folder / metrics.NAME, part / metrics.NAME)
-        after, failed = training.perplexity_after(part, task.dtype)
-        report = LoRAPruneReport(
-            out=out,
-            method=NAME,
-            steps=training.steps,
-            best_step=trained.step,
-            trainable_parameters=lora.trainable_parameters(trainable["adapters"]),
-            parameters=parameters(checkpoint),
-            parameters_after=parameters(smaller),
-            pruned=pruned,
-            sizes=sizes(smaller),
-            losses=tuple(line["loss"] for line in trained.history),
-            evaluation_losses=evaluation_losses(trained),
-            tokens_per_second=trained.tokens_per_second,
-            before=before,
-            after=after,
-            seconds=stopwatch.seconds(),
-            peak_memory_bytes=peak_memory_bytes(),
-            resumed_from=trained.resumed_from,
-            notices=(*training.notices, *formats.notices(smaller, chosen), *failed),
-            domains=training.domains(trained),
-        )
-        contents = {
-            **report.json(),
-            "recipe": {"method": NAME, **given},
-            "schedule": dataclasses.asdict(growth),
-            **({"kept": _listed(masks.kept(trainable["keep"]))} if isinstance(masks, UnitMasks) else {}),
-            **training.record(trained, task.dtype),
-            "format": chosen,
-            "notices": list(report.notices),
-        }
-        record.write(part, contents)
-    shutil.rmtree(folder, ignore_errors=True)
-    return report
 
 
 def plan_loraprune(model: Checkpoint | str | Path, *, method: LoRAPrune) -> ShrinkPlan:

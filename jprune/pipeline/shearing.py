@@ -10,7 +10,6 @@ be trained on with `jprune tune full`.
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jprune.checkpoints import Checkpoint, formats, load, record
+from jprune.checkpoints import Checkpoint, formats, load
 from jprune.checkpoints.formats import Format
 from jprune.data import windows
 from jprune.errors import JpruneError
@@ -30,16 +29,14 @@ from jprune.pipeline import output
 from jprune.pipeline.masked import MaskedModel, shape_of
 from jprune.pipeline.recovery import Task, Tuning
 from jprune.pipeline.report import Progress
-from jprune.pipeline.resume import default_folder
-from jprune.pipeline.stopwatch import Stopwatch, peak_memory_bytes
+from jprune.pipeline.stopwatch import Stopwatch
 from jprune.pipeline.structured import ShrinkPlan, parameters, sizes
 from jprune.pipeline.trainable import Sums, compute_dtype, read_stacked
-from jprune.pipeline.training import Training, evaluation_losses
-from jprune.pipeline.tune import TuneReport
+from jprune.pipeline.training import Training
+from jprune.pipeline.training_run import Result, TuneReport, model_writer, train_and_write
 from jprune.structured import shape as target_shape
 from jprune.structured.shape import Shape
-from jprune.train import metrics
-from jprune.train.loop import Batch
+from jprune.train.loop import Batch, Trained
 from jprune.train.optimizer import AdamW, Schedule
 from jprune.train.shearing import hard_concrete, lagrangian
 
@@ -293,63 +290,41 @@ def shear_model(
     training = Training(checkpoint, method, stopwatch, progress, epochs=1, data=data, evaluate=evaluate, **options)
     with stopwatch.phase("load"):
         task = method.task(checkpoint, training.steps, masked)
-    before = training.perplexity(checkpoint, task.dtype, "evaluate before")
-    folder = default_folder(out)
-    given = dataclasses.asdict(method) | {"target": str(masked.target), "parameters": None}
-    trained = training.train(
+
+    def sheared(trained: Trained) -> Result:
+        log_alpha = trained.trainable["log_alpha"]
+        masks, expected = final_masks(masked, log_alpha), expected_shape(masked, log_alpha)
+        smaller, leaves = result(masked, trained.trainable)
+        return Result(
+            write=model_writer(smaller, leaves, chosen),
+            trainable_parameters=sum(x.size for x in jax.tree.leaves(trained.trainable["model"])),
+            own={
+                "parameters_after": parameters(smaller),
+                "target": masked.target,
+                "expected": expected,
+                "sizes": sizes(smaller),
+            },
+            details={
+                "kept": {kind: np.flatnonzero(mask).tolist() for kind, mask in masks.items() if mask.ndim < 2},
+                "format": chosen,
+            },
+            notices=_missed(expected, masked.target),
+        )
+
+    return train_and_write(
+        training,
         task,
-        folder,
-        recipe={"method": NAME, **{name: value for name, value in given.items() if name != "micro_batch"}},
-        evaluate_every=evaluate_every,
+        out,
+        recipe={"method": NAME, **dataclasses.asdict(method), "target": str(masked.target), "parameters": None},
+        result=sheared,
+        report=ShearingReport,
         keep_best=False,  # before the target is reached too little has gone
-        checkpoint_every=checkpoint_every,
         watch=watch(masked, method.target_rise(training.steps)),
+        evaluate_every=evaluate_every,
+        checkpoint_every=checkpoint_every,
         resume=resume,
         overwrite=overwrite,
     )
-    log_alpha = trained.trainable["log_alpha"]
-    masks, expected = final_masks(masked, log_alpha), expected_shape(masked, log_alpha)
-    smaller, leaves = result(masked, trained.trainable)
-    with output.new_folder(out, overwrite=overwrite, source=checkpoint.source) as part:
-        with stopwatch.phase("io"):
-            with formats.writer(part, smaller, format=chosen) as writer:
-                for path, values in leaves:
-                    writer.write(path, values)
-            shutil.copy2(folder / metrics.NAME, part / metrics.NAME)
-        after, failed = training.perplexity_after(part, task.dtype)
-        report = ShearingReport(
-            out=out,
-            method=NAME,
-            steps=training.steps,
-            best_step=trained.step,
-            trainable_parameters=sum(x.size for x in jax.tree.leaves(trained.trainable["model"])),
-            parameters=parameters(checkpoint),
-            parameters_after=parameters(smaller),
-            target=masked.target,
-            expected=expected,
-            sizes=sizes(smaller),
-            losses=tuple(line["loss"] for line in trained.history),
-            evaluation_losses=evaluation_losses(trained),
-            tokens_per_second=trained.tokens_per_second,
-            before=before,
-            after=after,
-            seconds=stopwatch.seconds(),
-            peak_memory_bytes=peak_memory_bytes(),
-            resumed_from=trained.resumed_from,
-            notices=(*training.notices, *_missed(expected, masked.target), *formats.notices(smaller, chosen), *failed),
-            domains=training.domains(trained),
-        )
-        contents = {
-            **report.json(),
-            "recipe": {"method": NAME, **given},
-            "kept": {kind: np.flatnonzero(mask).tolist() for kind, mask in masks.items() if mask.ndim < 2},
-            **training.record(trained, task.dtype),
-            "format": chosen,
-            "notices": list(report.notices),
-        }
-        record.write(part, contents)
-    shutil.rmtree(folder, ignore_errors=True)
-    return report
 
 
 def plan_shearing(model: Checkpoint | str | Path, *, method: Shearing) -> ShrinkPlan:

@@ -51,6 +51,8 @@ class Training:
       data: as the rest, as `tune_model` describes it.
 
     Attributes:
+      checkpoint: the model.
+      stopwatch: the phases.
       steps: updates.
       notices: what the user should know of the data.
 
@@ -77,7 +79,8 @@ class Training:
         evaluate_windows: int | None = None,
         fsdp: int = 1,
     ):
-        self._checkpoint, self._method, self._stopwatch, self._progress = checkpoint, method, stopwatch, progress
+        self.checkpoint, self.stopwatch = checkpoint, stopwatch
+        self._method, self._progress = method, progress
         self._mesh = sharding.make_mesh(fsdp=fsdp)
         demo = checkpoint.source == "demo"
         with stopwatch.phase("data"):
@@ -136,7 +139,7 @@ class Training:
         if batches is None or not isinstance(batches.examples, Rows):
             return None
         tokens = batches.examples.take(np.arange(batches.windows))["tokens"]
-        with self._stopwatch.phase("evaluation"):
+        with self.stopwatch.phase("evaluation"):
             return perplexity(
                 weights,
                 tokens,
@@ -188,7 +191,7 @@ class Training:
             evaluate_every = max(1, self.steps // REWEIGHINGS)
         settings = {
             **recipe,
-            "model": self._checkpoint.fingerprint(),
+            "model": self.checkpoint.fingerprint(),
             "data": self._batches.fingerprint,
             "evaluation": held_out and held_out.sha256,
             "evaluate_every": evaluate_every,
@@ -211,7 +214,7 @@ class Training:
             stream = self._batches.__iter__()  # of a union, iter() is less to mypy
             if held_out is not None and evaluate_every is not None:
                 evaluate = functools.partial(mean_loss(task.evaluation, self._mesh), held_out)
-        with run_folder(folder, forget=overwrite and not resume), self._stopwatch.phase("train"):
+        with run_folder(folder, forget=overwrite and not resume), self.stopwatch.phase("train"):
             trained = train(
                 task.loss,
                 task.trainable,
@@ -243,7 +246,7 @@ class Training:
         def described(b: Batches | Mixture) -> dict[str, Any]:
             return {"source": b.source, "windows": b.windows, "sequence_length": b.length, "sha256": b.sha256}
 
-        checkpoint = self._checkpoint
+        checkpoint = self.checkpoint
         earlier = Path(checkpoint.source) / record.NAME
         return {
             "model": {

@@ -4,8 +4,6 @@ The result is a folder like any other, with jprune.json and metrics.jsonl; it ap
 """
 
 import dataclasses
-import math
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,75 +11,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from jprune.checkpoints import Checkpoint, formats, load, peft, record
+from jprune.checkpoints import Checkpoint, formats, load, peft
 from jprune.checkpoints.formats import Format
 from jprune.data import windows
-from jprune.evaluate.perplexity import Perplexity
 from jprune.pipeline import output
 from jprune.pipeline.domains import DynamicLoading
 from jprune.pipeline.recovery import TUNINGS, Full, Lora, Task
 from jprune.pipeline.report import Progress
-from jprune.pipeline.resume import default_folder
-from jprune.pipeline.stopwatch import Stopwatch, peak_memory_bytes
-from jprune.pipeline.training import Training, evaluation_losses
-from jprune.train import lora, metrics
+from jprune.pipeline.stopwatch import Stopwatch
+from jprune.pipeline.training import Training
+from jprune.pipeline.training_run import Result, TuneReport, model_writer, train_and_write
+from jprune.train import lora
 
 PyTree = Any
 EPOCHS = {"lora": 2, "full": 1}
 """Unless said otherwise."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TuneReport:
-    """The result of a tuning run."""
-
-    out: Path
-    method: str
-    steps: int
-    best_step: int
-    """After which step the parameters are those of the result."""
-    trainable_parameters: int
-    parameters: int
-    """Of the whole model."""
-    losses: tuple[float, ...]
-    """Of every step, in nats a token."""
-    evaluation_losses: dict[int, float]
-    """By step, where they were measured."""
-    tokens_per_second: float | None
-    before: Perplexity | None
-    after: Perplexity | None
-    seconds: dict[str, float]
-    peak_memory_bytes: int
-    resumed_from: int
-    notices: tuple[str, ...]
-    """What the user should know, one sentence each."""
-    domains: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    """By name, if the data has any: source, windows, weights, losses; see `Balance.described`."""
-
-    def json(self) -> dict[str, Any]:
-        """The object that ``--json`` prints."""
-        result: dict[str, Any] = {
-            "method": self.method,
-            "steps": self.steps,
-            "best_step": self.best_step,
-            "parameters": self.parameters,
-            "trainable_parameters": self.trainable_parameters,
-            "loss": {"first": self.losses[0], "last": self.losses[-1]},
-            "tokens_per_second": self.tokens_per_second,
-            "resumed_from": self.resumed_from,
-        }
-        if self.evaluation_losses:
-            result["evaluation_loss"] = min(self.evaluation_losses.values())
-        if self.domains:
-            result["domains"] = self.domains
-        if self.before:
-            result["perplexity"] = {
-                "before": self.before.value,
-                "after": self.after.value if self.after else None,
-                "sequence_length": self.before.sequence_length,
-                "windows": self.before.windows,
-            }
-        return {**result, "seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes, "out": str(self.out)}
 
 
 def tune_model(
@@ -166,62 +110,23 @@ def tune_model(
     if isinstance(method, Lora) and method.keep_adapters:
         for path in method.adapters(task.trainable):
             peft.name(checkpoint, path)
-    before = training.perplexity(checkpoint, task.dtype, "evaluate before")
-    folder = default_folder(out)
-    trained = training.train(
+    return train_and_write(
+        training,
         task,
-        folder,
-        recipe=_recipe(method, name),
+        out,
+        recipe={"method": name, **dataclasses.asdict(method)},
+        result=lambda trained: _result(checkpoint, method, task, trained.trainable, chosen),
+        report=TuneReport,
         evaluate_every=evaluate_every,
         checkpoint_every=checkpoint_every,
         resume=resume,
         overwrite=overwrite,
     )
-    with output.new_folder(out, overwrite=overwrite, source=checkpoint.source) as part:
-        with stopwatch.phase("io"):
-            told = _write(part, checkpoint, method, task, trained.trainable, chosen)
-            shutil.copy2(folder / metrics.NAME, part / metrics.NAME)
-        kept = isinstance(method, Lora) and method.keep_adapters
-        result = _Tuned(checkpoint, task, trained.trainable) if kept else part
-        after, failed = training.perplexity_after(result, task.dtype)
-        report = TuneReport(
-            out=out,
-            method=name,
-            steps=training.steps,
-            best_step=trained.step,
-            trainable_parameters=lora.trainable_parameters(trained.trainable),
-            parameters=sum(math.prod(shape.shape) for shape in checkpoint.shapes.values()),
-            losses=tuple(line["loss"] for line in trained.history),
-            evaluation_losses=evaluation_losses(trained),
-            tokens_per_second=trained.tokens_per_second,
-            before=before,
-            after=after,
-            seconds=stopwatch.seconds(),
-            peak_memory_bytes=peak_memory_bytes(),
-            resumed_from=trained.resumed_from,
-            notices=(*training.notices, *told, *failed),
-            domains=training.domains(trained),
-        )
-        contents = {
-            **report.json(),
-            "recipe": {"method": name, **dataclasses.asdict(method)},
-            **training.record(trained, task.dtype),
-            "notices": list(report.notices),
-        }
-        record.write(part, contents)
-    shutil.rmtree(folder, ignore_errors=True)
-    return report
 
 
 def method_name(method: Lora | Full) -> str:
     """The name a way of tuning has on the command line."""
     return next(name for name, kind in TUNINGS.items() if kind is type(method))
-
-
-def _recipe(method: Lora | Full, name: str) -> dict[str, Any]:
-    """What the result depends on, without what only says how to compute it."""
-    given = dataclasses.asdict(method)
-    return {"method": name, **{k: v for k, v in given.items() if k not in ("micro_batch", "keep_adapters")}}
 
 
 class _Tuned:
@@ -240,14 +145,16 @@ class _Tuned:
         return trees.unflatten({p.removeprefix(start): self._task.read(self._trainable, p) for p in below})
 
 
-def _write(
-    folder: Path, checkpoint: Checkpoint, method: Lora | Full, task: Task, trainable: PyTree, chosen: Format
-) -> tuple[str, ...]:
+def _result(checkpoint: Checkpoint, method: Lora | Full, task: Task, trainable: PyTree, format: Format) -> Result:
+    """The tuned model; or its adapters, if they are to stay adapters."""
+    count = lora.trainable_parameters(trainable)
     trainable = jax.tree.map(np.asarray, trainable)
-    if isinstance(method, Lora) and method.keep_adapters:
+    if not (isinstance(method, Lora) and method.keep_adapters):
+        leaves = ((path, task.read(trainable, path)) for path in checkpoint.shapes)
+        return Result(write=model_writer(checkpoint, leaves, format), trainable_parameters=count)
+
+    def write(folder: Path) -> tuple[str, ...]:
         peft.save(folder, checkpoint, method.adapters(trainable), alpha=method.alpha, dropout=method.dropout)
         return (f"only the adapters were written; they go with {checkpoint.source}",)
-    with formats.writer(folder, checkpoint, format=chosen) as writer:
-        for path in checkpoint.shapes:
-            writer.write(path, task.read(trainable, path))
-    return formats.notices(checkpoint, chosen)
+
+    return Result(write=write, trainable_parameters=count, weights=_Tuned(checkpoint, task, trainable))
