@@ -28,7 +28,7 @@ from jprune import trees
 from jprune.checkpoints import Checkpoint
 from jprune.models import decoder, loss, stacked
 from jprune.pipeline.masked import MaskedModel, shape_of
-from jprune.pipeline.shearing import masked_loss, sample, start
+from jprune.pipeline.masked_training import masked_loss, sample, start
 from jprune.structured.shape import Shape
 from jprune.train import schedules
 from jprune.train.optimizer import AdamW

@@ -29,7 +29,8 @@ from jax.sharding import Mesh
 from jprune.checkpoints import Checkpoint, load
 from jprune.models import stacked
 from jprune.pipeline.masked import MaskedModel
-from jprune.pipeline.shearing import Shearing, masked_loss, sample, start
+from jprune.pipeline.masked_training import masked_loss, sample, start
+from jprune.pipeline.shearing import Shearing
 from jprune.pipeline.structured import parameters
 from jprune.train import sharding
 

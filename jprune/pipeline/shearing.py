@@ -10,22 +10,21 @@ be trained on with `jprune tune full`.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
 
 from jprune.checkpoints import Checkpoint, formats, load
 from jprune.checkpoints.formats import Format
 from jprune.data import windows
 from jprune.errors import JpruneError
-from jprune.models import families, loss, stacked
+from jprune.models import families, stacked
 from jprune.models.config import DecoderConfig, shapes
-from jprune.pipeline import output
+from jprune.pipeline import masked_training, output
 from jprune.pipeline.masked import MaskedModel, shape_of
 from jprune.pipeline.recovery import Task, Tuning
 from jprune.pipeline.report import Progress
@@ -38,14 +37,12 @@ from jprune.structured import shape as target_shape
 from jprune.structured.shape import Shape
 from jprune.train.loop import Batch, Trained
 from jprune.train.optimizer import AdamW, Schedule
-from jprune.train.shearing import hard_concrete, lagrangian
+from jprune.train.shearing import lagrangian
 
 PyTree = Any
 NAME = "shearing"
 FLOOR = 0.1
 """Of all learning rates, at the end."""
-DIVERGED = 1e5
-"""A multiplier beyond this has run away: those of the published runs stay below some thousands."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,24 +123,24 @@ class Shearing(Tuning):
     def task(self, checkpoint: Checkpoint, steps: int, masked: MaskedModel) -> Task:
         """Weights, float32 and computed in the usual dtype, with log alpha and multipliers beside them."""
         runs = stacked.runs(checkpoint.config, checkpoint.shapes)
-        sums = masked_loss(masked, dtype := compute_dtype(checkpoint, None))
+        sums = masked_training.masked_loss(masked, dtype := compute_dtype(checkpoint, None))
 
         def drawn(trainable: PyTree, frozen: PyTree, batch: Batch, key: Any) -> Sums:
             del frozen  # everything is trained
-            return sums(trainable["model"], sample(trainable["log_alpha"], key), batch)
+            return sums(trainable["model"], masked_training.sample(trainable["log_alpha"], key), batch)
 
         def expected(trainable: PyTree, frozen: PyTree, batch: Batch) -> Sums:
             """Of the model that is expected: in each row as many as the masks want now."""
             del frozen
-            return sums(trainable["model"], rounded(trainable["log_alpha"]), batch)
+            return sums(trainable["model"], masked_training.rounded(trainable["log_alpha"]), batch)
 
         def read(trainable: PyTree, path: str) -> np.ndarray:
-            return next(values for name, values in result(masked, trainable)[1] if name == path)
+            return next(values for name, values in masked_training.result(masked, trainable)[1] if name == path)
 
         return Task(
             trainable={
                 "model": read_stacked(checkpoint, runs, dtype=jnp.float32),
-                **start(masked),
+                **masked_training.start(masked),
             },
             frozen={},
             loss=drawn,
@@ -152,51 +149,6 @@ class Shearing(Tuning):
             read=read,
             dtype=dtype,
         )
-
-
-def start(masked: MaskedModel) -> dict[str, Any]:
-    """The masks' log alpha and the multipliers to begin with."""
-    log_alpha = {kind: hard_concrete.initial(shape) for kind, shape in masked.shapes.items()}
-    return {"log_alpha": log_alpha, "multipliers": lagrangian.initial_multipliers(log_alpha)}
-
-
-def masked_loss(masked: MaskedModel, dtype: Any) -> Callable[[PyTree, PyTree, Batch], Sums]:
-    """(parameters with blocks stacked, masks, batch) -> sum of the weighted cross-entropies, and of the weights."""
-    language_model = loss.causal_lm(masked.checkpoint.config, around=masked.around(dtype))
-
-    def sums(params: PyTree, masks: PyTree, batch: Batch) -> Sums:
-        operands, aside = masked.operands(params, masks)
-        ends = {name: x for name, x in operands.items() if name != "blocks"}  # blocks are cast one by one
-        cast = jax.tree.map(lambda x: x.astype(dtype), ends)
-        return language_model({**cast, "blocks": operands["blocks"]}, batch, aside)
-
-    return sums
-
-
-def sample(log_alpha: lagrangian.LogAlpha, key: Key[Array, ""]) -> dict[str, Float[Array, "*rows n"]]:
-    """Masks, each kind with randomness of its own."""
-    kinds = sorted(log_alpha)
-    return {k: hard_concrete.sample(log_alpha[k], jax.random.fold_in(key, i)) for i, k in enumerate(kinds)}
-
-
-def rounded(log_alpha: lagrangian.LogAlpha) -> dict[str, Float[Array, "*rows n"]]:
-    """Soft masks, of which each row has as many as it expects to keep, rounded."""
-    counts = {kind: jnp.round(jnp.sum(hard_concrete.expected(x), -1, keepdims=True)) for kind, x in log_alpha.items()}
-    return {kind: hard_concrete.deterministic(x, counts[kind]) for kind, x in log_alpha.items()}
-
-
-def final_masks(masked: MaskedModel, log_alpha: lagrangian.LogAlpha) -> dict[str, Float[Array, "*rows n"]]:
-    """Soft masks, of which each row has as many as the target says."""
-    return {kind: hard_concrete.deterministic(x, masked.targets[kind]) for kind, x in log_alpha.items()}
-
-
-def result(masked: MaskedModel, trainable: PyTree) -> tuple[Checkpoint, Iterator[tuple[str, np.ndarray]]]:
-    """The smaller model as a view of the one before, and its own parameters by path, in its dtypes."""
-    masks = final_masks(masked, trainable["log_alpha"])
-    smaller = masked.left(masks)
-    params = stacked.unstack(jax.tree.map(np.asarray, trainable["model"]))
-    leaves = masked.sheared(params, masks)
-    return smaller, ((path, np.asarray(x).astype(smaller.shapes[path].dtype)) for path, x in leaves)
 
 
 def count(config: DecoderConfig) -> target_shape.Count:
@@ -293,8 +245,11 @@ def shear_model(
 
     def sheared(trained: Trained) -> Result:
         log_alpha = trained.trainable["log_alpha"]
-        masks, expected = final_masks(masked, log_alpha), expected_shape(masked, log_alpha)
-        smaller, leaves = result(masked, trained.trainable)
+        masks, expected = (
+            masked_training.final_masks(masked, log_alpha),
+            masked_training.expected_shape(masked, log_alpha),
+        )
+        smaller, leaves = masked_training.result(masked, trained.trainable)
         return Result(
             write=model_writer(smaller, leaves, chosen),
             trainable_parameters=sum(x.size for x in jax.tree.leaves(trained.trainable["model"])),
@@ -319,7 +274,7 @@ def shear_model(
         result=sheared,
         report=ShearingReport,
         keep_best=False,  # before the target is reached too little has gone
-        watch=watch(masked, method.target_rise(training.steps)),
+        watch=masked_training.watch(masked, method.target_rise(training.steps)),
         evaluate_every=evaluate_every,
         checkpoint_every=checkpoint_every,
         resume=resume,
@@ -338,12 +293,6 @@ def plan_shearing(model: Checkpoint | str | Path, *, method: Shearing) -> Shrink
     return ShrinkPlan(parameters=(parameters(checkpoint), parameters(smaller)), sizes=sizes(smaller), units=())
 
 
-def expected_shape(masked: MaskedModel, log_alpha: lagrangian.LogAlpha) -> dict[str, float]:
-    """The sizes that the masks expect, the mean over layers."""
-    found = masked.shape({kind: float(size) for kind, size in lagrangian.sizes(log_alpha).items()})
-    return {name: round(size, 3) for name, size in found.items()}
-
-
 def _missed(expected: Mapping[str, float], target: Shape) -> tuple[str, ...]:
     """A notice if the masks were not done: what they still expected is cut off all at once."""
     missed = [
@@ -357,36 +306,6 @@ def _missed(expected: Mapping[str, float], target: Shape) -> tuple[str, ...]:
         f"after the last step the masks expected {', '.join(missed)}, and the rest went at once: more --steps, or for "
         "short runs --mask-momentum 0 --mask-learning-rate 0.3, serve the model better",
     )
-
-
-def watch(masked: MaskedModel, warmup: int) -> Callable[[PyTree, PyTree], dict[str, float]]:
-    """What the metrics say of every step: expected sizes, multipliers and the Lagrangian's value.
-
-    The function raises `JpruneError` when a multiplier has run away.
-    """
-
-    @jax.jit
-    def measured(trainable: PyTree, step: Array) -> tuple[Any, Any, Array]:
-        log_alpha, multipliers = trainable["log_alpha"], trainable["multipliers"]
-        gone = lagrangian.gone(masked.targets, log_alpha, step, warmup)
-        return lagrangian.sizes(log_alpha), multipliers, lagrangian.penalty(log_alpha, multipliers, gone)
-
-    def watch(trainable: PyTree, state: PyTree) -> dict[str, float]:
-        left, multipliers, value = jax.device_get(measured(trainable, state[0].step))
-        for kind, pair in multipliers.items():
-            if not np.all(np.abs(pair) < DIVERGED):
-                raise JpruneError(
-                    f"the multipliers of {kind} have run away ({pair[0]:.3g} and {pair[1]:.3g}): lower "
-                    "--multiplier-learning-rate or --mask-learning-rate, or raise --target-warmup. The state that was "
-                    "saved last is kept"
-                )
-        found = masked.shape({kind: float(size) for kind, size in left.items()})
-        line = {f"expected/{name}": round(size, 4) for name, size in found.items()}
-        for kind, pair in multipliers.items():
-            line |= {f"multiplier/{kind}/{i + 1}": float(x) for i, x in enumerate(pair)}
-        return {**line, "lagrangian": float(value)}
-
-    return watch
 
 
 def _shape_in(path: Path) -> Shape:

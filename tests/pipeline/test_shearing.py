@@ -14,7 +14,8 @@ from jprune.checkpoints import load
 from jprune.errors import JpruneError
 from jprune.models import decoder
 from jprune.pipeline.masked import MaskedModel, shape_of
-from jprune.pipeline.shearing import Shearing, count, masked_loss, plan_shearing, rounded, shear_model
+from jprune.pipeline.masked_training import masked_loss, rounded
+from jprune.pipeline.shearing import Shearing, count, plan_shearing, shear_model
 from jprune.structured.shape import Shape
 from jprune.train import sharding
 from jprune.train.loop import Interrupted
