@@ -200,33 +200,30 @@ def _role(members: Iterable[Member]) -> Hashable:
 
 def _places(axis: Axis) -> list[tuple[Axis, int, int, int]]:
     """(atom, offset, length, stride) for every segment of an axis that an atom lies on, in the order of the atoms."""
-    found: list[tuple[Axis, int, int, int]] = []
+    return list(_spread(axis, [(0, axis.size, 1)]))
 
-    def visit(axis: Axis, segments: list[tuple[int, int, int]]) -> None:
-        axis = find(axis)
-        if axis.kind == PRODUCT:
-            minor = axis.size
-            for x in factors(axis):
-                minor //= x.size
-                visit(x, [(offset, length, stride * minor) for offset, length, stride in segments])
-        elif axis.kind == SUM:
-            parts = terms(axis)
-            if all(x is parts[0] for x in parts):  # one part again and again
-                visit(parts[0], segments)
-                return
-            start = 0
-            for x in parts:
-                visit(
-                    x,
-                    [
-                        (offset + again + start * stride, x.size * stride, stride)
-                        for offset, length, stride in segments
-                        for again in range(0, length, axis.size * stride)
-                    ],
-                )
-                start += x.size
-        elif axis is not ONE:
-            found.extend((axis, *segment) for segment in segments)
 
-    visit(axis, [(0, axis.size, 1)])
-    return found
+def _spread(axis: Axis, segments: Sequence[tuple[int, int, int]]) -> Iterator[tuple[Axis, int, int, int]]:
+    """The atoms of an axis that lies on `segments`, each an (offset, length, stride), with the segments of each."""
+    axis = find(axis)
+    if axis.kind == PRODUCT:
+        minor = axis.size
+        for x in factors(axis):
+            minor //= x.size
+            yield from _spread(x, [(offset, length, stride * minor) for offset, length, stride in segments])
+    elif axis.kind == SUM:
+        parts = terms(axis)
+        if all(x is parts[0] for x in parts):  # one part again and again
+            yield from _spread(parts[0], segments)
+            return
+        start = 0
+        for x in parts:
+            inside = [
+                (offset + again + start * stride, x.size * stride, stride)
+                for offset, length, stride in segments
+                for again in range(0, length, axis.size * stride)
+            ]
+            yield from _spread(x, inside)
+            start += x.size
+    elif axis is not ONE:
+        yield from ((axis, *segment) for segment in segments)

@@ -287,17 +287,18 @@ def _key(equation: Equation, operands: Sequence[Atom]) -> Any:
     if equation.effects or equation.primitive.name in MATMULS or any(jex.jaxprs_in_params(equation.params)):
         return None
 
-    def value(atom: Atom) -> Any:
-        if isinstance(atom, jex.Literal):
-            return str(atom.aval), np.asarray(atom.val).tobytes()  # by its bits: 0.0 == -0.0
-        return atom
-
-    key = (equation.primitive, equation.ctx, tuple(sorted(equation.params.items())), tuple(map(value, operands)))
+    key = (equation.primitive, equation.ctx, tuple(sorted(equation.params.items())), tuple(map(_value, operands)))
     try:
         hash(key)
     except TypeError:
         return None
     return key
+
+
+def _value(atom: Atom) -> Any:
+    if isinstance(atom, jex.Literal):
+        return str(atom.aval), np.asarray(atom.val).tobytes()  # by its bits: 0.0 == -0.0
+    return atom
 
 
 def _live(equations: Sequence[Equation], outputs: Iterable[Atom]) -> tuple[Equation, ...]:

@@ -293,13 +293,15 @@ def _input(
         if None not in met:
             break
 
-    def ordered(digits: Sequence[Sequence[Digit]], met: Sequence[Axes | None]) -> tuple[Digit, ...]:
-        pairs = [pair for own, other in zip(digits, met) for pair in zip(own, other or ())]
-        pairs.sort(key=lambda pair: (pair[0].axis, -pair[0].stride))
-        return join(d for _, other in pairs for d in other)
-
     count = len(contracted)
-    return Input(value=value, columns=ordered(kernel, met[:count]), batch=ordered(stack, met[count:]))
+    return Input(value=value, columns=_ordered(kernel, met[:count]), batch=_ordered(stack, met[count:]))
+
+
+def _ordered(digits: Sequence[Sequence[Digit]], met: Sequence[Axes | None]) -> tuple[Digit, ...]:
+    """The digits that `digits` of a leaf have met, in the leaf's order."""
+    pairs = [pair for own, other in zip(digits, met) for pair in zip(own, other or ())]
+    pairs.sort(key=lambda pair: (pair[0].axis, -pair[0].stride))
+    return join(d for _, other in pairs for d in other)
 
 
 def _inside(equation: Equation, origins: Mapping[Any, frozenset[str]]) -> Iterator[str]:
