@@ -133,17 +133,18 @@ class _Axis:
     """One axis of a stored tensor: its length, which part is the parameter's, and the name of that part's axis."""
 
     def __init__(self, text: str, size: Callable[[str], int]):
-        def length(name: str) -> int:
-            return int(name) if name.isdecimal() else size(name)
-
         terms = text.split("+")
         own = [term for term in terms if term.startswith("<")] or terms
         if len(own) != 1:
             raise ValueError(f"expected one summand in <> in {text!r}")
-        before = sum(length(term) for term in terms[: terms.index(own[0])])
+        before = sum(_length(term, size) for term in terms[: terms.index(own[0])])
         name = own[0].strip("<>")
-        self.length = sum(length(term.strip("<>")) for term in terms)
+        self.length = sum(_length(term.strip("<>"), size) for term in terms)
         self.name = None if name.isdecimal() else name
-        self.part: slice | int = slice(before, before + length(name)) if self.name else before
+        self.part: slice | int = slice(before, before + _length(name, size)) if self.name else before
         if len(terms) == 1 and self.name:
             self.part = slice(None)
+
+
+def _length(name: str, size: Callable[[str], int]) -> int:
+    return int(name) if name.isdecimal() else size(name)
