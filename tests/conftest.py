@@ -1,10 +1,23 @@
-"""Every test runs with strict dtype promotion, warnings as errors and four virtual CPU devices."""
+"""Every test runs with shapes checked, strict dtype promotion, warnings as errors and four virtual CPU devices."""
 
+import pathlib
 import signal
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
+
+# Shapes are checked at every call of a function whose module writes them down. The other modules' types are left to mypy:
+# the tracer's small functions alone are called so often that checking them takes longer than the tests.
+ROOT = pathlib.Path(__file__).parents[1]
+SHAPED = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for package in ("jprune", "pallas_kernels")
+    for path in sorted((ROOT / package).rglob("*.py"))
+    if "from jaxtyping import" in path.read_text()
+]
+jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
 
 # A shell ignores Ctrl-C for what it starts in the background, and its children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
