@@ -8,8 +8,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
-# Shapes are checked at every call of a function whose module writes them down. The other modules' types are left to mypy:
-# the tracer's small functions alone are called so often that checking them takes longer than the tests.
+# Shapes are checked at every call of a function whose module writes them down. The other modules' types are left to
+# mypy: the tracer's small functions alone are called so often that checking them takes longer than the tests.
 ROOT = pathlib.Path(__file__).parents[1]
 SHAPED = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
