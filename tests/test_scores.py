@@ -1,6 +1,7 @@
 """Scores against NumPy."""
 
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import numpy_scores
 import pytest
@@ -30,3 +31,9 @@ def test_wanda_does_not_depend_on_the_number_of_sequences(rng):
     """The authors divide the squared norm by it: one factor for all scores."""
     kernel, total = jnp.asarray(rng.normal(size=(7, 5)), jnp.float32), jnp.asarray(rng.uniform(size=7), jnp.float32)
     np.testing.assert_array_equal(scores.wanda(kernel, total / 16) * 4, scores.wanda(kernel, total))
+
+
+def test_shapes_are_checked_here():
+    """conftest.py looks for what to check and says nothing if it finds too little."""
+    with pytest.raises(jaxtyping.TypeCheckError, match="squared_norm"):
+        scores.wanda(jnp.ones((3, 2)), jnp.ones(2))
