@@ -33,8 +33,8 @@ def worker(source: str, options: dict[str, Any], pipe: Connection) -> None:
     import jprune
     from jprune.models.config import describe as sizes
     from jprune.models.generate import stream
-    from jprune.pipeline.recipe import activation_dtype
-    from jprune.pipeline.stopwatch import peak_device_memory_bytes, peak_memory_bytes
+    from jprune.pipeline.oneshot.recipe import activation_dtype
+    from jprune.runs.stopwatch import peak_device_memory_bytes, peak_memory_bytes
 
     checkpoint = jprune.load(source)
     dtype = jnp.dtype(activation_dtype(checkpoint, options["dtype"]))

@@ -27,12 +27,12 @@ import jprune
 from jprune import trees
 from jprune.checkpoints import Checkpoint
 from jprune.models import decoder, loss, stacked
-from jprune.pipeline.masked import MaskedModel, shape_of
-from jprune.pipeline.masked_training import masked_loss, sample, start
 from jprune.structured.shape import Shape
 from jprune.train import schedules
 from jprune.train.optimizer import AdamW
 from jprune.train.shearing import lagrangian
+from jprune.tuning.masked_model import MaskedModel, shape_of
+from jprune.tuning.masked_training import masked_loss, sample, start
 
 EVERY = 100
 """The default interval of `gradual`."""

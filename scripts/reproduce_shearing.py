@@ -27,8 +27,8 @@ from machine import describe
 from jprune import trees
 from jprune.checkpoints import formats, load, record
 from jprune.models import decoder
-from jprune.pipeline.masked import shape_of
 from jprune.structured.shape import Shape
+from jprune.tuning.masked_model import shape_of
 
 Row = dict[str, Any]
 

@@ -28,11 +28,11 @@ from jax.sharding import Mesh
 
 from jprune.checkpoints import Checkpoint, load
 from jprune.models import stacked
-from jprune.pipeline.masked import MaskedModel
-from jprune.pipeline.masked_training import masked_loss, sample, start
-from jprune.pipeline.shearing import Shearing
-from jprune.pipeline.structured import parameters
+from jprune.pipeline.shrink.run import parameters
 from jprune.train import sharding
+from jprune.tuning.masked_model import MaskedModel
+from jprune.tuning.masked_training import masked_loss, sample, start
+from jprune.tuning.shearing import Shearing
 
 RUN_OPTIONS = ("sequence_length", "evaluate_every")
 """Of a recipe's tables: those of the command, not of the method."""

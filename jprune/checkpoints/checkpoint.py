@@ -14,7 +14,9 @@ import jax
 import numpy as np
 
 from jprune import trees
-from jprune.checkpoints import demo, gguf, huggingface, orbax, tokenizer, view
+from jprune.checkpoints import demo, huggingface, orbax, tokenizer
+from jprune.checkpoints import select as view
+from jprune.checkpoints.gguf import read as gguf
 from jprune.checkpoints.source import Source, StoredTensor
 from jprune.errors import JpruneError
 from jprune.models import families

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jprune import devices
 from jprune.errors import UsageError
-from jprune.pipeline import processes
+from jprune.runs import processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jprune import trees
+from jprune.anatomy.kernels import matmul_kernels, prunable
 from jprune.checkpoints import Checkpoint, formats, load, record
 from jprune.cli import display
 from jprune.cli.command import Command, OnDevices
 from jprune.errors import JpruneError
 from jprune.models.config import LAYER_SIZES, describe
-from jprune.pipeline import processes
-from jprune.pipeline.journal import count_zeros
-from jprune.pipeline.output import new_folder
-from jprune.pipeline.plan import matmul_kernels, prunable
-from jprune.pipeline.recipe import activation_dtype, evaluation_windows, parse_dtype
-from jprune.pipeline.report import Progress
+from jprune.pipeline.oneshot.journal import count_zeros
+from jprune.pipeline.oneshot.recipe import activation_dtype, evaluation_windows, parse_dtype
+from jprune.runs import processes
+from jprune.runs.output import new_folder
+from jprune.runs.report import Progress
 
 _SIZES = ("vocab", "d_model", "layers", "heads", "kv_heads", "head_dim", "d_ff", "context", "tied")
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jprune.pipeline.report import Progress as Step
+from jprune.runs.report import Progress as Step
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from jprune.cli import display
 from jprune.cli.shrink import change, show_plan
 from jprune.cli.tune import TrainingRun, print_report
 from jprune.errors import UsageError
-from jprune.pipeline.loraprune import LoRAPrune, loraprune_model, plan_loraprune
+from jprune.tuning.loraprune import LoRAPrune, loraprune_model, plan_loraprune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

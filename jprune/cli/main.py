@@ -24,11 +24,11 @@ from jprune.cli.shrink import GroupsOf, LLMPrunerOptions, Shrink, ShrinkTo
 from jprune.cli.tune import Tune
 from jprune.errors import JpruneError, UsageError
 from jprune.methods import METHODS
-from jprune.pipeline import processes
-from jprune.pipeline.loraprune import LoRAPrune
-from jprune.pipeline.recovery import TUNINGS
-from jprune.pipeline.shearing import Shearing
+from jprune.runs import processes
 from jprune.structured.methods import DropLayers
+from jprune.tuning.loraprune import LoRAPrune
+from jprune.tuning.recovery import TUNINGS
+from jprune.tuning.shearing import Shearing
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,9 +16,9 @@ from jprune.errors import JpruneError, UsageError
 from jprune.methods import Method
 from jprune.patterns import NM, Pattern, Unstructured
 from jprune.pipeline import plan_run, prune_model
-from jprune.pipeline.forecast import Plan
-from jprune.pipeline.recipe import method_name
-from jprune.pipeline.report import Report
+from jprune.pipeline.forecast.forecast import Plan
+from jprune.pipeline.oneshot.recipe import method_name
+from jprune.runs.report import Report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,10 @@ from jprune.cli.command import Command
 from jprune.cli.pruning import Pruning
 from jprune.errors import UsageError
 from jprune.methods import Method
-from jprune.pipeline.prune_and_tune import prune_and_tune
-from jprune.pipeline.recovery import Full, Lora
-from jprune.pipeline.rounds import PruneAndTuneReport
-from jprune.pipeline.rounds_plan import PruneAndTunePlan, plan_prune_and_tune
+from jprune.pipeline.rounds.plan import PruneAndTunePlan, plan_prune_and_tune
+from jprune.pipeline.rounds.run import prune_and_tune
+from jprune.pipeline.rounds.schedule import PruneAndTuneReport
+from jprune.tuning.recovery import Full, Lora
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

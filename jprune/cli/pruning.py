@@ -7,7 +7,7 @@ from typing import Any
 import tyro
 
 from jprune.patterns import Scope
-from jprune.pipeline import memory
+from jprune.runs import memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from jprune.cli import display
 from jprune.cli.shrink import change, show_plan
 from jprune.cli.tune import TrainingRun, print_report
 from jprune.errors import UsageError
-from jprune.pipeline.shearing import Shearing, plan_shearing, shear_model
+from jprune.tuning.shearing import Shearing, plan_shearing, shear_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

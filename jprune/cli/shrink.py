@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import tyro
 
+from jprune.anatomy.units import model_groups
 from jprune.checkpoints import load
 from jprune.checkpoints.formats import Format
 from jprune.cli import display
 from jprune.cli.command import Command
 from jprune.errors import UsageError
-from jprune.pipeline.structured import ShrinkPlan, ShrinkReport, StructuredMethod, plan_shrink, shrink_model
-from jprune.pipeline.units import model_groups
+from jprune.pipeline.shrink.run import ShrinkPlan, ShrinkReport, StructuredMethod, plan_shrink, shrink_model
 from jprune.structured.methods import DropLayers, Importance, LLMPruner
 from jprune.structured.selection import Target
 from jprune.trace import Group

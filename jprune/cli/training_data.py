@@ -8,7 +8,7 @@ from typing import Any
 import tyro
 
 from jprune.errors import UsageError
-from jprune.pipeline.domains import DynamicLoading
+from jprune.pipeline.training.domains import DynamicLoading
 from jprune.train.shearing.dynamic_loading import Reweighing
 
 _NAMED = re.compile(r"^([\w.-]+)=(.+)$", re.DOTALL)

@@ -9,9 +9,9 @@ from jprune.checkpoints.formats import Format
 from jprune.cli import display
 from jprune.cli.command import Command
 from jprune.cli.training_data import TrainingData
-from jprune.pipeline.recovery import Full, Lora
-from jprune.pipeline.training_run import TuneReport
-from jprune.pipeline.tune import tune_model
+from jprune.pipeline.training.run import TuneReport
+from jprune.pipeline.training.tune import tune_model
+from jprune.tuning.recovery import Full, Lora
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

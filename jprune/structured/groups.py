@@ -28,7 +28,7 @@ from jaxtyping import Int
 from jprune import trees
 from jprune.errors import JpruneError
 from jprune.structured.surgery import Positions, checked
-from jprune.trace.axes import Group
+from jprune.trace.coupling.axes import Group
 from jprune.trace.matmuls import ParamMatmul
 
 PyTree = Any

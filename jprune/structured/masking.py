@@ -5,7 +5,8 @@ that kernel, its mask is multiplied, once. Where a norm takes a mean over units,
 not 0. So a unit with the mask 0 is not there, whatever else has been computed of it, and the model with the masks
 multiplied in, cut to the units that are left (`surgery.shrink`), computes the same as the masked model.
 
-A layer's mask is multiplied into the parameters in which the layer's addends are linear (`jprune.trace.residual`).
+A layer's mask is multiplied into the parameters in which the layer's addends are linear
+(`jprune.trace.coupling.residual`).
 
 These are functions of parameters, so they serve any forward pass, and a compiler fuses them with the cast to the dtype
 of the computation. They differ from LLM-Shearing's program (arXiv:2310.06694) where that differs from itself: it
@@ -23,7 +24,7 @@ from jaxtyping import Array, Float
 from jprune import trees
 from jprune.errors import JpruneError
 from jprune.structured.groups import UnitMember, Units
-from jprune.trace.residual import Writer
+from jprune.trace.coupling.residual import Writer
 
 PyTree = Any
 InAxes = Mapping[str, tuple[int, ...]]

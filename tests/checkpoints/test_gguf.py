@@ -6,7 +6,9 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter
 from gguf.quants import quantize
 
-from jprune.checkpoints import gguf, gguf_header, load
+from jprune.checkpoints import load
+from jprune.checkpoints.gguf import header as gguf_header
+from jprune.checkpoints.gguf import read as gguf
 from jprune.errors import JpruneError
 from jprune.models import families
 

@@ -7,8 +7,8 @@ from pydoc_data.topics import topics
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from jprune.checkpoints import gguf_tokenizer
-from jprune.checkpoints.gguf_header import Header
+from jprune.checkpoints.gguf import tokenizer as gguf_tokenizer
+from jprune.checkpoints.gguf.header import Header
 from jprune.checkpoints.tokenizer import from_files
 from jprune.errors import JpruneError
 

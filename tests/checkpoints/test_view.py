@@ -9,7 +9,7 @@ import pytest
 
 from jprune import trees
 from jprune.checkpoints import huggingface, load, orbax
-from jprune.checkpoints.view import Keep
+from jprune.checkpoints.select import Keep
 from jprune.errors import JpruneError
 from jprune.models import decoder, generate
 from jprune.models.config import LayerSizes, shapes

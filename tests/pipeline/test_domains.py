@@ -7,10 +7,10 @@ import pytest
 
 import jprune
 from jprune.errors import JpruneError
-from jprune.pipeline.domains import DynamicLoading
-from jprune.pipeline.recovery import Full
-from jprune.pipeline.tune import tune_model
+from jprune.pipeline.training.domains import DynamicLoading
+from jprune.pipeline.training.tune import tune_model
 from jprune.train.shearing.dynamic_loading import Reweighing
+from jprune.tuning.recovery import Full
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -22,7 +22,10 @@ import jprune
 from jprune import Magnitude, SparseGPT, Unstructured, Wanda
 from jprune.checkpoints import record
 from jprune.errors import JpruneError
-from jprune.pipeline import forecast, lock, prune_model, stagewise
+from jprune.pipeline import prune_model
+from jprune.pipeline.forecast import forecast
+from jprune.pipeline.oneshot import stages as stagewise
+from jprune.runs import lock
 
 pytestmark = pytest.mark.faults
 KILLS, POWER_FAILURES = 13, 7
@@ -226,7 +229,7 @@ def test_what_differs_is_named(interrupted, tmp_path, recipe, change, named):
 
 
 def test_another_version_is_named(interrupted, monkeypatch):
-    from jprune.pipeline import run
+    from jprune.pipeline.oneshot import run
 
     options = interrupted(at=1.5)
     real = run.environment
@@ -434,7 +437,7 @@ def test_the_clock_goes_backwards(interrupted, undisturbed, monkeypatch):
 
 
 def test_perplexity_before_is_not_measured_twice(interrupted, undisturbed, recipe, monkeypatch):
-    from jprune.pipeline import run
+    from jprune.pipeline.oneshot import run
 
     options = interrupted(at=3.2, evaluate=recipe["calibration"])
     measured = []

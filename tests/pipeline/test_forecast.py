@@ -8,11 +8,12 @@ import pytest
 
 import jprune
 from jprune import Magnitude, Method, SparseGPT, Unstructured, Wanda
+from jprune.anatomy.kernels import choose_kernels
 from jprune.methods import masked
-from jprune.pipeline import forecast, plan_run
-from jprune.pipeline.forecast import Forecast
-from jprune.pipeline.layout import Layout
-from jprune.pipeline.plan import choose_kernels
+from jprune.pipeline import plan_run
+from jprune.pipeline.forecast import forecast
+from jprune.pipeline.forecast.forecast import Forecast
+from jprune.pipeline.forecast.layout import Layout
 from jprune.statistics import Gram
 
 SHAPE = (6, 24)
@@ -126,7 +127,8 @@ def test_a_method_without_data_has_no_activations(tiny_model):
 
 def test_out_of_memory_gives_the_advice_of_the_plan(tiny_model, token_file, tmp_path, monkeypatch):
     from jprune.errors import JpruneError
-    from jprune.pipeline import prune_model, stagewise
+    from jprune.pipeline import prune_model
+    from jprune.pipeline.oneshot import stages as stagewise
 
     def fail(*args):
         raise MemoryError

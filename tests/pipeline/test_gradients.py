@@ -7,8 +7,8 @@ import pytest
 
 from jprune import trees
 from jprune.checkpoints import load
+from jprune.evaluate import gradients
 from jprune.models import decoder
-from jprune.pipeline import gradients
 
 
 def whole_model_loss(config, params, ids):

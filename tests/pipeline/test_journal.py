@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jprune.pipeline.journal import Step, count_zeros, route
+from jprune.pipeline.oneshot.journal import Step, count_zeros, route
 
 UNITS = st.sets(st.integers(0, 9))
 

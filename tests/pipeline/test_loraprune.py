@@ -12,15 +12,15 @@ import pytest
 
 import jprune
 from jprune import trees
+from jprune.anatomy.units import units_of_blocks
 from jprune.errors import JpruneError
 from jprune.models import decoder, stacked
-from jprune.pipeline.loraprune import LoRAPrune, loraprune_model, plan_loraprune
-from jprune.pipeline.trainable import block_kernels
-from jprune.pipeline.units import units_of_blocks
 from jprune.structured import shrink
 from jprune.structured.groups import positions
 from jprune.train import lora
 from jprune.train.quantise import dequantise_tree
+from jprune.tuning.loraprune import LoRAPrune, loraprune_model, plan_loraprune
+from jprune.tuning.weights import block_kernels
 
 SHORT = {"steps": 6, "every": 2, "batch_size": 4, "micro_batch": 4, "warmup": 0, "rank": 2, "learning_rate": 0.02}
 QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
@@ -180,7 +180,7 @@ def test_killed_and_resumed(tiny_model, data, tmp_path):
     np.save(tmp_path / "data.npy", data)
     program = f"""
 import os, signal
-from jprune.pipeline.loraprune import LoRAPrune, loraprune_model
+from jprune.tuning.loraprune import LoRAPrune, loraprune_model
 def kill(p):
     if p.phase == "train" and p.done >= 4:
         os.kill(os.getpid(), signal.SIGKILL)

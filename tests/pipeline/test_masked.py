@@ -14,8 +14,8 @@ from jprune import trees
 from jprune.checkpoints import load
 from jprune.errors import JpruneError
 from jprune.models import decoder, families, stacked
-from jprune.pipeline.masked import MaskedModel, shape_of
 from jprune.structured.shape import Shape
+from jprune.tuning.masked_model import MaskedModel, shape_of
 
 TOKENS = jnp.asarray(np.random.default_rng(7).integers(0, 40, (2, 9), dtype=np.int32))
 

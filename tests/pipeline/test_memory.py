@@ -1,7 +1,7 @@
 import pytest
 
 from jprune.errors import JpruneError
-from jprune.pipeline import memory
+from jprune.runs import memory
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,15 @@ import pytest
 
 import jprune
 from jprune import NM, Gram, Magnitude, Moments, SparseGPT, SquaredNorm, Unstructured, Wanda, devices
+from jprune.anatomy.kernels import choose_kernels
 from jprune.errors import JpruneError
 from jprune.evaluate.perplexity import mean_nll
-from jprune.pipeline import forecast, prune_model
-from jprune.pipeline.blockwise import hidden_specs
-from jprune.pipeline.forecast import Forecast
-from jprune.pipeline.layout import Layout
-from jprune.pipeline.plan import choose_kernels
-from jprune.pipeline.spill import Batches, Room
+from jprune.pipeline import prune_model
+from jprune.pipeline.forecast import forecast
+from jprune.pipeline.forecast.forecast import Forecast
+from jprune.pipeline.forecast.layout import Layout
+from jprune.pipeline.oneshot.blocks import hidden_specs
+from jprune.runs.activations import Batches, Room
 from jprune.statistics import merge_parts, update_in_parts, zeros
 
 

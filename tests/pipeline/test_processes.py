@@ -20,8 +20,9 @@ import jprune
 from jprune import SparseGPT, Unstructured, devices
 from jprune.cli import main
 from jprune.errors import JpruneError, UsageError
-from jprune.pipeline import processes, prune_model
-from jprune.pipeline.processes import Cluster
+from jprune.pipeline import prune_model
+from jprune.runs import processes
+from jprune.runs.processes import Cluster
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "reference" / "one_of_many.py"
 PATIENCE = 240

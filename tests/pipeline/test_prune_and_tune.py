@@ -17,11 +17,12 @@ import pytest
 import jprune
 from jprune import Magnitude, SparseGPT, Unstructured, Wanda
 from jprune.errors import JpruneError
-from jprune.pipeline import prune_and_tune, prune_model
-from jprune.pipeline.recovery import Full, Lora
-from jprune.pipeline.rounds import schedule
-from jprune.pipeline.rounds_plan import plan_prune_and_tune
-from jprune.pipeline.tune import tune_model
+from jprune.pipeline import prune_model
+from jprune.pipeline.rounds import run as prune_and_tune
+from jprune.pipeline.rounds.plan import plan_prune_and_tune
+from jprune.pipeline.rounds.schedule import schedule
+from jprune.pipeline.training.tune import tune_model
+from jprune.tuning.recovery import Full, Lora
 
 SHORT = {"steps": 3, "batch_size": 4, "micro_batch": 4, "learning_rate": 0.01}
 
@@ -126,7 +127,7 @@ PROGRAM = """
 import os, signal, sys
 import jprune
 from jprune.pipeline import prune_and_tune
-from jprune.pipeline.recovery import Full
+from jprune.tuning.recovery import Full
 phase, done = sys.argv[1], float(sys.argv[2])
 def kill(p):
     if p.phase == phase and p.done >= done:

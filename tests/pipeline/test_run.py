@@ -24,8 +24,10 @@ from jprune import (
 )
 from jprune.errors import JpruneError
 from jprune.models import batching, decoder
-from jprune.pipeline import forecast, plan_run, prune_model, stagewise
-from jprune.pipeline.layout import Layout
+from jprune.pipeline import plan_run, prune_model
+from jprune.pipeline.forecast import forecast
+from jprune.pipeline.forecast.layout import Layout
+from jprune.pipeline.oneshot import stages as stagewise
 
 GROUPS = (("attn/q", "attn/k", "attn/v"), ("attn/o",), ("mlp/gate", "mlp/up"), ("mlp/down",))
 
@@ -334,7 +336,7 @@ def test_arrays_of_tokens(tiny_model, token_file, tmp_path):
 
 
 def test_a_failing_last_evaluation_costs_nothing_else(tiny_model, token_file, tmp_path, monkeypatch):
-    from jprune.pipeline import run
+    from jprune.pipeline.oneshot import run
 
     measured = []
 

@@ -13,13 +13,13 @@ from jprune import trees
 from jprune.checkpoints import load
 from jprune.errors import JpruneError
 from jprune.models import decoder
-from jprune.pipeline.masked import MaskedModel, shape_of
-from jprune.pipeline.masked_training import masked_loss, rounded
-from jprune.pipeline.shearing import Shearing, count, plan_shearing, shear_model
 from jprune.structured.shape import Shape
 from jprune.train import sharding
 from jprune.train.loop import Interrupted
 from jprune.train.shearing import hard_concrete
+from jprune.tuning.masked_model import MaskedModel, shape_of
+from jprune.tuning.masked_training import masked_loss, rounded
+from jprune.tuning.shearing import Shearing, count, plan_shearing, shear_model
 
 TARGET = "layers=2,hidden=24,heads=2,kv_heads=1,intermediate=40"
 MAKE_MESH = sharding.make_mesh

@@ -9,8 +9,8 @@ import pytest
 from jprune import devices
 from jprune.checkpoints import writing
 from jprune.errors import JpruneError
-from jprune.pipeline.background import Background
-from jprune.pipeline.spill import ArrayFile, Batches, Room
+from jprune.runs.activations import ArrayFile, Batches, Room
+from jprune.runs.background import Background
 
 HERE = [jax.sharding.SingleDeviceSharding(jax.devices()[0])] * 2
 

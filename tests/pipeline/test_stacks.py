@@ -9,12 +9,12 @@ import pytest
 
 import jprune
 from jprune import devices, trees
+from jprune.anatomy.kernels import Kernel
 from jprune.errors import JpruneError
 from jprune.methods import Magnitude, SparseGPT, Wanda
 from jprune.models import decoder, families
 from jprune.patterns import Unstructured
-from jprune.pipeline.plan import Kernel
-from jprune.pipeline.stacks import solve_stacks
+from jprune.pipeline.oneshot.experts import solve_stacks
 from jprune.statistics import Gram, Moments, SquaredNorm, Stacked
 from jprune.trace import matmuls, observe, stages
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from jprune import trees
+from jprune.anatomy.units import model_groups
 from jprune.checkpoints import load
 from jprune.errors import JpruneError
 from jprune.models import decoder
-from jprune.pipeline.structured import plan_shrink, shrink_model
-from jprune.pipeline.units import model_groups
+from jprune.pipeline.shrink.run import plan_shrink, shrink_model
 from jprune.structured.methods import DropLayers, LLMPruner
 from jprune.structured.selection import Target
 

@@ -15,8 +15,8 @@ from jprune import trees
 from jprune.data import windows
 from jprune.errors import JpruneError
 from jprune.models import decoder
-from jprune.pipeline.recovery import Full, Lora
-from jprune.pipeline.tune import tune_model
+from jprune.pipeline.training.tune import tune_model
+from jprune.tuning.recovery import Full, Lora
 
 SHORT = {"steps": 4, "batch_size": 4, "micro_batch": 4, "warmup": 0}
 
@@ -194,8 +194,8 @@ def test_killed_and_resumed(tiny_model, data, tmp_path):
     np.save(tmp_path / "data.npy", data)
     program = f"""
 import os, signal
-from jprune.pipeline.recovery import Lora
-from jprune.pipeline.tune import tune_model
+from jprune.tuning.recovery import Lora
+from jprune.pipeline.training.tune import tune_model
 def kill(p):
     if p.phase == "train" and p.done >= 3:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -25,7 +25,7 @@ _open, _fsync = io.open, os.fsync
 
 def start_server() -> None:
     """Imports once what every process needs."""
-    _context.set_forkserver_preload(["killable", "jprune.pipeline.run", "jprune.checkpoints.orbax", "optax"])
+    _context.set_forkserver_preload(["killable", "jprune.pipeline.oneshot.run", "jprune.checkpoints.orbax", "optax"])
 
 
 def run(*args: Any, **kwargs: Any) -> int:
@@ -74,7 +74,8 @@ def prune(
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    from jprune.pipeline import forecast, prune_model
+    from jprune.pipeline import prune_model
+    from jprune.pipeline.forecast import forecast
 
     forecast.windows_at_once = lambda length: 2
     with Disk(Path(watched), die_at=die_at, die_after=die_after, power=power) as disk:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jprune.checkpoints import load
 from jprune.cli.main import _parse
-from jprune.pipeline.shearing import count
+from jprune.tuning.shearing import count
 
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 LLAMA_2_7B = {

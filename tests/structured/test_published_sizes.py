@@ -81,7 +81,7 @@ PROGRAM = """
 import sys
 sys.path.insert(0, "tests/structured")
 import test_published_sizes as here
-from jprune.pipeline.stopwatch import peak_memory_bytes
+from jprune.runs.stopwatch import peak_memory_bytes
 here.test_published_sizes(here.LLAMA_7B, 6_738_415_616, 5_422_977_024)
 print(peak_memory_bytes())
 """

@@ -93,7 +93,7 @@ import time
 import jax, jax.numpy as jnp
 from jprune import coupled_axes
 from jprune.models import decoder, families
-from jprune.pipeline.stopwatch import peak_memory_bytes
+from jprune.runs.stopwatch import peak_memory_bytes
 
 config = families.config({
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,

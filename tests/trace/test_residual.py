@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jprune.errors import JpruneError
-from jprune.trace.residual import Writer, writers
+from jprune.trace.coupling.residual import Writer, writers
 
 X = jax.random.normal(jax.random.key(0), (3, 4))
 

@@ -1,0 +1,85 @@
+"""The groups of coupled axes of a whole model and its prunable units, from shapes alone."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jprune import trees
+from jprune.anatomy.kernels import units as parts
+from jprune.checkpoints import Checkpoint
+from jprune.models import decoder
+from jprune.models.config import DecoderConfig
+from jprune.structured.groups import Kind, Units, block_units, hidden_units
+from jprune.trace import coupled_axes, matmuls
+from jprune.trace.coupling.axes import Groups
+
+PyTree = Any
+TOKENS = 8
+"""Length of the sequence that is traced: as short as attention allows, since no group depends on it."""
+
+
+def model_groups(checkpoint: Checkpoint) -> Groups:
+    """The groups of the whole model, from tokens to logits."""
+    return coupled_axes(_logits(checkpoint.config), _abstract(checkpoint), _tokens())
+
+
+def units_of_blocks(checkpoint: Checkpoint, kinds: Sequence[Kind]) -> tuple[Units, ...]:
+    """The units of these kinds in every block, block by block; equal blocks are traced once.
+
+    Raises:
+      JpruneError: a block has none of a kind, or only frozen ones; the message says why.
+    """
+    blocks = [part for part in parts(checkpoint) if part.prefix]
+    return tuple(
+        units.at(part.prefix)
+        for part in blocks
+        for units in _units_of_block(part.function, part.shapes, checkpoint.config.d_model, tuple(kinds))
+    )
+
+
+def units_of_block(function: Callable, params: PyTree, d_model: int, kinds: Sequence[Kind]) -> tuple[Units, ...]:
+    """The units of a block function; of its parameters only shapes and dtypes are read, so they may be traced.
+
+    Raises:
+      JpruneError: as `units_of_blocks`.
+    """
+    shapes = tuple((path, tuple(leaf.shape), leaf.dtype) for path, leaf in trees.flatten(params).items())
+    return _units_of_block(function, shapes, d_model, tuple(kinds))
+
+
+def units_of_hidden(checkpoint: Checkpoint) -> Units:
+    """The hidden dimensions of the whole model.
+
+    Raises:
+      JpruneError: they are frozen; the message says why.
+    """
+    f, params = _logits(checkpoint.config), _abstract(checkpoint)
+    return hidden_units(coupled_axes(f, params, _tokens()), params, matmuls(f, params, _tokens()))
+
+
+def reading_axes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The axes over which the model's matmuls sum, by the path of the kernel; a tied embedding is one, as the head."""
+    found = matmuls(_logits(checkpoint.config), _abstract(checkpoint), _tokens(), stacked=True)
+    return {matmul.path: matmul.in_axes for matmul in found}
+
+
+@functools.lru_cache(maxsize=64)
+def _units_of_block(function: Callable, shapes: tuple, d_model: int, kinds: tuple[Kind, ...]) -> tuple[Units, ...]:
+    params = trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in shapes})
+    x = jax.ShapeDtypeStruct((1, TOKENS, d_model), jnp.float32)
+    return block_units(coupled_axes(function, params, x), params, matmuls(function, params, x), kinds=kinds)
+
+
+def _logits(config: DecoderConfig) -> Callable[[PyTree, jax.Array], jax.Array]:
+    return lambda params, tokens: decoder.apply(config, params, tokens)
+
+
+def _abstract(checkpoint: Checkpoint) -> PyTree:
+    return trees.unflatten({p: jax.ShapeDtypeStruct(s.shape, s.dtype) for p, s in checkpoint.shapes.items()})
+
+
+def _tokens() -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)

@@ -1,0 +1,1 @@
+"""What a run will take: memory, time, and the layout that fits."""

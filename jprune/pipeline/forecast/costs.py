@@ -1,0 +1,180 @@
+"""What one unit costs: bytes, flops, and the memory that its compiled programs take.
+
+Two estimates of working memory. `rough_working` is a formula from shapes, on the high side, and free. `working`
+compiles the very programs that will run, for their shapes, and asks the compiler what each takes: seconds for each kind
+of block.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jprune import devices
+from jprune.anatomy.kernels import Kernel, Unit
+from jprune.methods import Method
+from jprune.pipeline.oneshot.stages import Spec, finish, inputs_of, observe, zero_parts
+from jprune.statistics import Gram, Stacked, Statistic, merge_parts
+
+AT_ONCE = 2
+"""Micro-batches that are computed side by side."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnitCost:
+    """What one unit costs."""
+
+    weights: int
+    """Bytes, as stored."""
+    carry: int
+    """The most bytes that go from one stage to the next, over all micro-batches; 0 without calibration."""
+    forward_flops: float
+    """Of the matmuls over the calibration tokens."""
+    statistic_flops: float
+    solve_flops: float
+
+
+def unit_cost(
+    unit: Unit, kernels: Sequence[Kernel], method: Method, hidden: Sequence[jax.ShapeDtypeStruct]
+) -> UnitCost:
+    """The cost of pruning `kernels` of `unit`, with micro-batches of hidden states as given (none: no calibration)."""
+    weights = sum(math.prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype in unit.shapes)
+    parameters = sum(math.prod(shape) for _, shape, _ in unit.shapes)
+    tokens = sum(x.shape[0] * x.shape[1] for x in hidden)
+    statistic = solve = 0.0
+    for d_in, members in _sharing(kernels):
+        size = sum(k.size for k in members)
+        if method.statistic is Gram:
+            statistic += 4 / 3 * tokens * d_in**2
+            solve += d_in**3 / 3 + d_in * size
+        else:
+            statistic += 2.0 * tokens * d_in
+            solve += 30.0 * size  # scores, and a sort of them
+    carry = 0
+    if hidden and kernels:
+        plans = [_spec(unit, kernels, x).stages() for x in hidden]
+        carry = max(sum(_nbytes(plan.carries[s]) for plan in plans) for s in range(1, len(plans[0].matmuls) + 1))
+    return UnitCost(
+        weights=weights,
+        carry=carry,
+        forward_flops=2.0 * tokens * parameters,
+        statistic_flops=statistic,
+        solve_flops=solve,
+    )
+
+
+def rough_working(unit: Unit, kernels: Sequence[Kernel], method: Method, x: jax.ShapeDtypeStruct | None) -> int:
+    """Bytes, at most, that a unit takes beside weights and activations; x: one micro-batch of hidden states."""
+    elements = sum(math.prod(shape) for _, shape, _ in unit.shapes)
+    gram = 4 * max((k.d_in for k in kernels), default=0) ** 2 if method.statistic is Gram else 0
+    solve = 5 * gram + 7 * 4 * max((sum(k.size for k in members) for _, members in _sharing(kernels)), default=0)
+    if x is None:
+        return solve
+    widest = max((math.prod(shape) // x.shape[-1] for _, shape, _ in unit.shapes if len(shape) > 1), default=1)
+    values = 4 * math.prod(x.shape[:-1]) * (12 * x.shape[-1] + 4 * widest)
+    return max(solve, AT_ONCE * (3 * gram + values + 4 * elements))
+
+
+def working(unit: Unit, kernels: Sequence[Kernel], method: Method, x: jax.ShapeDtypeStruct | None) -> int:
+    """As `rough_working`, from the compiled programs."""
+    wanted = tuple(_Wanted(dataclasses.replace(k, path=_relative(k, unit))) for k in kernels)
+    return _working(unit.function, unit.shapes, wanted, method, None if x is None else (x.shape, jnp.dtype(x.dtype)))
+
+
+class _Wanted:
+    """A kernel, equal to those of other blocks that are pruned in the same way."""
+
+    def __init__(self, kernel: Kernel):
+        self.kernel = kernel
+        self._key = (kernel.path, kernel.shape, kernel.in_axes, kernel.batch_axes, kernel.stage, kernel.pattern)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Wanted) and self._key == other._key
+
+
+@functools.lru_cache(maxsize=64)
+def _working(function: Callable, shapes: tuple, wanted: tuple[_Wanted, ...], method: Method, x: tuple | None) -> int:
+    unit = Unit("", function, shapes)
+    kernels = {w.kernel.path: w.kernel for w in wanted}
+    dtypes = {path: dtype for path, _, dtype in shapes}
+    if x is None or method.statistic is None:
+        return max((_solving(method, {p: k}, dtypes, None) for p, k in kernels.items()), default=0)
+    spec = Spec(function, shapes, frozenset(kernels), x, devices.alone())
+    if not kernels:
+        program = jax.jit(function).lower(unit.abstract(), jax.ShapeDtypeStruct(*x))
+        return AT_ONCE * _taken(program)
+    params, plan, most = unit.abstract(), spec.stages(), 0
+    for stage, matmuls in enumerate(plan.matmuls):
+        inputs = inputs_of(matmuls)
+        statistics = {
+            i: jax.eval_shape(zero_parts(method.statistic, 1, spec.sharding, kernels[path].d_in, *kernels[path].stack))
+            for path, ids in inputs.items()
+            for i in ids
+        }
+        all_statistics = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(statistics))
+        carry = _abstract(plan.carries[stage])
+        observing = _taken(observe(spec, stage, stage, True).lower(params, carry, statistics)) - all_statistics
+        most = max(most, AT_ONCE * (observing + all_statistics))
+        for ids in dict.fromkeys(inputs.values()):
+            together = {path: kernels[path] for path in inputs if inputs[path] == ids}
+            whole = jax.eval_shape(merge_parts, statistics[ids[0]])
+            most = max(most, all_statistics + _solving(method, together, dtypes, whole))
+    last = finish(spec, len(plan.matmuls)).lower(params, _abstract(plan.carries[-2]))
+    return max(most, AT_ONCE * _taken(last))
+
+
+def _solving(method: Method, kernels: dict[str, Kernel], dtypes: dict[str, Any], statistic: Statistic | None) -> int:
+    """Bytes for solving for kernels that share an input, without the statistic."""
+    count = math.prod(next(iter(kernels.values())).stack)  # one of a stack is solved for at a time
+    matrices = {p: jax.ShapeDtypeStruct((k.d_in, k.size // k.d_in // count), dtypes[p]) for p, k in kernels.items()}
+    patterns = {p: k.pattern for p, k in kernels.items()}
+    copies = count * sum(m.size * m.dtype.itemsize for m in matrices.values())
+    if isinstance(statistic, Stacked):
+        statistic = jax.eval_shape(lambda s: s.of(0), statistic)
+    try:
+        program = jax.jit(lambda m, s: method.together(m, s, patterns, {})).lower(matrices, statistic)
+    except jax.errors.JAXTypeError:  # a method that looks at values cannot be traced
+        gram = 4 * kernels[next(iter(kernels))].d_in ** 2 if method.statistic is Gram else 0
+        return 5 * gram + 7 * 4 * sum(k.size for k in kernels.values())
+    return copies + _taken(program)
+
+
+def _taken(lowered: Any) -> int:
+    """Bytes that one call of a program takes: temporaries and results."""
+    memory = lowered.compile().memory_analysis()
+    if memory is None:  # the backend does not say
+        return 0
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+
+def _spec(unit: Unit, kernels: Iterable[Kernel], x: jax.ShapeDtypeStruct) -> Spec:
+    chosen = frozenset(_relative(k, unit) for k in kernels)
+    return Spec(unit.function, unit.shapes, chosen, (x.shape, jnp.dtype(x.dtype)), devices.alone())
+
+
+def _sharing(kernels: Iterable[Kernel]) -> list[tuple[int, list[Kernel]]]:
+    """Kernels by what they most likely share: the stage, and the number of inputs."""
+    groups: dict[tuple[int, int], list[Kernel]] = {}
+    for k in kernels:
+        groups.setdefault((k.stage, k.d_in), []).append(k)
+    return [(d_in, members) for (_, d_in), members in groups.items()]
+
+
+def _abstract(carry: Iterable[Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in carry)
+
+
+def _nbytes(carry: Iterable[Any]) -> int:
+    return sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in carry)
+
+
+def _relative(kernel: Kernel, unit: Unit) -> str:
+    return kernel.path.removeprefix(f"{unit.prefix}/") if unit.prefix else kernel.path

@@ -1,0 +1,350 @@
+"""What a run will take, and how it is laid out for the memory there is.
+
+A run needs, beside what the process has: the weights of three units (the one at work, the next, which is being read,
+and the last, which is being written), the working memory of compiled programs, and the activations. The first three
+do not depend on the calibration set or on the number of blocks. What is left of the limit is for activations, and what
+does not fit goes to disk, or is recomputed where computing is faster than disks are.
+"""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jprune import devices, trees
+from jprune.anatomy.kernels import Kernel, prunable, units
+from jprune.checkpoints import Checkpoint
+from jprune.methods import Method
+from jprune.models.batching import windows_at_once
+from jprune.pipeline.forecast import speed
+from jprune.pipeline.forecast.costs import UnitCost, rough_working, unit_cost, working
+from jprune.pipeline.forecast.layout import Layout
+from jprune.pipeline.oneshot.blocks import hidden_specs
+from jprune.runs import memory
+from jprune.runs.activations import Room
+from jprune.statistics import Gram
+
+COMPILER = 3 * 2**27
+"""Bytes that compiling, and the programs compiled, leave in the process."""
+UNITS_IN_MEMORY = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnitPlan:
+    """What one unit (a block, or the head) is expected to take."""
+
+    name: str
+    bytes_read: int
+    flops: float
+    seconds: float
+    peak_memory_bytes: int
+    peak_device_memory_bytes: int | None
+    """Of each device; None on CPU."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything a run will do, known beforehand."""
+
+    kernels: tuple[Kernel, ...]
+    sparsity: trees.Sparsity
+    """Expected."""
+    tokens: int
+    """Calibration tokens; 0 where the method needs none."""
+    layout: Layout
+    units: tuple[UnitPlan, ...]
+    activations: str
+    """Where they are between units: "device", "memory", "disk" (in part) or "none"."""
+    intermediates: str
+    """What becomes of the values between stages: "kept", "disk" (in part), "recomputed" or "none"."""
+    disk_bytes: int
+    """That the run folder takes at most, beside the result."""
+    memory_limit: int
+    peak_memory_bytes: int
+    """Expected, with what Python and JAX took when the plan was made; without --evaluate."""
+    peak_device_memory_bytes: int | None
+    advice: tuple[str, ...]
+    """What to change so that it fits the limit; empty if it fits."""
+
+    @property
+    def flops(self) -> float:
+        """Of matmuls over the calibration tokens, of statistics, and of the solver."""
+        return sum(unit.flops for unit in self.units)
+
+    @property
+    def seconds(self) -> float:
+        """Expected, without compiling and evaluating."""
+        return sum(unit.seconds for unit in self.units)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the expected peak is within the limit."""
+        return not self.advice
+
+    @property
+    def time_class(self) -> str:
+        """Seconds, minutes, hours or days."""
+        limits = ((60, "seconds"), (3600, "minutes"), (86400, "hours"), (math.inf, "days"))
+        return next(name for limit, name in limits if self.seconds < limit)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a layout takes."""
+
+    host_fixed: int
+    """Bytes of host memory beside activations."""
+    device_fixed: int | None
+    """Of each accelerator; None on CPU."""
+    hidden: int
+    """Bytes of the activations between units that this process has."""
+    carry: int
+    """The most bytes of the values between two stages (which contain the activations) that this process has."""
+    limit: int
+    device_limit: int | None
+    """Of each device."""
+    devices: int = 1
+    """That this process has."""
+
+    @property
+    def room(self) -> Room:
+        """What is left for activations."""
+        host = max(self.limit - self.host_fixed, 0)
+        if self.device_fixed is None or self.device_limit is None:
+            return Room(device=host, host=0)
+        return Room(device=self.devices * max(self.device_limit - self.device_fixed, 0), host=host)
+
+    @property
+    def left(self) -> int:
+        """Bytes in that room."""
+        return self.room.left
+
+    @property
+    def device_left(self) -> int:
+        """Bytes of them where programs run: on the accelerator, or on a CPU all."""
+        return self.room.device
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything but activations is within the limits: activations can go elsewhere."""
+        device = self.device_fixed is None or self.device_limit is None or self.device_fixed <= self.device_limit
+        return device and self.host_fixed <= self.limit
+
+
+class Forecast:
+    """The costs of a run.
+
+    Args:
+      checkpoint: the model.
+      kernels: what is pruned.
+      method: how.
+      shape: of the calibration tokens; None if the method needs none.
+      dtype: of the activations.
+      mesh: the devices; by default one.
+      limit: bytes of memory that may be taken; by default what `memory.default_limit` says.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        kernels: Sequence[Kernel],
+        method: Method,
+        *,
+        shape: tuple[int, int] | None,
+        dtype: DTypeLike,
+        mesh: Mesh | None = None,
+        limit: int | None = None,
+    ):
+        self.checkpoint, self.kernels, self.method = checkpoint, tuple(kernels), method
+        self.shape, self.dtype = shape, dtype
+        self.mesh = mesh or devices.alone()
+        self.base = memory.resident() + COMPILER
+        self.limit = limit or memory.default_limit()
+        self._by_unit: dict[str, list[Kernel]] = {}
+        for kernel in kernels:
+            self._by_unit.setdefault(kernel.unit, []).append(kernel)
+        todo = units(checkpoint)
+        self.units = todo[: max(i for i, unit in enumerate(todo) if unit.name in self._by_unit) + 1]
+
+    def choose(self, disk: Path, *, exact: bool = False) -> tuple[Layout, Memory]:
+        """The layout for the memory there is, and what it takes.
+
+        Args:
+          disk: the run folder, or where it will be.
+          exact: ask the compiler for the working memory even where a rough bound fits.
+        """
+        data = self.mesh.shape[devices.DATA]
+        each = 1 if self.shape is None else min(windows_at_once(self.shape[1]), -(-self.shape[0] // data))
+        layout = Layout(windows=each * data)
+        found = self.memory(layout, exact=exact)
+        while not found.fits and each > 1:
+            each //= 2
+            layout = Layout(windows=each * data)
+            found = self.memory(layout, exact=exact)
+        needed = max(found.hidden, found.carry)
+        if needed > found.left and (jax.default_backend() != "cpu" or 2 * needed > _free_disk(disk)):
+            all_of_it = int((found.left - found.hidden) / devices.share(self.mesh))
+            layout = Layout(windows=layout.windows, carry_limit=max(all_of_it, 0))
+        return layout, found
+
+    def memory(self, layout: Layout, *, exact: bool = False) -> Memory:
+        """What a layout takes: asks the compiler if that is wanted, or if by a rough bound there is no room."""
+        if not exact:
+            found = self._memory(layout, exact=False)
+            if max(found.hidden, found.carry) <= found.left and found.fits:
+                return found
+        return self._memory(layout, exact=True)
+
+    def _memory(self, layout: Layout, *, exact: bool) -> Memory:
+        costs = self.costs(layout)
+        peaks = self.working(layout, exact=exact)
+        weights = max(cost.weights for cost in costs)
+        hidden = sum(map(_nbytes, self.hidden(layout)))
+        on_cpu = jax.default_backend() == "cpu"
+        share, count = devices.share(self.mesh), len(self.mesh.local_devices)
+        return Memory(
+            host_fixed=self.base + self._host(weights, max(peaks)),
+            device_fixed=None if on_cpu else weights + max(peaks),
+            hidden=math.ceil(hidden * share),
+            carry=math.ceil(max(cost.carry for cost in costs) * share),
+            limit=self.limit,
+            device_limit=memory.device_limit(),
+            devices=count,
+        )
+
+    def _host(self, weights: int, peak: int) -> int:
+        """Bytes of host memory for a unit's weights, and for what its programs take where devices are of the host."""
+        if jax.default_backend() != "cpu":
+            return UNITS_IN_MEMORY * weights
+        count = len(self.mesh.local_devices)
+        return (UNITS_IN_MEMORY + count - 1) * weights + count * peak
+
+    def hidden(self, layout: Layout) -> list[jax.ShapeDtypeStruct]:
+        """The hidden states, micro-batch by micro-batch."""
+        if self.shape is None:
+            return []
+        width = self.checkpoint.config.d_model
+        return [x for (x,) in hidden_specs(width, self.shape, layout, self.dtype, self.mesh)]
+
+    def costs(self, layout: Layout) -> list[UnitCost]:
+        """Of every unit."""
+        hidden = self.hidden(layout)
+        return [unit_cost(unit, self._by_unit.get(unit.name, []), self.method, hidden) for unit in self.units]
+
+    def working(self, layout: Layout, *, exact: bool) -> list[int]:
+        """Working memory of every unit on each device, in bytes."""
+        hidden = self.hidden(layout)
+        x = None
+        if hidden:
+            shape = hidden[0].sharding.shard_shape(hidden[0].shape)
+            x = jax.ShapeDtypeStruct(shape, hidden[0].dtype)
+        estimate = working if exact else rough_working
+        return [estimate(unit, self._by_unit.get(unit.name, []), self.method, x) for unit in self.units]
+
+    def plan(self, disk: Path) -> Plan:
+        """Everything, with a short measurement of this machine."""
+        layout, found = self.choose(disk, exact=True)
+        config = self.checkpoint.config
+        rates = speed.measure(self.method, d_model=config.d_model, d_ff=config.d_ff, dtype=self.dtype)
+        kept = max(found.hidden, found.carry if layout.carry_limit is None else 0)
+        on_device = min(kept, found.device_left)
+        on_host = min(kept - on_device, found.left - found.device_left)
+        planned = []
+        for unit, cost, peak in zip(self.units, self.costs(layout), self.working(layout, exact=True), strict=True):
+            on_cpu = found.device_fixed is None
+            host = self.base + self._host(cost.weights, peak) + (on_device if on_cpu else on_host)
+            planned.append(
+                UnitPlan(
+                    name=unit.name,
+                    bytes_read=cost.weights,
+                    flops=cost.forward_flops + cost.statistic_flops + cost.solve_flops,
+                    seconds=rates.seconds(cost),
+                    peak_memory_bytes=host,
+                    peak_device_memory_bytes=None if on_cpu else cost.weights + peak + on_device // found.devices,
+                )
+            )
+        sizes = {path: math.prod(shape.shape) for path, shape in self.checkpoint.shapes.items()}
+        sparsity = trees.Sparsity(
+            zeros=sum(k.zeros for k in self.kernels),
+            prunable_parameters=sum(sizes[path] for path in prunable(self.checkpoint, self.kernels)),
+            total_parameters=sum(sizes.values()),
+        )
+        embedding = sum(_nbytes(s) for p, s in self.checkpoint.shapes.items() if p.startswith("embed/"))
+        peak = max(self.base + embedding + min(found.hidden, found.left), *(u.peak_memory_bytes for u in planned))
+        device_peaks = [u.peak_device_memory_bytes for u in planned if u.peak_device_memory_bytes is not None]
+        return Plan(
+            kernels=self.kernels,
+            sparsity=sparsity,
+            tokens=math.prod(self.shape) if self.shape else 0,
+            layout=layout,
+            units=tuple(planned),
+            activations=_where(found),
+            intermediates=_what(layout, found),
+            disk_bytes=2 * found.hidden + (2 * found.carry if kept > found.left else 0),
+            memory_limit=self.limit,
+            peak_memory_bytes=peak,
+            peak_device_memory_bytes=max(device_peaks, default=None),
+            advice=() if found.fits else self.advice(),
+        )
+
+    def advice(self) -> tuple[str, ...]:
+        """What would make a run smaller, the most telling first."""
+        layout = Layout(windows=1)
+        found = self.memory(layout, exact=False)
+        widest = max(self.kernels, key=lambda kernel: kernel.d_in)
+        answers = []
+        if self.shape is not None:
+            values = max(found.carry, found.hidden) // max(len(self.hidden(layout)), 1)
+            answers.append(
+                f"a shorter --sequence-length: one window of {self.shape[1]} tokens takes about "
+                f"{_words(2 * values)} between stages, and more within them"
+            )
+            if np.dtype(self.dtype).itemsize > 2:
+                answers.append("--dtype bfloat16, which halves the activations")
+        if self.method.statistic is Gram:
+            answers.append(
+                f"--skip {widest.path.split('/', 2)[-1].removesuffix('/kernel')}: its Gram matrix is "
+                f"[{widest.d_in}, {widest.d_in}], {_words(4 * widest.d_in**2)}, and is needed five times over; "
+                "or wanda, which needs no such matrix"
+            )
+        answers.append(
+            f"more memory: {_words(found.host_fixed)} of host memory are needed whatever the calibration, "
+            f"{_words(UNITS_IN_MEMORY * max(c.weights for c in self.costs(layout)))} of them for weights"
+        )
+        return tuple(answers)
+
+
+def _where(found: Memory) -> str:
+    if found.hidden == 0:
+        return "none"
+    if found.hidden > found.left:
+        return "disk"
+    on_device = found.device_fixed is not None and found.hidden <= found.device_left
+    return "device" if on_device else "memory"
+
+
+def _what(layout: Layout, found: Memory) -> str:
+    if found.carry == 0:
+        return "none"
+    if found.carry <= found.left:
+        return "kept"
+    return "disk" if layout.carry_limit is None else "recomputed"
+
+
+def _free_disk(folder: Path) -> int:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def _nbytes(shape: jax.ShapeDtypeStruct) -> int:
+    return math.prod(shape.shape) * np.dtype(shape.dtype).itemsize
+
+
+def _words(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2g} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2g} MB"

@@ -1,0 +1,80 @@
+"""How fast this machine is at what a run does: measured, in about two seconds."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jprune.methods import Method
+from jprune.models.batching import windows_at_once
+from jprune.patterns import NM
+from jprune.pipeline.forecast.costs import UnitCost
+from jprune.statistics import Gram
+
+DISK = 1e9
+"""Bytes a second, read or written: assumed, since measuring it would write. Matters only where little is computed."""
+_LARGEST = 2048  # inputs of a matmul that is measured
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Flops a second, as `costs` counts them."""
+
+    forward: float
+    statistic: float
+    solve: float
+
+    def seconds(self, cost: UnitCost) -> float:
+        """Expected for a unit: reading and writing go on while it computes."""
+        computing = (
+            cost.forward_flops / self.forward + cost.statistic_flops / self.statistic + cost.solve_flops / self.solve
+        )
+        return max(computing, 2 * cost.weights / DISK)
+
+
+def measure(method: Method, *, d_model: int, d_ff: int, dtype: DTypeLike) -> Speed:
+    """Times a feed-forward layer of the model's width, the method's statistic of it, and solving for a kernel.
+
+    At most 2048 inputs and 1024 of the solver: wider ones are hardly faster, and take longer.
+    """
+    width, inner = min(d_model, _LARGEST), min(d_ff, 4 * _LARGEST)
+    solved = min(d_model, _LARGEST // 2)
+    tokens = windows_at_once(1)
+    key = jax.random.key(0)
+    x = jax.random.normal(key, (tokens, width), jnp.float32).astype(dtype)
+    up = jax.random.normal(key, (width, inner), jnp.float32).astype(dtype)
+    kernel = jax.random.normal(key, (solved, solved), jnp.float32)
+
+    def layer(x: jax.Array, up: jax.Array) -> jax.Array:
+        return x + jax.nn.silu(x @ up) @ up.T
+
+    with jax.default_matmul_precision("highest"):
+        forward = 4 * tokens * width * inner / _time(jax.jit(layer), x, up)
+        if method.statistic is None:
+            statistic = float("inf")
+            known = None
+        else:
+            update = jax.jit(lambda s, x: s.update(x))
+            seconds = _time(update, method.statistic.zeros(width), x)
+            flops = 4 / 3 * tokens * width**2 if method.statistic is Gram else 2.0 * tokens * width
+            statistic = flops / seconds
+            known = method.statistic.zeros(solved).update(x[:, :solved])
+        solve_flops = solved**3 / 3 + solved**3 if method.statistic is Gram else 30.0 * kernel.size
+        together = lambda: method.together({"kernel": kernel}, known, {"kernel": NM(1, 2)}, {})  # noqa: E731
+        solve = solve_flops / _time(together)
+    return Speed(forward=forward, statistic=statistic, solve=solve)
+
+
+def _time(f: Callable, *args: Any) -> float:
+    """Seconds of the faster of two calls, after one that compiles."""
+    jax.block_until_ready(f(*args))
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        jax.block_until_ready(f(*args))
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,1 @@
+"""One-shot pruning of a whole model, block by block, stage by stage."""

@@ -1,0 +1,1 @@
+"""Prune-and-Tune: rounds of pruning with training between them."""

@@ -1,0 +1,1 @@
+"""Training runs over a checkpoint, whatever is trained."""

@@ -1,0 +1,1 @@
+"""Which axes of the parameters can only be removed together."""
