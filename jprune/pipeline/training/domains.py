@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jprune.checkpoints import Checkpoint, load
@@ -24,35 +23,14 @@ from jprune.errors import JpruneError
 from jprune.models import loss, stacked
 from jprune.models.batching import windows_at_once
 from jprune.pipeline.oneshot.recipe import activation_dtype
+from jprune.pipeline.options import DynamicLoading as DynamicLoading
 from jprune.train import loop, sharding
-from jprune.train.shearing.dynamic_loading import Reweighing
 from jprune.tuning.recovery import read_stacked
 
 PyTree = Any
 Evaluation = Callable[[PyTree, PyTree, loop.Batch], tuple[jax.Array, jax.Array]]
 """(trainable, frozen, batch) -> sum of weighted losses, and of the weights."""
 Watch = Callable[[PyTree, PyTree], Mapping[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DynamicLoading:
-    """What the domains' losses are compared with, and how the weights follow."""
-
-    reference_losses: Mapping[str, int | float] | None = None
-    """Of every domain, in nats a token: given, or predicted (`jprune.train.shearing.scaling_law`)."""
-    reference: str | None = None
-    """A model whose losses on the held-out windows are the references, instead."""
-    reweighing: Reweighing = dataclasses.field(default_factory=Reweighing)
-
-    def __post_init__(self) -> None:
-        if (self.reference_losses is None) == (self.reference is None):
-            raise JpruneError(
-                "dynamic loading needs either a reference loss for every domain (--reference-loss NAME=LOSS,...) or a "
-                "model to measure them of (--reference MODEL)"
-            )
-        for name, value in (self.reference_losses or {}).items():
-            if not (np.isfinite(value) and value > 0):
-                raise JpruneError(f"the reference loss of domain {name!r} must be a number above 0; it is {value}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
