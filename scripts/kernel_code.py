@@ -5,7 +5,7 @@
 JAX lowers a kernel to Triton's language for a GPU that is not there; the `triton` package, which carries NVIDIA's
 assembler and disassembler, does the rest. Instructions a weight are those of the main loop over the weights that one
 step of it multiplies. The Triton inside XLA is another revision of the same compiler, so what runs may differ a little.
-`--record` writes the numbers as the ceilings that tests/pallas_kernels/test_compiled.py holds a change to.
+`--record` writes the numbers as the ceilings that tests/arrays/pallas_kernels/test_compiled.py holds a change to.
 """
 
 import argparse

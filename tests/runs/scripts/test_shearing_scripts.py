@@ -16,7 +16,7 @@ from jprune.checkpoints import load
 from jprune.cli.main import _parse
 from jprune.tuning.shearing import count
 
-SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
+SCRIPTS = pathlib.Path(__file__).parents[3] / "scripts"
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
     "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu",

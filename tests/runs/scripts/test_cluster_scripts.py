@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
+SCRIPTS = pathlib.Path(__file__).parents[3] / "scripts"
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "bench_generate.py"
+SCRIPT = pathlib.Path(__file__).parents[3] / "scripts" / "bench_generate.py"
 
 
 def test_two_models(tiny_model, tmp_path):

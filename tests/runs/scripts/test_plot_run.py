@@ -6,7 +6,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "plot_run.py"
+SCRIPT = pathlib.Path(__file__).parents[3] / "scripts" / "plot_run.py"
 SVG = "{http://www.w3.org/2000/svg}"
 
 

@@ -12,7 +12,7 @@ from jprune.cli.prune import Prune
 
 main = importlib.import_module("jprune.cli.main")  # the package has a function of this name
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- not run[^\n]*-->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

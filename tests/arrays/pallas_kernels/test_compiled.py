@@ -1,9 +1,9 @@
 """What compilers make of the kernels, without a GPU: every one lowers for CUDA, and none grows unnoticed.
 
 Ceilings are in `ceilings.json`: registers and instructions of the main loop for sm_80 and sm_90. A change may lower
-them, and then writes them anew with `python scripts/kernel_code.py --record tests/pallas_kernels/ceilings.json`; one
-that raises them has to say why. They belong to one version of the `triton` package; under another only the issue's own
-limits are checked. Without the package only the lowering is.
+them, and then writes them anew with `python scripts/kernel_code.py --record FILE`; one that raises them has to say why.
+They belong to one version of the `triton` package; under another only the issue's own limits are checked. Without the
+package only the lowering is.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ import pallas_kernels as pk
 from pallas_kernels import formats
 
 HERE = Path(__file__).parent
-spec = importlib.util.spec_from_file_location("kernel_code", HERE.parents[1] / "scripts/kernel_code.py")
+spec = importlib.util.spec_from_file_location("kernel_code", HERE.parents[2] / "scripts/kernel_code.py")
 kernel_code = importlib.util.module_from_spec(spec)
 sys.modules["kernel_code"] = kernel_code  # dataclasses look their module up
 spec.loader.exec_module(kernel_code)
