@@ -68,8 +68,8 @@ class Result:
     """The folder of the result, and what becomes of an earlier one."""
 
     format: Format | None = None
-    """Output format: hf (safetensors, for every Hugging Face loader; all layers must be equal), jprune (the same, layers
-    may differ), decilm (DeciLMForCausalLM, for vLLM) or orbax. By default hf, or jprune if layers differ in size."""
+    """Output format: hf (safetensors, for every Hugging Face loader; all layers must be equal), jprune (the same, and
+    layers may differ), decilm (DeciLMForCausalLM, for vLLM) or orbax. By default hf, or jprune if layers differ."""
     resume: bool = False
     """Go on with a run that was interrupted, to the same result; begin if there is none."""
     overwrite: bool = False
