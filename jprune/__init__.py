@@ -1,59 +1,125 @@
 """Prune language models in JAX.
 
-The arrays-and-pytrees part is imported at once and needs JAX only; what reads checkpoints is imported when it is used.
+Every public name is imported when it is first used, so `import jprune` costs next to nothing; the arrays-and-pytrees
+part needs jax, optax and numpy alone.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from jprune import masks as masks
-from jprune import patterns as patterns
-from jprune import scores as scores
-from jprune import solvers as solvers
-from jprune import statistics as statistics
-from jprune import trees as trees
-from jprune.errors import JpruneError as JpruneError
-from jprune.methods import Magnitude as Magnitude
-from jprune.methods import Method as Method
-from jprune.methods import SparseGPT as SparseGPT
-from jprune.methods import Wanda as Wanda
-from jprune.methods import prune as prune
-from jprune.patterns import NM as NM
-from jprune.patterns import Unstructured as Unstructured
-from jprune.solvers import Pruned as Pruned
-from jprune.statistics import Gram as Gram
-from jprune.statistics import Moments as Moments
-from jprune.statistics import SquaredNorm as SquaredNorm
-from jprune.structured import DropLayers as DropLayers
-from jprune.structured import LLMPruner as LLMPruner
-from jprune.structured import shrink as shrink
-from jprune.trace import coupled_axes as coupled_axes
-from jprune.trace import matmuls as matmuls
-from jprune.trace import observe as observe
-from jprune.trace import stages as stages
-from jprune.trees import apply_masks as apply_masks
-from jprune.trees import sparsity as sparsity
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and editors
+    from jprune import masks as masks
+    from jprune import patterns as patterns
+    from jprune import scores as scores
+    from jprune import solvers as solvers
+    from jprune import statistics as statistics
+    from jprune import trees as trees
+    from jprune.checkpoints import formats as formats
     from jprune.checkpoints import load as load
-    from jprune.pipeline import Recipe as Recipe
-    from jprune.pipeline import plan_run as plan_run
-    from jprune.pipeline import prune_model as prune_model
+    from jprune.data import instructions as instructions
+    from jprune.errors import JpruneError as JpruneError
+    from jprune.methods import Magnitude as Magnitude
+    from jprune.methods import Method as Method
+    from jprune.methods import SparseGPT as SparseGPT
+    from jprune.methods import Wanda as Wanda
+    from jprune.methods import prune as prune
+    from jprune.models import decoder as decoder
+    from jprune.patterns import NM as NM
+    from jprune.patterns import Unstructured as Unstructured
+    from jprune.pipeline.oneshot.recipe import Recipe as Recipe
+    from jprune.pipeline.oneshot.run import plan_run as plan_run
+    from jprune.pipeline.oneshot.run import prune_model as prune_model
+    from jprune.pipeline.options import DynamicLoading as DynamicLoading
+    from jprune.pipeline.rounds.plan import plan_prune_and_tune as plan_prune_and_tune
+    from jprune.pipeline.rounds.run import prune_and_tune as prune_and_tune
+    from jprune.pipeline.shrink.run import plan_shrink as plan_shrink
+    from jprune.pipeline.shrink.run import shrink_model as shrink_model
+    from jprune.pipeline.training.tune import tune_model as tune_model
+    from jprune.solvers import Pruned as Pruned
+    from jprune.statistics import Gram as Gram
+    from jprune.statistics import Moments as Moments
+    from jprune.statistics import SquaredNorm as SquaredNorm
+    from jprune.structured import DropLayers as DropLayers
+    from jprune.structured import LLMPruner as LLMPruner
+    from jprune.structured import shrink as shrink
+    from jprune.structured.selection import Target as Target
+    from jprune.trace import coupled_axes as coupled_axes
+    from jprune.trace.matmuls import matmuls as matmuls
+    from jprune.trace.observe import observe as observe
+    from jprune.trace.stages import stages as stages
+    from jprune.train import schedules as schedules
     from jprune.train.gradual import gradual as gradual
     from jprune.train.keep_masked import keep_masked as keep_masked
+    from jprune.train.loraprune import loraprune as loraprune
+    from jprune.train.shearing import scaling_law as scaling_law
+    from jprune.train.shearing.dynamic_loading import Reweighing as Reweighing
+    from jprune.trees import apply_masks as apply_masks
+    from jprune.trees import sparsity as sparsity
+    from jprune.tuning.loraprune import LoRAPrune as LoRAPrune
+    from jprune.tuning.loraprune import loraprune_model as loraprune_model
+    from jprune.tuning.loraprune import plan_loraprune as plan_loraprune
+    from jprune.tuning.recovery import Full as Full
+    from jprune.tuning.recovery import Lora as Lora
+    from jprune.tuning.shearing import Shearing as Shearing
+    from jprune.tuning.shearing import plan_shearing as plan_shearing
+    from jprune.tuning.shearing import shear_model as shear_model
 
-_LAZY = {
-    "load": "jprune.checkpoints",
-    "Recipe": "jprune.pipeline",
-    "plan_run": "jprune.pipeline",
-    "prune_model": "jprune.pipeline",
-    "gradual": "jprune.train.gradual",
-    "keep_masked": "jprune.train.keep_masked",
+_NAMES = {
+    "jprune.checkpoints": ("load",),
+    "jprune.errors": ("JpruneError",),
+    "jprune.methods": ("Magnitude", "Method", "SparseGPT", "Wanda", "prune"),
+    "jprune.patterns": ("NM", "Unstructured"),
+    "jprune.pipeline.oneshot.recipe": ("Recipe",),
+    "jprune.pipeline.oneshot.run": ("plan_run", "prune_model"),
+    "jprune.pipeline.options": ("DynamicLoading",),
+    "jprune.pipeline.rounds.plan": ("plan_prune_and_tune",),
+    "jprune.pipeline.rounds.run": ("prune_and_tune",),
+    "jprune.pipeline.shrink.run": ("plan_shrink", "shrink_model"),
+    "jprune.pipeline.training.tune": ("tune_model",),
+    "jprune.solvers": ("Pruned",),
+    "jprune.statistics": ("Gram", "Moments", "SquaredNorm"),
+    "jprune.structured": ("DropLayers", "LLMPruner", "shrink"),
+    "jprune.structured.selection": ("Target",),
+    "jprune.trace": ("coupled_axes",),
+    "jprune.trace.matmuls": ("matmuls",),
+    "jprune.trace.observe": ("observe",),
+    "jprune.trace.stages": ("stages",),
+    "jprune.train.gradual": ("gradual",),
+    "jprune.train.keep_masked": ("keep_masked",),
+    "jprune.train.loraprune": ("loraprune",),
+    "jprune.train.shearing.dynamic_loading": ("Reweighing",),
+    "jprune.trees": ("apply_masks", "sparsity"),
+    "jprune.tuning.loraprune": ("LoRAPrune", "loraprune_model", "plan_loraprune"),
+    "jprune.tuning.recovery": ("Full", "Lora"),
+    "jprune.tuning.shearing": ("Shearing", "plan_shearing", "shear_model"),
 }
+"""Functions and classes, by the module that has them."""
+_MODULES = {
+    "decoder": "jprune.models.decoder",
+    "formats": "jprune.checkpoints.formats",
+    "instructions": "jprune.data.instructions",
+    "masks": "jprune.masks",
+    "patterns": "jprune.patterns",
+    "scaling_law": "jprune.train.shearing.scaling_law",
+    "schedules": "jprune.train.schedules",
+    "scores": "jprune.scores",
+    "solvers": "jprune.solvers",
+    "statistics": "jprune.statistics",
+    "trees": "jprune.trees",
+}
+_LAZY = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(_MODULES[name])
+    else:
         raise AttributeError(f"module 'jprune' has no attribute {name!r}")
-    import importlib
+    globals()[name] = value
+    return value
 
-    return getattr(importlib.import_module(_LAZY[name]), name)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_MODULES})
