@@ -1,7 +1,8 @@
 """The only list of methods: the name each has on the command line and in records, and where it is.
 
 To add a method, write its file and one line here; command line, reports, docs and contract tests read this list. A
-line is ``name: "module:class"``, in words, so that reading the list imports no method: help needs names and first lines.
+line is ``name: "module:class"``, in words, so that reading the list imports no method: help needs names and first
+lines.
 `Methods` imports a class when it is asked for, from the module that defines it. A group is told by what can be done
 with its methods; `jprune prune` has all groups but the last, which `jprune tune` has.
 """
