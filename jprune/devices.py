@@ -46,54 +46,54 @@ def make_mesh(model: int = 1, *, devices: Sequence[jax.Device] | None = None) ->
 
 
 @functools.cache
-def alone() -> Mesh:
+def one_device() -> Mesh:
     """A mesh of one device of this process."""
     return make_mesh(devices=jax.local_devices()[:1])
 
 
-def share(mesh: Mesh) -> float:
+def local_share(mesh: Mesh) -> float:
     """The share of the mesh's devices that this process has."""
     return len(mesh.local_devices) / mesh.size
 
 
-def whole(mesh: Mesh) -> NamedSharding:
-    """Of arrays that every device has."""
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays of which every device has all."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch(mesh: Mesh, rows: int) -> NamedSharding:
-    """Of arrays of so many rows (windows): shared out along "data" if that can be done evenly."""
-    return NamedSharding(mesh, PartitionSpec(DATA)) if rows % mesh.shape[DATA] == 0 else whole(mesh)
+    """The sharding of arrays of `rows` rows (windows): shared out along "data" if that can be done evenly."""
+    return NamedSharding(mesh, PartitionSpec(DATA)) if rows % mesh.shape[DATA] == 0 else replicated(mesh)
 
 
 def parts(mesh: Mesh) -> NamedSharding:
-    """Of arrays with one row for every device."""
+    """The sharding of arrays with one row for every device."""
     return NamedSharding(mesh, PartitionSpec((DATA, MODEL)))
 
 
 def pieces_of_rows(mesh: Mesh, rows: int) -> int:
-    """Into how many pieces so many rows (tokens) can be cut: one for every device, or one."""
+    """How many pieces `rows` rows (tokens) can be cut into: one for every device, or one."""
     return mesh.size if rows % mesh.size == 0 else 1
 
 
 def kernel(mesh: Mesh, shape: tuple[int, ...], out_axes: Iterable[int]) -> NamedSharding:
-    """Of a kernel while it is used: its first output axis is cut along "model" if that can be done evenly.
+    """The sharding of a kernel while it is used: its first output axis is cut along "model" if that can be done evenly.
 
     That axis numbers heads, or channels. Cutting heads themselves would have devices talk within the attention.
     """
     first, size = min(out_axes, default=None), mesh.shape[MODEL]
     if first is None or size == 1 or shape[first] % size:
-        return whole(mesh)
+        return replicated(mesh)
     return NamedSharding(mesh, PartitionSpec(*[None] * first, MODEL))
 
 
 def _columns(mesh: Mesh, counts: Iterable[int]) -> NamedSharding:
-    """Of matrices with so many outputs each: in as many pieces as fit all of them."""
+    """The sharding of matrices with `counts` outputs: in as many pieces as fit all of them."""
     counts = list(counts)
     for axes in ((DATA, MODEL), (DATA,), (MODEL,)):
         if all(count % math.prod(mesh.shape[a] for a in axes) == 0 for count in counts):
             return NamedSharding(mesh, PartitionSpec(None, axes))
-    return whole(mesh)
+    return replicated(mesh)
 
 
 def spread_columns(mesh: Mesh, matrices: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -111,13 +111,13 @@ def pieces_of_columns(matrices: Sequence[Any]) -> int:
     return counts.pop() if len(counts) == 1 else 1
 
 
-def put(value: Any, sharding: NamedSharding) -> jax.Array:
+def place(value: Any, sharding: NamedSharding) -> jax.Array:
     """A host's array on the devices; each process places its own pieces, and all must have the same values."""
     value = np.asarray(value)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def once(f: Callable[..., Any], x: jax.Array, *args: Any) -> Any:
+def on_one_device(f: Callable[..., Any], x: jax.Array, *args: Any) -> Any:
     """``f(x, *args)`` for an array that every device has: computed on one device of each process, copied to its others.
 
     What f needs beside its result is then in memory once, and virtual devices do not compute the same in turns.
@@ -136,7 +136,7 @@ def once(f: Callable[..., Any], x: jax.Array, *args: Any) -> Any:
 
 def readable(x: jax.Array, mesh: Mesh) -> jax.Array:
     """The array, with all of it in every process. To be called by all."""
-    return x if x.is_fully_addressable or x.is_fully_replicated else jax.device_put(x, whole(mesh))
+    return x if x.is_fully_addressable or x.is_fully_replicated else jax.device_put(x, replicated(mesh))
 
 
 def to_host(x: jax.Array) -> Pieces:

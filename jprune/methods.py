@@ -104,7 +104,7 @@ class SparseGPT(Method):
 
     def together(self, kernels, statistic, patterns, keeps) -> dict[str, Pruned]:
         """One factorisation, and one sweep over all outputs."""
-        factor = devices.once(factorise, statistic.total, self.damping)
+        factor = devices.on_one_device(factorise, statistic.total, self.damping)
         check_factor(factor, statistic.total, ", ".join(kernels))
         pruned = sweep(
             list(kernels.values()),

@@ -45,7 +45,7 @@ def one_device(monkeypatch):
     from jprune import devices
     from jprune.train import sharding
 
-    alone = devices.alone()
+    alone = devices.one_device()
     monkeypatch.setattr(sharding, "make_mesh", lambda **options: None)
     monkeypatch.setattr(devices, "make_mesh", lambda *args, **options: alone)
 

@@ -44,7 +44,7 @@ class EvalPerplexity(OnDevices):
         from jprune.evaluate.perplexity import perplexity
 
         mesh = self.mesh()
-        with processes.together():
+        with processes.run_together():
             checkpoint = load(self.model)
             dtype = activation_dtype(checkpoint, self.dtype)
             windows = evaluation_windows(checkpoint, self.text, length=self.sequence_length, count=self.windows)

@@ -156,4 +156,4 @@ def _keep_compiled_programs() -> None:
 
 def _fail(error: object, status: int) -> int:
     print(f"jprune: {error}", file=sys.stderr)
-    return processes.leave(status)
+    return processes.exit_now(status)

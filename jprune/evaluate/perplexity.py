@@ -122,7 +122,7 @@ def _mean_nll(
         del tree
         shapes = tuple((path, np.shape(leaf)) for path, leaf in params.items())
         where = _shardings(function, shapes, config.d_model, mesh)
-        return trees.unflatten({p: devices.put(params.pop(p), where[p]).astype(dtype) for p in list(params)})
+        return trees.unflatten({p: devices.place(params.pop(p), where[p]).astype(dtype) for p in list(params)})
 
     def done(count: int) -> None:
         if progress is not None:
@@ -197,7 +197,7 @@ def _micro_batches(tokens: np.ndarray, batch: int | None, mesh: Mesh) -> list[In
     count = math.ceil(n / (batch * data))
     size = math.ceil(n / count / data) * data
     padded = np.pad(tokens.astype(np.int32), ((0, count * size - n), (0, 0)), mode="edge")
-    return [devices.put(part, devices.batch(mesh, size)) for part in padded.reshape(count, size, length)]
+    return [devices.place(part, devices.batch(mesh, size)) for part in padded.reshape(count, size, length)]
 
 
 def _nll(
@@ -245,4 +245,4 @@ def _jit_in_place(function: Callable, sharding: NamedSharding) -> Callable:
 @functools.lru_cache(maxsize=64)
 def _jit_nll(head: Callable, mesh: Mesh) -> Callable:
     nll = functools.partial(_nll, head, mesh.shape[devices.DATA])
-    return jax.jit(nll, out_shardings=devices.whole(mesh))
+    return jax.jit(nll, out_shardings=devices.replicated(mesh))

@@ -84,11 +84,11 @@ class RunFolder:
         self.folder = folder
         self._lock: Lock | None = None
         fingerprint = json.loads(json.dumps({"out": str(out.resolve()), **fingerprint}))
-        self._state, self.resumed = processes.by_first(lambda: self._open(fingerprint, resume, overwrite))
+        self._state, self.resumed = processes.decided_by_first(lambda: self._open(fingerprint, resume, overwrite))
         self.partial = out.with_name(f".{out.name}.{self._state['id']}.partial")
         self.old = self.partial.with_suffix(".old")
         try:
-            with processes.together(), writing.explained(folder):
+            with processes.run_together(), writing.explained(folder):
                 for path in (self.hidden, self.spill):
                     path.mkdir(parents=True, exist_ok=True)
         except BaseException:
@@ -132,24 +132,24 @@ class RunFolder:
     @property
     def hidden(self) -> Path:
         """Folder of the activations between units, as far as this process has them."""
-        return self.folder / "hidden" / processes.part()
+        return self.folder / "hidden" / processes.own_part()
 
     @property
     def spill(self) -> Path:
         """Folder of what did not fit into the memory of this process."""
-        return self.folder / "spill" / processes.part()
+        return self.folder / "spill" / processes.own_part()
 
     def decide(self, decisions: Mapping[str, Any]) -> dict[str, Any]:
         """What was decided when the run began; `decisions` of the first process, if it begins now. JSON."""
         if not self._state["decisions"]:
             self._state["decisions"] = processes.gathered(json.loads(json.dumps(decisions)))[0]
-            if processes.first():
+            if processes.is_first():
                 self._write(self._state)
         return self._state["decisions"]
 
     def mark(self, name: str, contents: Mapping[str, Any]) -> None:
         """Says durably that a part is done. What it wrote must have been synced before."""
-        if processes.first():
+        if processes.is_first():
             with writing.explained(self.folder):
                 write_mark(self._mark(name), contents)
 
@@ -168,7 +168,7 @@ class RunFolder:
 
     def remove(self) -> None:
         """Removes the folder, and what has grown of the result: the run is over."""
-        if not processes.first():
+        if not processes.is_first():
             return
         for path in (self.folder / "spill", self.folder / "hidden", self.partial, self.old):
             shutil.rmtree(path, ignore_errors=True)

@@ -113,24 +113,24 @@ class Cluster:
                 time.sleep(0.5)
 
 
-def many() -> bool:
+def are_many() -> bool:
     """Whether this process has joined others. Starts no device."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def first() -> bool:
+def is_first() -> bool:
     """Whether this process decides and writes."""
-    return not many() or jax.process_index() == 0
+    return not are_many() or jax.process_index() == 0
 
 
-def part() -> str:
+def own_part() -> str:
     """Name of a folder of what this process alone has; "" if it is the only one."""
-    return f"{jax.process_index()}-of-{jax.process_count()}" if many() else ""
+    return f"{jax.process_index()}-of-{jax.process_count()}" if are_many() else ""
 
 
 def gathered(value: Any) -> list[Any]:
     """What every process gives (JSON), in the order of their numbers; every process gets all."""
-    if not many():
+    if not are_many():
         return [value]
     from jax.experimental import multihost_utils
 
@@ -141,24 +141,24 @@ def gathered(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def by_first(act: Callable[[], T]) -> T:
+def decided_by_first(act: Callable[[], T]) -> T:
     """What process 0 gets from `act` (JSON), in every process; a JpruneError of it is raised in every process."""
-    if not many():
+    if not are_many():
         return act()
-    with together():
-        value = act() if first() else None
+    with run_together():
+        value = act() if is_first() else None
     return gathered(value)[0]
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def run_together() -> Iterator[None]:
     """A part that every process goes through: if it raises JpruneError in one, all raise one after it."""
     error = None
     try:
         yield
     except JpruneError as raised:
         error = raised
-    if many():
+    if are_many():
         said = gathered(None if error is None else str(error))
         other = next((i for i, text in enumerate(said) if text is not None), None)
         if error is None and other is not None:
@@ -181,7 +181,7 @@ def check_alike(facts: Mapping[str, Any]) -> None:
 
 def lost(error: BaseException) -> str | None:
     """If an error says that another process is gone: what to tell."""
-    if not many() or not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" in str(error):
+    if not are_many() or not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" in str(error):
         return None
     return (
         f"another process of this run has ended or cannot be reached ({str(error).splitlines()[0][:200]}); see what it "
@@ -192,16 +192,16 @@ def lost(error: BaseException) -> str | None:
 @contextlib.contextmanager
 def only_first_speaks() -> Iterator[None]:
     """Silences what other processes print; errors leave the context and can be told outside of it."""
-    if first():
+    if is_first():
         yield
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
 
 
-def leave(status: int) -> int:
+def exit_now(status: int) -> int:
     """Ends a process whose run has failed, without the farewell for which JAX would wait for the others."""
-    if many():
+    if are_many():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -187,10 +187,10 @@ def test_no_cluster_to_be_found():
 
 def test_one_process_agrees_with_itself():
     assert processes.gathered({"a": 1}) == [{"a": 1}]
-    assert processes.by_first(lambda: [1, 2]) == [1, 2]
-    assert processes.first()
+    assert processes.decided_by_first(lambda: [1, 2]) == [1, 2]
+    assert processes.is_first()
     processes.check_alike({"x": 1})
-    with pytest.raises(JpruneError, match="mine"), processes.together():
+    with pytest.raises(JpruneError, match="mine"), processes.run_together():
         raise JpruneError("mine")
-    assert processes.part() == ""
+    assert processes.own_part() == ""
     assert processes.lost(jax.errors.JaxRuntimeError("INTERNAL: x")) is None

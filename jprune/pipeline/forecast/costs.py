@@ -107,7 +107,7 @@ def _working(function: Callable, shapes: tuple, wanted: tuple[_Wanted, ...], met
     dtypes = {path: dtype for path, _, dtype in shapes}
     if x is None or method.statistic is None:
         return max((_solving(method, {p: k}, dtypes, None) for p, k in kernels.items()), default=0)
-    spec = Spec(function, shapes, frozenset(kernels), x, devices.alone())
+    spec = Spec(function, shapes, frozenset(kernels), x, devices.one_device())
     if not kernels:
         program = jax.jit(function).lower(unit.abstract(), jax.ShapeDtypeStruct(*x))
         return AT_ONCE * _taken(program)
@@ -157,7 +157,7 @@ def _taken(lowered: Any) -> int:
 
 def _spec(unit: Unit, kernels: Iterable[Kernel], x: jax.ShapeDtypeStruct) -> Spec:
     chosen = frozenset(_relative(k, unit) for k in kernels)
-    return Spec(unit.function, unit.shapes, chosen, (x.shape, jnp.dtype(x.dtype)), devices.alone())
+    return Spec(unit.function, unit.shapes, chosen, (x.shape, jnp.dtype(x.dtype)), devices.one_device())
 
 
 def _sharing(kernels: Iterable[Kernel]) -> list[tuple[int, list[Kernel]]]:

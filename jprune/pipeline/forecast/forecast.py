@@ -163,7 +163,7 @@ class Forecast:
     ):
         self.checkpoint, self.kernels, self.method = checkpoint, tuple(kernels), method
         self.shape, self.dtype = shape, dtype
-        self.mesh = mesh or devices.alone()
+        self.mesh = mesh or devices.one_device()
         self.base = memory.resident() + COMPILER
         self.limit = limit or memory.default_limit()
         self._by_unit: dict[str, list[Kernel]] = {}
@@ -189,7 +189,7 @@ class Forecast:
             found = self.memory(layout, exact=exact)
         needed = max(found.hidden, found.carry)
         if needed > found.left and (jax.default_backend() != "cpu" or 2 * needed > _free_disk(disk)):
-            all_of_it = int((found.left - found.hidden) / devices.share(self.mesh))
+            all_of_it = int((found.left - found.hidden) / devices.local_share(self.mesh))
             layout = Layout(windows=layout.windows, carry_limit=max(all_of_it, 0))
         return layout, found
 
@@ -207,7 +207,7 @@ class Forecast:
         weights = max(cost.weights for cost in costs)
         hidden = sum(map(_nbytes, self.hidden(layout)))
         on_cpu = jax.default_backend() == "cpu"
-        share, count = devices.share(self.mesh), len(self.mesh.local_devices)
+        share, count = devices.local_share(self.mesh), len(self.mesh.local_devices)
         return Memory(
             host_fixed=self.base + self._host(weights, max(peaks)),
             device_fixed=None if on_cpu else weights + max(peaks),

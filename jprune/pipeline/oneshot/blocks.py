@@ -114,7 +114,9 @@ class _Blocks:
     def all(self) -> list[KernelReport]:
         """Does what is not done; returns the reports of all."""
         with self.stopwatch.phase("io"):
-            done = processes.by_first(lambda: [self.journal.done(unit.name, self._paths(unit)) for unit in self.units])
+            done = processes.decided_by_first(
+                lambda: [self.journal.done(unit.name, self._paths(unit)) for unit in self.units]
+            )
         missing = [i for i, finished in enumerate(done) if not finished]
         largest = max(sum(math.prod(shape) * np.dtype(d).itemsize for _, shape, d in u.shapes) for u in self.units)
         with Background() as reading, Background(limit=largest) as writing:
@@ -127,7 +129,7 @@ class _Blocks:
             self._rest(writing)
             with self.stopwatch.phase("io"):
                 writing.wait()
-        if not processes.first():
+        if not processes.is_first():
             return []
         return [report for unit in self.units for report in self.journal.reports(unit.name)]
 
@@ -156,7 +158,7 @@ class _Blocks:
             with self.stopwatch.phase("io"):
                 values = ahead.pop(at).result()
                 # Emptied on the way, so that no array is held twice.
-                params = {path: devices.put(values.pop(path), where[path]) for path, _, _ in unit.shapes}
+                params = {path: devices.place(values.pop(path), where[path]) for path, _, _ in unit.shapes}
             read(at + 1)
             check_finite({unit.path(path): value for path, value in params.items()})
             run = UnitRun(
@@ -206,7 +208,7 @@ class _Blocks:
 
     def _rest(self, writing: Background) -> None:
         """Copies what belongs to no unit that was gone through, in parts; process 0 does."""
-        if not processes.first():
+        if not processes.is_first():
             return
         seen = {path for unit in self.units for path in self._paths(unit)}
         parts: dict[str, list[str]] = {}
@@ -223,15 +225,15 @@ class _Blocks:
         """The hidden states of all windows before the first unit."""
         assert self.tokens is not None
         with self.stopwatch.phase("calibration"):
-            everywhere = devices.whole(self.mesh)
+            everywhere = devices.replicated(self.mesh)
             read = self.checkpoint.params("embed")
-            params = {"embed": jax.tree.map(lambda value: devices.put(value, everywhere), read)}
+            params = {"embed": jax.tree.map(lambda value: devices.place(value, everywhere), read)}
             check_finite(trees.flatten(params))
             embed = decoder.embed(self.checkpoint.config)
             batches = self.journal.batches(0, self.specs, writing, save=False)
             start = 0
             for j, (x,) in enumerate(self.specs):
-                part = devices.put(self.tokens[start : start + x.shape[0]], x.sharding)
+                part = devices.place(self.tokens[start : start + x.shape[0]], x.sharding)
                 start += x.shape[0]
                 hidden = forward(embed, x.sharding)(params, part).astype(self.dtype)
                 batches.put(j, (jax.block_until_ready(hidden),))

@@ -143,7 +143,7 @@ class Journal:
           background: runs it.
           written: the parameters are in the result already; only the activations are new.
         """
-        written = written or not processes.first()
+        written = written or not processes.is_first()
         held = {} if written else dict(params)
         job = functools.partial(self._save, name, index, held, tuple(kernels), hidden, written)
         background.submit(job, sum(value.nbytes for value in held.values()))
@@ -170,7 +170,7 @@ class Journal:
                 write_mark(self._hidden(index + 1).with_suffix(".json"), hidden.synced())
             self._saved_at, self._cost, self._saved = time.monotonic(), hidden.seconds, index + 1
             # Others may still be at the ones before, and all must have those that a run is to go on from.
-            needed = min(self._saved, self._saved_by_all) if processes.many() else self._saved
+            needed = min(self._saved, self._saved_by_all) if processes.are_many() else self._saved
             for file in self.run.hidden.glob("*.*"):
                 if file.stem.isdecimal() and int(file.stem) < needed:
                     file.unlink()

@@ -90,9 +90,9 @@ def prune_model(
     out = Path(out).expanduser()
     mesh = mesh or devices.make_mesh()
     folder = Path(run).expanduser() if run else default_folder(out)
-    if resume and processes.by_first(lambda: finished(folder, out)):
+    if resume and processes.decided_by_first(lambda: finished(folder, out)):
         return Report.from_record(record.read(out), out)
-    with processes.together(), stopwatch.phase("data"):
+    with processes.run_together(), stopwatch.phase("data"):
         checkpoint = model if isinstance(model, Checkpoint) else load(model)
         output.check(out, overwrite=overwrite, source=checkpoint.source)
         formats.check(checkpoint, format)
@@ -125,8 +125,8 @@ def prune_model(
                 check()
 
             report = task.run(forecast, tell)
-            with processes.together():
-                if processes.first():
+            with processes.run_together():
+                if processes.is_first():
                     job.mark(FINISHED, {})
                     output.publish(job.partial, out, job.old, overwrite=overwrite, source=checkpoint.source)
     except BaseException as error:
@@ -189,9 +189,9 @@ class _Task:
             )
         before = self._before(tell)
         counted = prunable(self.checkpoint, self.kernels)
-        done = processes.by_first(lambda: self.job.marked("converted"))
+        done = processes.decided_by_first(lambda: self.job.marked("converted"))
         if done is None:
-            with processes.together():
+            with processes.run_together():
                 writer = self._writer()
             journal = Journal(self.job, writer, counted, memory.room)
             kernels = prune_blocks(
@@ -210,10 +210,10 @@ class _Task:
             )
             contents = {"zeros": journal.zeros, "kernels": [dataclasses.asdict(kernel) for kernel in kernels]}
             with self.stopwatch.phase("io"):
-                done = processes.by_first(lambda: self._complete(writer, contents))
+                done = processes.decided_by_first(lambda: self._complete(writer, contents))
         try:
-            with processes.together():
-                if self.format == "orbax" and processes.first():
+            with processes.run_together():
+                if self.format == "orbax" and processes.is_first():
                     for left in huggingface.weight_files(self.job.partial):
                         left.unlink()
                 result = load(self.job.partial)
@@ -243,20 +243,20 @@ class _Task:
         contents = _record(
             self.checkpoint, self.method, self.recipe, self.calibration, self.evaluation, self.dtype, report
         )
-        with processes.together(), writing.explained(self.job.partial):
-            if processes.first():
+        with processes.run_together(), writing.explained(self.job.partial):
+            if processes.is_first():
                 more = {"layout": dataclasses.asdict(layout), "machine": machine, "resumed": self.job.resumed}
                 record.write(self.job.partial, contents | more)
         return report
 
     def _writer(self) -> huggingface.Writer:
         """Of the partial result, whatever is in it already; in processes but the first only to read it."""
-        if processes.first():
+        if processes.is_first():
             with writing.explained(self.job.partial):
                 self.job.partial.mkdir(exist_ok=True)
         on_the_way = "jprune" if self.format == "orbax" else self.format
         writer = formats.writer(
-            self.job.partial, self.checkpoint, format=on_the_way, reopen=True, follow=not processes.first()
+            self.job.partial, self.checkpoint, format=on_the_way, reopen=True, follow=not processes.is_first()
         )
         assert isinstance(writer, huggingface.Writer)
         return writer
@@ -275,7 +275,7 @@ class _Task:
         if self.evaluation is None:
             return None
         name = f"before-{self.evaluation.sha256}"
-        if (known := processes.by_first(lambda: self.job.marked(name))) is None:
+        if (known := processes.decided_by_first(lambda: self.job.marked(name))) is None:
             measured = self._perplexity(self.checkpoint, "evaluate before", tell)
             assert measured is not None
             known = dataclasses.asdict(measured)

@@ -224,7 +224,7 @@ class UnitRun:
 
     def _zeros(self, inputs: Mapping[str, tuple[int, ...]], spec: "Spec") -> dict[int, Statistic]:
         kernels = {i: self.wanted[path] for path, ids in inputs.items() for i in ids}
-        sharding = devices.parts(self.mesh) if spec.pieces > 1 else devices.whole(self.mesh)
+        sharding = devices.parts(self.mesh) if spec.pieces > 1 else devices.replicated(self.mesh)
         kind = self.method.statistic
         return {i: zero_parts(kind, spec.pieces, sharding, k.d_in, *k.stack)() for i, k in kernels.items()}
 
@@ -363,7 +363,7 @@ def _merge_parts(mesh: Mesh) -> Any:
         merged = [{i: merge_parts(parts) for i, parts in own.items()} for own in sums]
         return {i: functools.reduce(lambda a, b: a.merge(b), [own[i] for own in merged]) for i in merged[0]}
 
-    return jax.jit(merge, out_shardings=devices.whole(mesh))
+    return jax.jit(merge, out_shardings=devices.replicated(mesh))
 
 
 def _started(spec: Spec, arrays: Arrays) -> Arrays:

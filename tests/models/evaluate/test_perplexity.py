@@ -105,7 +105,7 @@ def test_logits_stay_small_with_a_big_vocabulary():
     params = {key: decoder.abstract_params(config)[key] for key in ("final_norm", "head")}
     x = jax.ShapeDtypeStruct((2, 2048, d_model), jnp.float32)
     ids = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
-    compiled = module._jit_nll(decoder.head(config), devices.alone()).lower(params, x, ids).compile()
+    compiled = module._jit_nll(decoder.head(config), devices.one_device()).lower(params, x, ids).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * module.LOGITS_BYTES
 
 

@@ -84,7 +84,7 @@ def test_every_scope_and_old_zeros(rng):
         masks = []
         for own in (mesh(1), mesh(4), mesh(2, 2)):
             spread = devices.spread_columns(own, {"a": jnp.asarray(values), "b": jnp.asarray(values[:, :8])})
-            statistic = Gram(jax.device_put(gram, devices.whole(own)), jax.device_put(7, devices.whole(own)))
+            statistic = Gram(jax.device_put(gram, devices.replicated(own)), jax.device_put(7, devices.replicated(own)))
             keeps = {name: x != 0 for name, x in spread.items()}
             done = SparseGPT(block_size=16).together(spread, statistic, dict.fromkeys(spread, pattern), keeps)
             masks.append({name: np.asarray(result.mask) for name, result in done.items()})
@@ -101,7 +101,7 @@ def test_the_sweep_moves_no_weights(pattern):
     module = importlib.import_module("jprune.solvers.sparsegpt")
     sizes, own = {"a": (384, 256), "b": (384, 64)}, mesh(4)
     kernels = devices.spread_columns(own, {name: jnp.ones(size) for name, size in sizes.items()})
-    factor = jax.device_put(module.factorise(jnp.eye(384), 0.01), devices.whole(own))
+    factor = jax.device_put(module.factorise(jnp.eye(384), 0.01), devices.replicated(own))
     kinds, given, quotas = zip(*(module._prepare(k, factor, pattern, None, 128) for k in kernels.values()))
     pieces = devices.pieces_of_columns(list(kernels.values()))
     assert pieces == 4
@@ -126,8 +126,8 @@ def test_a_factorisation_happens_once(rng):
         return {"double": x * scale}
 
     for own in (mesh(1), mesh(4)):
-        everywhere = jax.device_put(x, devices.whole(own))
-        got = devices.once(f, everywhere, 2.0)["double"]
+        everywhere = jax.device_put(x, devices.replicated(own))
+        got = devices.on_one_device(f, everywhere, 2.0)["double"]
         assert got.sharding == everywhere.sharding
         np.testing.assert_array_equal(got, 2 * x)
     assert seen == [1, 1]
@@ -141,7 +141,7 @@ def test_statistics_in_parts(rng, kind, rows):
     count = devices.pieces_of_rows(own, rows)
     assert count == (4 if rows == 24 else 1)
     parts = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), zeros(kind, 5))
-    parts = jax.device_put(parts, devices.parts(own) if count > 1 else devices.whole(own))
+    parts = jax.device_put(parts, devices.parts(own) if count > 1 else devices.replicated(own))
     for batch in x:
         parts = jax.jit(lambda p, x: update_in_parts(p, x, own))(parts, batch)
     seen = jax.jit(merge_parts)(parts)

@@ -91,7 +91,7 @@ def test_every_kernel_of_a_stack_is_pruned_by_itself(method, rng):
     )
     x = jnp.asarray(rng.normal(size=(3, 20, 8)), jnp.float32).at[1, 4:].set(0)  # expert 1 sees four tokens
     statistic = method.statistic and Stacked.zeros(method.statistic, 8, 3).update(x)
-    results, few = solve_stacks(method, {"w": (kernel, values)}, statistic, 5, devices.alone())
+    results, few = solve_stacks(method, {"w": (kernel, values)}, statistic, 5, devices.one_device())
     pruned, loss = results["w"]
     assert few == ((1,) if statistic else ())
     assert (loss is None) == (not isinstance(method, SparseGPT))
@@ -103,7 +103,7 @@ def test_every_kernel_of_a_stack_is_pruned_by_itself(method, rng):
         if not (e == 1 and isinstance(method, SparseGPT)):  # its block-wise mask is no plain magnitude mask
             np.testing.assert_allclose(pruned[e], expected.kernel, atol=1e-5)
         assert np.mean(np.asarray(pruned[e]) == 0) == 0.5
-    none_few = solve_stacks(method, {"w": (kernel, values)}, statistic, 0, devices.alone())[1]
+    none_few = solve_stacks(method, {"w": (kernel, values)}, statistic, 0, devices.one_device())[1]
     assert none_few == ()
 
 
@@ -118,7 +118,7 @@ def test_zeros_of_a_stack_are_kept(rng):
     def solve(**options):
         statistic = Stacked.zeros(Gram, 8, EXPERTS).update(jnp.asarray(x, jnp.float32))
         kernels = {"w": (kernel, jnp.asarray(values))}
-        results, _ = solve_stacks(SparseGPT(block_size=4), kernels, statistic, 1, devices.alone(), **options)
+        results, _ = solve_stacks(SparseGPT(block_size=4), kernels, statistic, 1, devices.one_device(), **options)
         return np.asarray(results["w"][0])
 
     kept, anew = solve(keep_zeros=True), solve()
@@ -132,7 +132,7 @@ def test_the_batch_axis_may_be_anywhere(rng):
     kernel = Kernel(
         path="w", unit="u", shape=(8, 6, 3), in_axes=(0,), batch_axes=(2,), stage=0, pattern=Unstructured(0.5)
     )
-    pruned, _ = solve_stacks(Magnitude(), {"w": (kernel, values)}, None, 0, devices.alone())[0]["w"]
+    pruned, _ = solve_stacks(Magnitude(), {"w": (kernel, values)}, None, 0, devices.one_device())[0]["w"]
     for e in range(3):
         expected = Magnitude()(values[..., e], None, Unstructured(0.5)).kernel
         np.testing.assert_array_equal(pruned[..., e], expected)
