@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jprune import devices, trees
 from jprune.anatomy.kernels import Kernel, prunable, units
 from jprune.checkpoints import Checkpoint
+from jprune.errors import JpruneError
 from jprune.methods import Method
 from jprune.models.batching import windows_at_once
 from jprune.pipeline.forecast import speed
@@ -148,6 +149,8 @@ class Forecast:
       dtype: of the activations.
       mesh: the devices; by default one.
       limit: bytes of memory that may be taken; by default what `memory.default_limit` says.
+      micro_batch: calibration windows computed at once on each device, where memory suffices; by default as many as
+        are fast.
     """
 
     def __init__(
@@ -160,7 +163,11 @@ class Forecast:
         dtype: DTypeLike,
         mesh: Mesh | None = None,
         limit: int | None = None,
+        micro_batch: int | None = None,
     ):
+        if micro_batch is not None and micro_batch < 1:
+            raise JpruneError(f"micro_batch must be at least 1, got {micro_batch}")
+        self.micro_batch = micro_batch
         self.checkpoint, self.kernels, self.method = checkpoint, tuple(kernels), method
         self.shape, self.dtype = shape, dtype
         self.mesh = mesh or devices.one_device()
@@ -180,7 +187,9 @@ class Forecast:
           exact: ask the compiler for the working memory even where a rough bound fits.
         """
         data = self.mesh.shape[devices.DATA]
-        each = 1 if self.shape is None else min(windows_at_once(self.shape[1]), -(-self.shape[0] // data))
+        each = 1
+        if self.shape is not None:
+            each = min(self.micro_batch or windows_at_once(self.shape[1]), -(-self.shape[0] // data))
         layout = Layout(windows=each * data)
         found = self.memory(layout, exact=exact)
         while not found.fits and each > 1:

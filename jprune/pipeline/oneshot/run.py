@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from jprune.pipeline.oneshot.recipe import (
     pattern_text,
     window_shape,
 )
+from jprune.pipeline.options import Evaluation, Machine, Result, sorted_into
 from jprune.runs import interrupt, output, processes
 from jprune.runs.folder import FINISHED, RunFolder, default_folder, finished
 from jprune.runs.report import KernelReport, Progress, Report, environment
@@ -50,12 +51,6 @@ def prune_model(
     *,
     method: Method,
     pattern: Pattern,
-    format: Format = "hf",
-    evaluate: windows.Spec | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    run: str | Path | None = None,
-    memory: int | None = None,
     mesh: Mesh | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     **options: Any,
@@ -70,26 +65,24 @@ def prune_model(
       out: folder of the result; it appears when everything is done.
       method: e.g. `SparseGPT()`.
       pattern: e.g. `Unstructured(0.5)`.
-      format: of the result, see `jprune.checkpoints.formats`.
-      evaluate: source of a text, or token windows [n, length], whose perplexity is measured before and after.
-      overwrite: replace an `out` that an earlier run wrote, and drop a run that was interrupted.
-      resume: go on with a run that was interrupted, to the same bits; begin if there is none.
-      run: folder of what the run needs to be resumed, and of activations for which there is no memory; by default
-        beside `out`, with `.run` after its name. It is removed when the run is finished.
-      memory: bytes of memory that may be taken; by default three quarters of what is free.
       mesh: the devices, see `jprune.devices`; by default all of them, with windows of calibration shared out.
       progress: called often.
-      **options: calibration, filters and the like: the other fields of `Recipe`.
+      **options: the other fields of `Recipe` (calibration, filters and the like), and those of `Evaluation`, `Result`
+        and `Machine` in `jprune.pipeline.options`: format ("hf"), evaluate, overwrite, resume, run, memory, ...
 
     Raises:
       JpruneError: anything that does not fit; `out` is then untouched.
       KeyboardInterrupt: Ctrl-C, at the next safe point. What is done is kept, as after any failure.
     """
     stopwatch = Stopwatch()
-    recipe = Recipe(pattern=pattern, **options)
+    recipe, measured, result, machine = sorted_into(
+        {"pattern": pattern, **options}, Recipe, Evaluation, Result, Machine
+    )
+    format: Format = result.format or "hf"
+    overwrite, resume = result.overwrite, result.resume
     out = Path(out).expanduser()
     mesh = mesh or devices.make_mesh()
-    folder = Path(run).expanduser() if run else default_folder(out)
+    folder = Path(machine.run).expanduser() if machine.run else default_folder(out)
     if resume and processes.decided_by_first(lambda: finished(folder, out)):
         return Report.from_record(record.read(out), out)
     with processes.run_together(), stopwatch.phase("data"):
@@ -99,10 +92,16 @@ def prune_model(
         dtype = activation_dtype(checkpoint, recipe.dtype)
         kernels = chosen_kernels(checkpoint, recipe)
         calibration = calibration_windows(checkpoint, recipe) if method.statistic else None
-        length: int | None = calibration.tokens.shape[1] if calibration else window_shape(checkpoint, recipe)[1]
-        if windows.is_rows(evaluate):
-            length = None  # its rows say
-        evaluation = None if evaluate is None else evaluation_windows(checkpoint, evaluate, length=length)
+        evaluation = None
+        if isinstance(measured.evaluate, Mapping):
+            raise JpruneError("a model that is pruned in one shot is measured on one text; domains are for training")
+        if measured.evaluate is not None:
+            length: int | None = measured.evaluate_length
+            if length is None and not windows.is_rows(measured.evaluate):  # rows have a length of their own
+                length = calibration.tokens.shape[1] if calibration else window_shape(checkpoint, recipe)[1]
+            evaluation = evaluation_windows(
+                checkpoint, measured.evaluate, length=length, count=measured.evaluate_windows
+            )
     fingerprint = _fingerprint(checkpoint, method, recipe, calibration, dtype, format)
     text = {"the evaluation text or its windows": evaluation.sha256 if evaluation else None}
     processes.check_alike({"--out": str(out.resolve()), "--run": str(folder.resolve()), **fingerprint, **text})
@@ -115,7 +114,8 @@ def prune_model(
         shape=(calibration.tokens.shape[0], calibration.tokens.shape[1]) if calibration else None,
         dtype=dtype,
         mesh=mesh,
-        limit=memory,
+        limit=machine.memory,
+        micro_batch=machine.micro_batch,
     )
     try:
         with interrupt.deferred() as check:
@@ -342,24 +342,32 @@ def plan_run(
     method: Method,
     pattern: Pattern,
     out: str | Path = ".",
-    memory: int | None = None,
     mesh: Mesh | None = None,
     **options: Any,
 ) -> Plan:
     """What `prune_model` would do, without reading a weight or a text; arguments are the same.
+
+    Of the options it takes those of `Recipe` and `Machine`.
 
     Compiles the programs of each kind of block, to ask what they take, and measures this machine for two seconds.
 
     Raises:
       JpruneError: as `prune_model`, for what can be known from shapes.
     """
-    recipe = Recipe(pattern=pattern, **options)
+    recipe, machine = sorted_into({"pattern": pattern, **options}, Recipe, Machine)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     shape = window_shape(checkpoint, recipe) if method.statistic else None
     dtype = activation_dtype(checkpoint, recipe.dtype)
     kernels = chosen_kernels(checkpoint, recipe)
     forecast = Forecast(
-        checkpoint, kernels, method, shape=shape, dtype=dtype, mesh=mesh or devices.make_mesh(), limit=memory
+        checkpoint,
+        kernels,
+        method,
+        shape=shape,
+        dtype=dtype,
+        mesh=mesh or devices.make_mesh(),
+        limit=machine.memory,
+        micro_batch=machine.micro_batch,
     )
     return forecast.plan(Path(out).expanduser())
 

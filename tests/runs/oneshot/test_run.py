@@ -17,6 +17,7 @@ from jprune import (
     SquaredNorm,
     Unstructured,
     Wanda,
+    devices,
     masks,
     scores,
     solvers,
@@ -191,6 +192,28 @@ def test_perplexity_before_and_after(tiny_model, token_file, tmp_path):
         assert got == perplexity(jprune.load(model), np.load(held_out))
     assert report.before.value != report.after.value
     assert report.json()["perplexity"]["sequence_length"] == 24
+
+
+def test_the_evaluation_may_have_a_length_of_its_own(tiny_model, token_file, tmp_path):
+    options = dict(method=Magnitude(), pattern=Unstructured(0.9), evaluate=token_file(4, seed=7))
+    report = prune_model(tiny_model(), tmp_path / "out", **options, evaluate_length=16, evaluate_windows=3)
+    assert (report.before.windows, report.before.sequence_length) == (3, 16)
+
+
+def test_an_unknown_option_names_the_nearest(tiny_model, tmp_path):
+    with pytest.raises(JpruneError, match=r"'sample'; did you mean 'samples'"):
+        prune_model(tiny_model(), tmp_path / "out", method=Magnitude(), pattern=Unstructured(0.5), sample=3)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_the_micro_batch_is_as_given(tiny_model, token_file, micro_batch):
+    options = dict(pattern=Unstructured(0.5), calibration=token_file(), micro_batch=micro_batch)
+    plan = plan_run(tiny_model(), method=Magnitude(), mesh=devices.one_device(), **options)
+    assert plan.layout.windows == 1
+    plan = plan_run(tiny_model("again"), method=Wanda(), mesh=devices.one_device(), **options)
+    assert plan.layout.windows == micro_batch
+    with pytest.raises(JpruneError, match="micro_batch must be at least 1, got 0"):
+        plan_run(tiny_model("third"), method=Wanda(), **options | {"micro_batch": 0})
 
 
 def test_orbax_has_the_same_weights(tiny_model, token_file, tmp_path):
