@@ -12,7 +12,8 @@ from jprune.anatomy.kernels import units as parts
 from jprune.checkpoints import Checkpoint
 from jprune.models import decoder
 from jprune.models.config import DecoderConfig
-from jprune.structured.groups import Kind, Units, block_units, hidden_units
+from jprune.structured.kinds import block_units, hidden_units
+from jprune.structured.units import Kind, Units
 from jprune.trace import coupled_axes, matmuls
 from jprune.trace.coupling.axes import Groups
 

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from jprune import trees
-from jprune.checkpoints import demo, huggingface, orbax, tokenizer
-from jprune.checkpoints import select as view
+from jprune.checkpoints import demo, huggingface, orbax
+from jprune.checkpoints import select as selection
 from jprune.checkpoints.gguf import read as gguf
+from jprune.checkpoints.huggingface import tokenizer
 from jprune.checkpoints.source import Source, StoredTensor
 from jprune.errors import JpruneError
 from jprune.models import families
@@ -90,7 +91,7 @@ class Checkpoint:
         values = self.read_many(below)
         return trees.unflatten({path.removeprefix(start): values[path] for path in below})
 
-    def select(self, keep: view.Keep, layers: Sequence[int] | None = None) -> "Checkpoint":
+    def select(self, keep: selection.Keep, layers: Sequence[int] | None = None) -> "Checkpoint":
         """The smaller model that keeps some positions of some axes and some layers: a view that copies nothing.
 
         Args:
@@ -101,7 +102,7 @@ class Checkpoint:
         Raises:
             JpruneError: positions or layers that there are not, or that do not make a model.
         """
-        return Checkpoint(self.source, view.open_source(self, keep, layers))
+        return Checkpoint(self.source, selection.open_source(self, keep, layers))
 
     def restated(self, hf_config: dict[str, Any], files: Mapping[str, bytes] = MappingProxyType({})) -> "Checkpoint":
         """The same model with another config.json and more files beside it, for formats that say it otherwise."""

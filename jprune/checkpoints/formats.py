@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from jprune.checkpoints import decilm, huggingface, orbax
+from jprune.checkpoints import huggingface, orbax
 from jprune.checkpoints.checkpoint import Checkpoint
+from jprune.checkpoints.huggingface import decilm
 from jprune.errors import JpruneError
 from jprune.models import families
 from jprune.models.config import DecoderConfig

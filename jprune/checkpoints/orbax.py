@@ -12,18 +12,17 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from jprune import trees
-from jprune.checkpoints import huggingface, record, writing
+from jprune.checkpoints import record, writing
+from jprune.checkpoints.huggingface.read import read_side_files
+from jprune.checkpoints.model import Model
 from jprune.checkpoints.source import Source, StoredTensor, identify, reason
 from jprune.errors import JpruneError
-
-if TYPE_CHECKING:
-    from jprune.checkpoints.checkpoint import Checkpoint
 
 PART_BYTES = 2**28
 """Parameters are saved in parts of at least this size, which are in memory at one time."""
@@ -42,9 +41,7 @@ def discard(folder: Path) -> None:
         shutil.rmtree(left)
 
 
-def save(
-    folder: Path, checkpoint: "Checkpoint", params: Mapping[str, Any], contents: Mapping[str, Any] | None = None
-) -> None:
+def save(folder: Path, checkpoint: Model, params: Mapping[str, Any], contents: Mapping[str, Any] | None = None) -> None:
     """Writes parameters and the config and tokenizer of `checkpoint` into an empty folder.
 
     Args:
@@ -67,7 +64,7 @@ def save(
         raise JpruneError(f"{unknown[0]!r} is not a parameter of this model")
     with writing.explained(folder):
         writing.require_space(folder, sum(leaf.nbytes for leaf in leaves.values()))
-        huggingface.write_side_files(folder, checkpoint, {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()})
+        writing.write_side_files(folder, checkpoint, {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()})
         ocp.save((folder / _PARAMS).resolve(), trees.unflatten(leaves))
         if contents is not None:
             record.write(folder, contents)
@@ -85,7 +82,7 @@ class Writer:
         JpruneError: the disk is full or cannot be written.
     """
 
-    def __init__(self, folder: Path, checkpoint: "Checkpoint", dtypes: Mapping[str, Any] | None = None):
+    def __init__(self, folder: Path, checkpoint: Model, dtypes: Mapping[str, Any] | None = None):
         self._folder, self._checkpoint, self._dtypes = folder, checkpoint, dtypes or {}
         self._pending = dict(checkpoint.shapes)
         self._written: dict[str, np.dtype] = {}
@@ -128,7 +125,7 @@ class Writer:
             self._save_part()
         with writing.explained(self._folder):
             ocp.partial.finalize((self._folder / _PARAMS).resolve())
-            huggingface.write_side_files(self._folder, self._checkpoint, self._written)
+            writing.write_side_files(self._folder, self._checkpoint, self._written)
 
     def __enter__(self) -> "Writer":
         return self
@@ -178,7 +175,7 @@ def open_source(folder: Path) -> Source:
         return read([name])[name]
 
     return Source(
-        config=huggingface.read_json(folder / "config.json"),
+        config=writing.read_json(folder / "config.json"),
         tensors={
             name: StoredTensor(
                 shape=tuple(leaf.shape),
@@ -190,6 +187,6 @@ def open_source(folder: Path) -> Source:
         },
         layout="jprune",
         read_together=read,
-        side_files=functools.partial(huggingface.read_side_files, folder),
+        side_files=functools.partial(read_side_files, folder),
         identity=functools.partial(identify, *sorted(file for file in path.rglob("*") if file.is_file())),
     )

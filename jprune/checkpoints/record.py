@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jprune.checkpoints.huggingface import read_json, write_json
+from jprune.checkpoints.writing import read_json, write_json
 from jprune.errors import JpruneError
 
 NAME = "jprune.json"

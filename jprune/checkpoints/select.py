@@ -9,17 +9,14 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jprune.checkpoints.model import Readable
 from jprune.checkpoints.source import Source, StoredTensor
 from jprune.errors import JpruneError
 from jprune.models import families
 from jprune.models.config import DecoderConfig, LayerSizes, parameters, shapes
-
-if TYPE_CHECKING:
-    from jprune.checkpoints.checkpoint import Checkpoint
 
 Keep = Mapping[str, Mapping[int, Sequence[int] | np.ndarray]]
 """The positions that stay, by path and axis; other axes stay whole."""
@@ -33,7 +30,7 @@ _UNTOUCHED = tuple(
 _SELECTABLE = ("heads", "kv_heads", "d_ff", "d_model")
 
 
-def open_source(checkpoint: "Checkpoint", keep: Keep, layers: Sequence[int] | None) -> Source:
+def open_source(checkpoint: Readable, keep: Keep, layers: Sequence[int] | None) -> Source:
     """The source behind `Checkpoint.select`, which says what is expected and what is raised."""
     config = checkpoint.config
     left = _checked_layers(config, layers)
@@ -118,7 +115,7 @@ def _renumbered(path: str, left: list[int]) -> str | None:
     return f"blocks/{left.index(int(index))}/{rest}" if int(index) in left else None
 
 
-def _config(checkpoint: "Checkpoint", found: Mapping[str, tuple[int, ...]], left: list[int]) -> dict:
+def _config(checkpoint: Readable, found: Mapping[str, tuple[int, ...]], left: list[int]) -> dict:
     """The config.json of the smaller model, from its shapes."""
     sizes = [
         LayerSizes(
@@ -174,7 +171,7 @@ def _cut(values: np.ndarray, positions: Mapping[int, np.ndarray]) -> np.ndarray:
     return values
 
 
-def _identity(checkpoint: "Checkpoint", left: list[int], positions: Mapping[str, Mapping[int, np.ndarray]]) -> str:
+def _identity(checkpoint: Readable, left: list[int], positions: Mapping[str, Mapping[int, np.ndarray]]) -> str:
     digest = hashlib.sha256(f"{checkpoint.fingerprint()}:{left}".encode())
     for path in sorted(positions):
         for axis in sorted(positions[path]):

@@ -17,9 +17,11 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from jprune.checkpoints.model import Model
 from jprune.errors import JpruneError
 
 _TYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -151,3 +153,36 @@ def require_space(folder: Path, nbytes: int) -> None:
             f"the checkpoint needs {nbytes / 1e9:.2f} GB and the disk of {folder} has {free / 1e9:.2f} GB free; "
             "free some space there, choose another place, or write a smaller dtype"
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object from a file, with errors that name the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JpruneError(f"{path.parent}: no {path.name} there; expected a Hugging Face model folder") from None
+    except (OSError, ValueError) as error:
+        raise JpruneError(f"{path}: cannot be read as JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise JpruneError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes one JSON object, readably."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_side_files(folder: Path, checkpoint: Model, dtypes: Mapping[str, np.dtype]) -> None:
+    """Writes config.json, with the dtype that most parameters have, and everything that travels with the model."""
+    counts: dict[str, int] = {}
+    for path, leaf in checkpoint.shapes.items():
+        counts[dtypes[path].name] = counts.get(dtypes[path].name, 0) + leaf.size
+    config = dict(checkpoint.hf_config)
+    key = (
+        "dtype" if "dtype" in config else "torch_dtype"
+    )  # transformers 5 writes the first, everything reads the second
+    config[key] = max(counts, key=lambda name: counts[name])
+    write_json(folder / "config.json", config)
+    for name, content in checkpoint.side_files.items():
+        (folder / name).write_bytes(content)

@@ -25,7 +25,7 @@ from jprune.cli.tune import Tune
 from jprune.errors import JpruneError, UsageError
 from jprune.methods import METHODS
 from jprune.runs import processes
-from jprune.structured.methods import DropLayers
+from jprune.structured import DropLayers
 from jprune.tuning.loraprune import LoRAPrune
 from jprune.tuning.recovery import TUNINGS
 from jprune.tuning.shearing import Shearing

@@ -15,7 +15,8 @@ from jprune.cli import display
 from jprune.cli.command import Command
 from jprune.errors import UsageError
 from jprune.pipeline.shrink.run import ShrinkPlan, ShrinkReport, StructuredMethod, plan_shrink, shrink_model
-from jprune.structured.methods import DropLayers, Importance, LLMPruner
+from jprune.structured import DropLayers, LLMPruner
+from jprune.structured.llm_pruner import Importance
 from jprune.structured.selection import Target
 from jprune.trace import Group
 

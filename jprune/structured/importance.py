@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, Float64
 
 from jprune import trees
 from jprune.errors import JpruneError
-from jprune.structured.groups import Units
+from jprune.structured.units import Units
 
 PyTree = Any
 Criterion = Literal["param_first", "param_second", "param_mix", "vectorize", "l1", "l2"]

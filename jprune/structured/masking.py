@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from jprune import trees
 from jprune.errors import JpruneError
-from jprune.structured.groups import UnitMember, Units
+from jprune.structured.units import UnitMember, Units
 from jprune.trace.coupling.residual import Writer
 
 PyTree = Any

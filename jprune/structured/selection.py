@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jprune.errors import JpruneError
-from jprune.structured.groups import Units
+from jprune.structured.units import Units
 
 Kept = dict[str, np.ndarray]
 """By the name of the units: which stay, ascending."""

@@ -20,8 +20,8 @@ from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.models import stacked
 from jprune.structured import masking, shrink
-from jprune.structured.groups import Kind, UnitMember, Units, positions
 from jprune.structured.selection import unprotected
+from jprune.structured.units import Kind, UnitMember, Units, positions
 from jprune.train import lora
 from jprune.train.keep_masked import pack, unpack
 from jprune.train.loraprune import Criterion, Kernel, Part, UnitCriterion, WeightCriterion

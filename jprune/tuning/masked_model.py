@@ -9,7 +9,7 @@ A mask has a number for each unit of its kind, in rows of which equally many uni
     mlp         [L, d_ff]   feed-forward channels
 
 Only the kinds that the target asks for have one. What a unit is, and that it may go, the trace says
-(`jprune.structured.groups`), for any family of decoders.
+(`jprune.structured.units`), for any family of decoders.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ from jprune.errors import JpruneError
 from jprune.models import stacked
 from jprune.structured import masking
 from jprune.structured import shape as shapes
-from jprune.structured.groups import Kind, Units, merge
 from jprune.structured.shape import Shape
 from jprune.structured.surgery import shrink
+from jprune.structured.units import Kind, Units, merge
 from jprune.trace.coupling.residual import Writer, writers
 
 PyTree = Any

@@ -19,7 +19,7 @@ from jprune.models import decoder, families, generate
 from jprune.patterns import Unstructured
 from jprune.pipeline import prune_model
 from jprune.pipeline.shrink.run import shrink_model
-from jprune.structured.methods import LLMPruner
+from jprune.structured import LLMPruner
 from jprune.structured.selection import Target
 from jprune.trace import matmuls, stages
 

@@ -14,7 +14,7 @@ from jprune.checkpoints import load
 from jprune.errors import JpruneError
 from jprune.models import decoder
 from jprune.pipeline.shrink.run import plan_shrink, shrink_model
-from jprune.structured.methods import DropLayers, LLMPruner
+from jprune.structured import DropLayers, LLMPruner
 from jprune.structured.selection import Target
 
 OPEN = {"protect_first": 0, "protect_last": 0}

@@ -25,10 +25,9 @@ from jprune.pipeline.oneshot.recipe import activation_dtype, evaluation_windows
 from jprune.runs import output
 from jprune.runs.report import Progress, environment
 from jprune.runs.stopwatch import Stopwatch, peak_memory_bytes
-from jprune.structured import importance
-from jprune.structured.groups import Units, positions
-from jprune.structured.methods import DropLayers, LLMPruner
+from jprune.structured import DropLayers, LLMPruner, importance
 from jprune.structured.selection import Kept, Target
+from jprune.structured.units import Units, positions
 
 StructuredMethod = LLMPruner | DropLayers
 STRUCTURED_METHODS: dict[str, type[StructuredMethod]] = {"llm-pruner": LLMPruner, "layers": DropLayers}

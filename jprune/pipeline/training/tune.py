@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jprune.checkpoints import Checkpoint, formats, load, peft
+from jprune.checkpoints import Checkpoint, formats, load
 from jprune.checkpoints.formats import Format
+from jprune.checkpoints.huggingface import peft
 from jprune.data import windows
 from jprune.pipeline.training.domains import DynamicLoading
 from jprune.pipeline.training.run import Result, TuneReport, model_writer, train_and_write

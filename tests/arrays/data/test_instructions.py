@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jprune import checkpoints, data
-from jprune.checkpoints.tokenizer import from_files
+from jprune.checkpoints.huggingface.tokenizer import from_files
 from jprune.data import chat
 from jprune.data.instructions import ALPACA, ALPACA_WITH_INPUT
 from jprune.errors import JpruneError

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jprune import trees
-from jprune.checkpoints import decilm, formats, load
+from jprune.checkpoints import formats, load
+from jprune.checkpoints.huggingface import decilm
 from jprune.errors import JpruneError
 from jprune.models import decoder, families
 from jprune.models.config import parameters

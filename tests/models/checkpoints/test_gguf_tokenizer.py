@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from jprune.checkpoints.gguf import tokenizer as gguf_tokenizer
 from jprune.checkpoints.gguf.header import Header
-from jprune.checkpoints.tokenizer import from_files
+from jprune.checkpoints.huggingface.tokenizer import from_files
 from jprune.errors import JpruneError
 
 SAMPLES = (

@@ -3,7 +3,7 @@ import json
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from jprune.checkpoints.tokenizer import from_files
+from jprune.checkpoints.huggingface.tokenizer import from_files
 from jprune.errors import JpruneError
 
 VOCAB = {"<unk>": 0, "<s>": 1, "</s>": 2, "hello": 3, "world": 4}

@@ -12,7 +12,8 @@ from handmade_groups import group
 from jprune import trees
 from jprune.errors import JpruneError
 from jprune.structured import shrink
-from jprune.structured.groups import block_units, hidden_units, merge
+from jprune.structured.kinds import block_units, hidden_units
+from jprune.structured.units import merge
 from jprune.trace import ParamMatmul
 
 HEADS, KV, HEAD_DIM, D, FF = 6, 2, 4, 10, 7

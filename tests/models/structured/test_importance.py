@@ -12,7 +12,7 @@ import pytest
 from jprune import trees
 from jprune.errors import JpruneError
 from jprune.structured import importance
-from jprune.structured.groups import block_units, hidden_units
+from jprune.structured.kinds import block_units, hidden_units
 from jprune.trace import ParamMatmul
 
 HEADS, KV, HEAD_DIM, D, FF = 6, 2, 4, 5, 7

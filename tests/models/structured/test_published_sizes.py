@@ -17,9 +17,9 @@ from jprune import trees
 from jprune.models import decoder
 from jprune.models.config import DecoderConfig
 from jprune.structured import LLMPruner, block_units, shrink
-from jprune.structured.groups import positions
 from jprune.structured.selection import Target
 from jprune.structured.surgery import size
+from jprune.structured.units import positions
 from jprune.trace import coupled_axes, matmuls
 
 ROOT = pathlib.Path(__file__).parents[3]

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from jprune import trees
 from jprune.errors import JpruneError
 from jprune.structured import shrink, surgery
-from jprune.structured.groups import UnitMember, Units, block_units, positions
+from jprune.structured.kinds import block_units
 from jprune.structured.selection import Target, fit, select, unprotected
+from jprune.structured.units import UnitMember, Units, positions
 from jprune.trace import ParamMatmul
 
 

@@ -13,8 +13,8 @@ from jprune.errors import JpruneError
 from jprune.models import decoder
 from jprune.models.config import DecoderConfig
 from jprune.structured import DropLayers, LLMPruner, block_units, hidden_units, importance, shrink
-from jprune.structured.groups import positions
 from jprune.structured.surgery import size
+from jprune.structured.units import positions
 from jprune.trace import coupled_axes, matmuls
 
 CONFIG = DecoderConfig(

@@ -16,7 +16,7 @@ from jprune.anatomy.units import units_of_blocks
 from jprune.errors import JpruneError
 from jprune.models import decoder, stacked
 from jprune.structured import shrink
-from jprune.structured.groups import positions
+from jprune.structured.units import positions
 from jprune.train import lora
 from jprune.train.quantise import dequantise_tree
 from jprune.tuning.loraprune import LoRAPrune, loraprune_model, plan_loraprune

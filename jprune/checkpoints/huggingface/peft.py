@@ -9,24 +9,21 @@ PEFT writes torch's layout: our a ``[*d_in, r]`` and b ``[r, *d_out]`` flattened
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from jprune.checkpoints import writing
-from jprune.checkpoints.huggingface import write_json
+from jprune.checkpoints.model import Model
 from jprune.errors import JpruneError
 from jprune.models import families
-
-if TYPE_CHECKING:
-    from jprune.checkpoints.checkpoint import Checkpoint
 
 _PREFIX = "base_model.model."
 
 
 def save(
     folder: Path,
-    checkpoint: "Checkpoint",
+    checkpoint: Model,
     adapters: Mapping[str, tuple[Any, Any]],
     *,
     alpha: float,
@@ -62,7 +59,7 @@ def save(
         "inference_mode": True,
     }
     with writing.explained(folder):
-        write_json(folder / "adapter_config.json", config)
+        writing.write_json(folder / "adapter_config.json", config)
         file = writing.SafetensorsFile(
             folder / "adapter_model.safetensors", {key: (t.shape, t.dtype) for key, t in tensors.items()}
         )
@@ -70,7 +67,7 @@ def save(
             file.write(key, tensor)
 
 
-def name(checkpoint: "Checkpoint", path: str) -> str:
+def name(checkpoint: Model, path: str) -> str:
     """The name that a kernel's module has in torch.
 
     Raises:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from jprune.errors import JpruneError
 from jprune.structured import importance, selection
-from jprune.structured.groups import Kind, Units
+from jprune.structured.units import Kind, Units
 
 Heads = Literal["kv_head", "query_head"]
 Mode = Literal["block", "channel", "layer"]
@@ -141,34 +141,3 @@ class LLMPruner:
             round_to=self.round_to,
             initial=initial,
         )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DropLayers:
-    """Remove the layers that turn the hidden states least: 1 - cosine similarity of input and output (ShortGPT)."""
-
-    drop: int
-    """How many layers go."""
-    examples: int = 10
-    """Calibration texts."""
-    sequence_length: int = 512
-    """Tokens of each."""
-    seed: int = 0
-    """Of the choice of texts."""
-
-    def __post_init__(self):
-        for name in ("drop", "examples", "sequence_length"):
-            if getattr(self, name) < 1:
-                raise JpruneError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    def kept(self, influences: Float[np.ndarray, " layers"]) -> tuple[int, ...]:
-        """The layers that stay, ascending; of equal influence the first go first.
-
-        Raises:
-          JpruneError: no layer would stay.
-        """
-        if self.drop >= len(influences):
-            raise JpruneError(f"cannot drop {self.drop} of {len(influences)} layers: at least one must stay")
-        if not np.all(np.isfinite(influences)):
-            raise JpruneError("block influences must be finite numbers; do the hidden states overflow?")
-        return tuple(int(i) for i in np.sort(np.argsort(influences, kind="stable")[self.drop :]))

@@ -1,0 +1,181 @@
+"""Hugging Face folders: safetensors (single or sharded), config.json and the files that travel with them.
+
+Only safetensors are read. Pickled weights (pytorch_model.bin) can run code when they are opened and are refused.
+"""
+
+import fnmatch
+import functools
+import json
+import math
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from jprune.checkpoints import writing
+from jprune.checkpoints.huggingface import decilm
+from jprune.checkpoints.huggingface.files import INDEX, SIDE_FILES
+from jprune.checkpoints.source import FLOAT_DTYPES, Source, StoredTensor, identify, reason
+from jprune.errors import JpruneError
+from jprune.models import families
+from jprune.models.config import shapes
+
+_STORED_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def open_source(path: Path) -> Source:
+    """Opens a folder with config.json and safetensors, or one .safetensors file with config.json beside it.
+
+    Raises:
+        JpruneError: no config, quantised or pickled weights, missing or damaged files, an index that leaves the folder.
+    """
+    folder = path.parent if path.is_file() else path
+    config = _read_config(folder)
+    where = _locate(path, folder)
+    tensors: dict[str, StoredTensor] = {}
+    for file in dict.fromkeys(where.values()):
+        tensors |= {key: t for key, t in _open_file(file).items() if where.get(key, file) == file}
+    if lost := [key for key in where if key not in tensors and key != ""]:
+        raise JpruneError(
+            f"{where[lost[0]]}: tensor {lost[0]!r} is not in the file that {INDEX} names for it; download it again"
+        )
+    files = sorted(set(where.values()))
+    return Source(
+        config=config,
+        tensors=tensors,
+        layout="hugging_face",
+        side_files=functools.partial(read_side_files, folder),
+        identity=functools.partial(identify, *files),
+    )
+
+
+def open_config(folder: Path) -> Source:
+    """Opens a folder for its config.json alone: every tensor has a shape, and none can be read.
+
+    Raises:
+        JpruneError: no config, or one that is not supported.
+    """
+    hf_config = _read_config(folder)
+    name = str(hf_config.get("dtype") or hf_config.get("torch_dtype")).removeprefix("torch.")
+
+    def read() -> np.ndarray:
+        raise JpruneError(f"{folder}: opened without weights (weights=False); open it with them to read parameters")
+
+    return Source(
+        config=hf_config,
+        tensors={
+            path: StoredTensor(
+                shape=shape, dtype=FLOAT_DTYPES.get(name, FLOAT_DTYPES["float32"]), where="config.json", read=read
+            )
+            for path, shape in shapes(families.config(hf_config)).items()
+        },
+        layout="jprune",
+        side_files=functools.partial(read_side_files, folder),
+        identity=lambda: "no weights",
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = writing.read_json(folder / "config.json")
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method")
+        raise JpruneError(
+            f"{folder}: the weights are quantised ({method}); give the unquantised model, or a GGUF of it"
+        )
+    return decilm.plain(config)
+
+
+def read_side_files(folder: Path) -> dict[str, bytes]:
+    """Tokenizer, generation config and licence of a folder."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in SIDE_FILES)
+    }
+
+
+def _locate(path: Path, folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor: by key from the index, or {"": file} if one file holds all."""
+    index = folder / INDEX
+    if index.exists():
+        where = _read_index(index)
+        if path == folder or path in where.values():
+            return where
+    if path != folder:
+        return {"": path}
+    candidates = sorted(
+        file for file in folder.glob("*.safetensors") if not file.name.startswith(("consolidated", "adapter"))
+    )
+    if folder / "model.safetensors" in candidates:
+        return {"": folder / "model.safetensors"}
+    if len(candidates) == 1:
+        return {"": candidates[0]}
+    if candidates:
+        raise JpruneError(f"{folder}: {len(candidates)} safetensors files and no {INDEX}; download the index as well")
+    if pickled := [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(pattern))]:
+        raise JpruneError(
+            f"{folder}: only pickled weights there ({pickled[0]}), which are not read because they can run code; "
+            "convert them to safetensors, for instance with https://huggingface.co/spaces/safetensors/convert"
+        )
+    raise JpruneError(f"{folder}: no model.safetensors and no {INDEX} there")
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    weight_map = writing.read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise JpruneError(f"{index}: expected a non-empty object `weight_map`; download it again")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name:
+            raise JpruneError(f"{index}: {key!r} points outside its folder, to {name!r}; this is refused")
+        if not name.endswith(".safetensors"):
+            raise JpruneError(f"{index}: {key!r} points to {name!r}; only safetensors files are read")
+    shards = {name: index.parent / name for name in weight_map.values()}
+    if missing := sorted(name for name, path in shards.items() if not path.exists()):
+        raise JpruneError(
+            f"{index.parent}: {len(missing)} of {len(shards)} shards are missing, first {missing[0]}; download them"
+        )
+    return {key: shards[name] for key, name in weight_map.items()}
+
+
+def _open_file(path: Path) -> dict[str, StoredTensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:  # checks the header, also against the file's size
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            info = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+        starts = _data_starts(path)
+    except (SafetensorError, OSError) as error:
+        raise JpruneError(f"{path}: truncated or damaged safetensors ({reason(error)}); download it again") from error
+
+    def stored(key: str) -> StoredTensor:
+        shape, stored_dtype = info[key]
+        if stored_dtype not in _STORED_DTYPES:
+            raise JpruneError(
+                f"{path}: tensor {key!r} is stored as {stored_dtype}; supported: {', '.join(_STORED_DTYPES)}"
+            )
+        dtype = FLOAT_DTYPES[_STORED_DTYPES[stored_dtype]]
+        read = functools.partial(_read_tensor, path, key, starts[key], shape, dtype)
+        return StoredTensor(shape=shape, dtype=dtype, where=path.name, read=read)
+
+    return {key: stored(key) for key in info}
+
+
+def _data_starts(path: Path) -> dict[str, int]:
+    """Where in the file each tensor's data begin; the header has been checked."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {key: 8 + length + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
+
+
+def _read_tensor(path: Path, key: str, start: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Reads instead of mapping: pages of a mapped file stay in this process's memory, more of them with every block."""
+    count = math.prod(shape)
+    try:
+        values = np.fromfile(path, dtype, count, offset=start)
+    except OSError as error:
+        raise JpruneError(f"{path}: {key!r} cannot be read ({reason(error)})") from error
+    if len(values) < count:
+        raise JpruneError(f"{path}: truncated since it was opened: {key!r} is not whole; download it again")
+    return values.reshape(shape)
