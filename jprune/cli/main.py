@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from jprune.checkpoints.demo import cache_folder
 from jprune.cli import commands, recipes
 from jprune.cli.loraprune import PruneWithLoRA
 from jprune.cli.prune import Prune
@@ -24,6 +23,7 @@ from jprune.cli.shrink import GroupsOf, LLMPrunerOptions, Shrink, ShrinkTo
 from jprune.cli.tune import Tune
 from jprune.errors import JpruneError, UsageError
 from jprune.methods import METHODS
+from jprune.paths import compiled_folder
 from jprune.runs import processes
 from jprune.structured import DropLayers
 from jprune.tuning.loraprune import LoRAPrune
@@ -150,7 +150,7 @@ def _value_of(flag: str, words: list[str]) -> str | None:
 def _keep_compiled_programs() -> None:
     """Compiled programs are kept in the user's cache, unless the user has said where; a second run compiles nothing."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(compiled_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from jprune.evaluate.perplexity import Weights
 from jprune.models import decoder
 from jprune.models.config import DecoderConfig
+from jprune.models.weights import Weights
 
 PyTree = Any
 

@@ -8,9 +8,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float64, Int32
 
-from jprune.evaluate.perplexity import Weights
 from jprune.models import decoder
 from jprune.models.batching import windows_at_once
+from jprune.models.weights import Weights
 from jprune.structured.importance import block_influence
 
 

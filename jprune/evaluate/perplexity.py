@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,24 +26,10 @@ from jprune import devices, trees
 from jprune.errors import JpruneError
 from jprune.models import decoder
 from jprune.models.batching import windows_at_once
-from jprune.models.config import DecoderConfig
+from jprune.models.weights import Weights
 from jprune.trace import matmuls
 
 LOGITS_BYTES = 2**26
-
-
-@runtime_checkable
-class Weights(Protocol):
-    """A model read part by part, such as a `jprune.checkpoints.Checkpoint`."""
-
-    @property
-    def config(self) -> DecoderConfig:
-        """The decoder's configuration."""
-        ...
-
-    def params(self, prefix: str) -> dict[str, Any]:
-        """The subtree of parameters at a path such as `blocks/3`."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,8 +72,8 @@ IN_ROUNDS = Methods({"prune-and-tune": "jprune.pipeline.rounds.run:prune_and_tun
 
 STRUCTURED = Methods(
     {
-        "llm-pruner": "jprune.structured.methods:LLMPruner",
-        "layers": "jprune.structured.methods:DropLayers",
+        "llm-pruner": "jprune.structured.llm_pruner:LLMPruner",
+        "layers": "jprune.structured.drop_layers:DropLayers",
     }
 )
 """Remove parts of a model without training it."""

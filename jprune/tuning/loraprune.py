@@ -19,7 +19,7 @@ from jprune.checkpoints.formats import Format
 from jprune.data import windows
 from jprune.errors import JpruneError
 from jprune.models import stacked
-from jprune.pipeline.shrink.run import ShrinkPlan, parameters, sizes
+from jprune.pipeline.shrink.run import ShrinkPlan
 from jprune.pipeline.training.run import Result, TuneReport, model_writer, train_and_write
 from jprune.pipeline.training.session import Training
 from jprune.runs import output
@@ -244,7 +244,7 @@ def loraprune_model(
         return Result(
             write=model_writer(smaller, ((path, read(path)) for path in smaller.shapes), chosen),
             trainable_parameters=lora.trainable_parameters(trainable["adapters"]),
-            own={"parameters_after": parameters(smaller), "pruned": pruned, "sizes": sizes(smaller)},
+            own={"parameters_after": smaller.parameters, "pruned": pruned, "sizes": smaller.sizes},
             details={"schedule": dataclasses.asdict(growth), **kept, "format": chosen},
         )
 
@@ -272,7 +272,7 @@ def plan_loraprune(model: Checkpoint | str | Path, *, method: LoRAPrune) -> Shri
     """
     checkpoint = model if isinstance(model, Checkpoint) else load(model, weights=False)
     smaller = _planned(checkpoint, method, method.masks(checkpoint))
-    return ShrinkPlan(parameters=(parameters(checkpoint), parameters(smaller)), sizes=sizes(smaller), units=())
+    return ShrinkPlan(parameters=(checkpoint.parameters, smaller.parameters), sizes=smaller.sizes, units=())
 
 
 def _planned(checkpoint: Checkpoint, method: LoRAPrune, masks: Masks) -> Checkpoint:

@@ -24,7 +24,7 @@ from jprune.data import windows
 from jprune.errors import JpruneError
 from jprune.models import families, stacked
 from jprune.models.config import DecoderConfig, shapes
-from jprune.pipeline.shrink.run import ShrinkPlan, parameters, sizes
+from jprune.pipeline.shrink.run import ShrinkPlan
 from jprune.pipeline.training.run import Result, TuneReport, model_writer, train_and_write
 from jprune.pipeline.training.session import Training
 from jprune.runs import output
@@ -255,10 +255,10 @@ def shear_model(
             write=model_writer(smaller, leaves, chosen),
             trainable_parameters=sum(x.size for x in jax.tree.leaves(trained.trainable["model"])),
             own={
-                "parameters_after": parameters(smaller),
+                "parameters_after": smaller.parameters,
                 "target": masked.target,
                 "expected": expected,
-                "sizes": sizes(smaller),
+                "sizes": smaller.sizes,
             },
             details={
                 "kept": {kind: np.flatnonzero(mask).tolist() for kind, mask in masks.items() if mask.ndim < 2},
@@ -291,7 +291,7 @@ def plan_shearing(model: Checkpoint | str | Path, *, method: Shearing) -> Shrink
     """
     checkpoint = model if isinstance(model, Checkpoint) else load(model, weights=False)
     smaller = MaskedModel(checkpoint, method.shape(checkpoint)).smaller
-    return ShrinkPlan(parameters=(parameters(checkpoint), parameters(smaller)), sizes=sizes(smaller), units=())
+    return ShrinkPlan(parameters=(checkpoint.parameters, smaller.parameters), sizes=smaller.sizes, units=())
 
 
 def _missed(expected: Mapping[str, float], target: Shape) -> tuple[str, ...]:

@@ -14,9 +14,9 @@ from jaxtyping import Array, Float
 from jprune import trees
 from jprune.anatomy.kernels import matmul_kernels
 from jprune.checkpoints import Checkpoint
+from jprune.checkpoints.dtypes import activation_dtype
 from jprune.errors import JpruneError
 from jprune.models import loss, stacked
-from jprune.pipeline.oneshot.recipe import activation_dtype
 from jprune.train import lora
 from jprune.train.loop import Batch
 from jprune.train.quantise import quantise

@@ -4,19 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.typing import DTypeLike
-
 from jprune.anatomy.kernels import Kernel, choose_kernels
 from jprune.checkpoints import Checkpoint
-from jprune.data import windows
+from jprune.data import for_model, windows
 from jprune.errors import JpruneError
 from jprune.methods import METHODS, Method
 from jprune.patterns import NM, Pattern
-
-DEMO_SAMPLES, DEMO_LENGTH = 64, 512
-"""Calibration windows of the demo model: minutes on two cores."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,63 +51,16 @@ def chosen_kernels(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Kernel, ...]
 
 def window_shape(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int]:
     """Calibration windows and tokens in each, with the defaults filled in."""
-    if windows.is_rows(recipe.calibration):
-        tokens = calibration_windows(checkpoint, recipe).tokens
-        return len(tokens), tokens.shape[1]
-    samples, length = recipe.samples, recipe.sequence_length
-    if checkpoint.source == "demo":
-        samples, length = samples or DEMO_SAMPLES, length or DEMO_LENGTH
-    return (
-        windows.DEFAULT_SAMPLES if samples is None else samples,
-        min(windows.DEFAULT_LENGTH, checkpoint.config.context) if length is None else length,
+    return for_model.calibration_shape(
+        checkpoint, recipe.calibration, samples=recipe.samples, length=recipe.sequence_length
     )
 
 
 def calibration_windows(checkpoint: Checkpoint, recipe: Recipe) -> windows.Windows:
     """The calibration tokens of a recipe."""
-    demo = checkpoint.source == "demo" and not windows.is_rows(recipe.calibration)
-    return windows.calibration(
-        recipe.calibration,
-        checkpoint.tokenizer,
-        samples=recipe.samples if recipe.samples is not None or not demo else DEMO_SAMPLES,
-        length=recipe.sequence_length if recipe.sequence_length is not None or not demo else DEMO_LENGTH,
-        seed=recipe.seed,
-        vocab_size=checkpoint.config.vocab,
-        context=checkpoint.config.context,
+    return for_model.calibration_windows(
+        checkpoint, recipe.calibration, samples=recipe.samples, length=recipe.sequence_length, seed=recipe.seed
     )
-
-
-def evaluation_windows(
-    checkpoint: Checkpoint, source: windows.Spec, *, length: int | None = None, count: int | None = None
-) -> windows.Windows:
-    """The evaluation tokens of a source."""
-    return windows.evaluation(
-        source,
-        checkpoint.tokenizer,
-        length=length,
-        windows=count,
-        vocab_size=checkpoint.config.vocab,
-        context=checkpoint.config.context,
-    )
-
-
-def activation_dtype(checkpoint: Checkpoint, name: str | None) -> DTypeLike:
-    """The dtype activations have: as named, or float32 on CPU and the weights' own elsewhere.
-
-    CPUs multiply in float32 many times faster than in bfloat16.
-    """
-    if name is not None:
-        return parse_dtype(name)
-    if jax.default_backend() == "cpu":
-        return jnp.dtype(jnp.float32)
-    return checkpoint.shapes["embed/embedding"].dtype
-
-
-def parse_dtype(name: str) -> Any:
-    """A float dtype by its name."""
-    if name not in ("float32", "bfloat16", "float16"):
-        raise JpruneError(f"dtype must be float32, bfloat16 or float16; got {name!r}")
-    return jnp.dtype(name)
 
 
 def method_name(method: Method) -> str:

@@ -16,8 +16,10 @@ from jax.typing import DTypeLike
 from jprune import devices, trees
 from jprune.anatomy.kernels import Kernel, prunable
 from jprune.checkpoints import Checkpoint, formats, huggingface, load, orbax, record, writing
+from jprune.checkpoints.dtypes import activation_dtype
 from jprune.checkpoints.formats import Format
 from jprune.data import windows
+from jprune.data.for_model import evaluation_windows
 from jprune.errors import JpruneError
 from jprune.evaluate.perplexity import Perplexity, perplexity
 from jprune.methods import Method
@@ -28,10 +30,8 @@ from jprune.pipeline.oneshot.blocks import prune_blocks
 from jprune.pipeline.oneshot.journal import Journal
 from jprune.pipeline.oneshot.recipe import (
     Recipe,
-    activation_dtype,
     calibration_windows,
     chosen_kernels,
-    evaluation_windows,
     method_name,
     pattern_text,
     window_shape,
@@ -389,11 +389,7 @@ def _record(
     return {
         **report.json(),
         "recipe": {"method": report.method, **dataclasses.asdict(method), **given},
-        "model": {
-            "source": checkpoint.source,
-            "architecture": checkpoint.config.architecture,
-            "fingerprint": checkpoint.fingerprint(),
-        },
+        "model": checkpoint.described(),
         "calibration": calibration.described() if calibration else None,
         "evaluation": evaluation.described() if evaluation else None,
         "notices": list(report.notices),

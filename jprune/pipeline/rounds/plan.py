@@ -1,22 +1,21 @@
 """What Prune-and-Tune will do and take, known before the first round."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jprune.checkpoints import Checkpoint, load
+from jprune.checkpoints.dtypes import activation_dtype
 from jprune.data import windows
 from jprune.errors import JpruneError
 from jprune.methods import Method, SparseGPT
 from jprune.patterns import Scope, Unstructured
 from jprune.pipeline.forecast import speed
 from jprune.pipeline.forecast.forecast import Plan
-from jprune.pipeline.oneshot.recipe import Recipe, activation_dtype, chosen_kernels
+from jprune.pipeline.oneshot.recipe import Recipe, chosen_kernels
 from jprune.pipeline.oneshot.run import plan_run
 from jprune.pipeline.rounds.schedule import schedule, tuning_of_a_round, zeros_present
-from jprune.pipeline.training.session import DEMO_LENGTH
 from jprune.tuning.recovery import Full, Lora
 
 
@@ -77,21 +76,19 @@ def plan_prune_and_tune(
     present = zeros_present(checkpoint, recipe)
     sparsities = schedule(sparsity, rounds, present=present)
     length = tune_length or (
-        DEMO_LENGTH if checkpoint.source == "demo" else min(windows.DEFAULT_LENGTH, checkpoint.config.context)
+        checkpoint.suggested.training_length or min(windows.DEFAULT_LENGTH, checkpoint.config.context)
     )
     tokens = tuning.steps * tuning.batch_size * length
-    sizes = {path: math.prod(shape.shape) for path, shape in checkpoint.shapes.items()}
     passes = 3 if isinstance(tuning, Lora) else 4  # frozen weights have no gradients
-    flops = 2.0 * passes * tokens * sum(sizes.values())
+    flops = 2.0 * passes * tokens * checkpoint.parameters
     config, dtype = checkpoint.config, activation_dtype(checkpoint, recipe.dtype)
     rate = speed.measure(method, d_model=config.d_model, d_ff=config.d_ff, dtype=dtype).forward
     pruning = plan_run(checkpoint, method=method, out=out, memory=memory, **options)
     recipes = (dataclasses.replace(recipe, pattern=Unstructured(s, per)) for s in sparsities)
     by_round = [chosen_kernels(checkpoint, each) for each in recipes]
     there = round(present * sum(k.size for k in by_round[0]))
-    model_bytes = sum(size * checkpoint.shapes[path].dtype.itemsize for path, size in sizes.items())
     # Two checkpoints of float32 weights and both moments; adapters are next to nothing.
-    state = 0 if isinstance(tuning, Lora) else 2 * 12 * sum(sizes.values())
+    state = 0 if isinstance(tuning, Lora) else 2 * 12 * checkpoint.parameters
     return PruneAndTunePlan(
         sparsities=sparsities,
         zeros=tuple(max(sum(k.zeros for k in kernels), there) for kernels in by_round),
@@ -100,5 +97,5 @@ def plan_prune_and_tune(
         tuning_tokens=tokens,
         tuning_flops=flops,
         tuning_seconds=flops / rate,
-        disk_bytes=(len(sparsities) + 1) * model_bytes + state + pruning.disk_bytes,
+        disk_bytes=(len(sparsities) + 1) * checkpoint.nbytes + state + pruning.disk_bytes,
     )

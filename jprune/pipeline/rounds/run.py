@@ -28,6 +28,7 @@ from jprune.anatomy.kernels import prunable
 from jprune.checkpoints import Checkpoint, formats, load, record
 from jprune.checkpoints.formats import Format
 from jprune.data import windows
+from jprune.data.for_model import evaluation_windows
 from jprune.data.training import training_batches
 from jprune.errors import JpruneError
 from jprune.methods import Method, SparseGPT
@@ -37,7 +38,7 @@ from jprune.pipeline.oneshot.journal import count_zeros
 from jprune.pipeline.oneshot.recipe import Recipe
 from jprune.pipeline.oneshot.run import prune_model
 from jprune.pipeline.rounds.schedule import PruneAndTuneReport, Round, schedule, tuning_of_a_round, zeros_present
-from jprune.pipeline.training.session import DEMO_EVALUATION_LENGTH, DEMO_LENGTH, run_folder
+from jprune.pipeline.training.session import run_folder
 from jprune.pipeline.training.tune import EPOCHS, method_name, tune_model
 from jprune.runs import output
 from jprune.runs.folder import default_folder
@@ -118,20 +119,23 @@ def prune_and_tune(
         recipe = dataclasses.replace(recipe, samples=samples, sequence_length=length)
     sparsities = schedule(sparsity, rounds, present=zeros_present(checkpoint, recipe))
     formats.check(checkpoint, format)
-    demo = checkpoint.source == "demo"
+    if tune_length is None and not windows.is_rows(data):
+        tune_length = checkpoint.suggested.training_length
     batches = training_batches(
         data,
         checkpoint,
         batch_size=tuning.batch_size,
-        length=DEMO_LENGTH if demo and tune_length is None and not windows.is_rows(data) else tune_length,
+        length=checkpoint.suggested.training_length
+        if tune_length is None and not windows.is_rows(data)
+        else tune_length,
         windows_at_most=windows_at_most,
         epochs=None if tuning.steps is not None else tuning.epochs or EPOCHS[method_name(tuning)],
         seed=tuning.seed,
     )
     evaluation = None
     if evaluate is not None:
-        given = None if windows.is_rows(evaluate) else evaluate_length or (DEMO_EVALUATION_LENGTH if demo else None)
-        evaluation = recipes.evaluation_windows(checkpoint, evaluate, length=given, count=evaluate_windows)
+        given = None if windows.is_rows(evaluate) else evaluate_length or checkpoint.suggested.evaluation_length
+        evaluation = evaluation_windows(checkpoint, evaluate, length=given, count=evaluate_windows)
     described = {
         **{"sparsity": sparsity, "rounds": sparsities, "per": per},
         **{"pruner": recipes.method_name(method), **dataclasses.asdict(method)},
@@ -299,11 +303,7 @@ class _Rounds:
         """What else jprune.json says: of the model before, of the data, and of the kernels at the last pruning."""
         *_, (_, pruned, tuned) = self._records()
         return {
-            "model": {
-                "source": self.checkpoint.source,
-                "architecture": self.checkpoint.config.architecture,
-                "fingerprint": self.checkpoint.fingerprint(),
-            },
+            "model": self.checkpoint.described(),
             **{name: tuned[name] for name in ("data", "dtype", "versions", "device", "peak_device_memory_bytes")},
             **{name: pruned and pruned[name] for name in ("calibration", "kernels")},
         }

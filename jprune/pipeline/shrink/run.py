@@ -6,7 +6,6 @@ on (`Checkpoint.select`): it is measured, pruned further and written as any chec
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ import numpy as np
 
 from jprune.anatomy.units import units_of_blocks, units_of_hidden
 from jprune.checkpoints import Checkpoint, formats, load, record
+from jprune.checkpoints.dtypes import activation_dtype
 from jprune.checkpoints.formats import Format
 from jprune.data import windows
+from jprune.data.for_model import evaluation_windows, suggested_evaluation_length
 from jprune.errors import JpruneError
 from jprune.evaluate import gradients
 from jprune.evaluate.influence import block_influences
 from jprune.evaluate.perplexity import Perplexity, perplexity
-from jprune.pipeline.oneshot.recipe import activation_dtype, evaluation_windows
 from jprune.runs import output
 from jprune.runs.report import Progress, environment
 from jprune.runs.stopwatch import Stopwatch, peak_memory_bytes
@@ -113,8 +113,8 @@ def shrink_model(
     activations = activation_dtype(checkpoint, dtype)
     with stopwatch.phase("data"):
         examples = calibration_examples(checkpoint, method, calibration)
-        if evaluate_length is None and checkpoint.source == "demo" and not windows.is_rows(evaluate):
-            evaluate_length = 512
+        if evaluate_length is None and evaluate is not None:
+            evaluate_length = suggested_evaluation_length(checkpoint, evaluate)
         evaluation = None if evaluate is None else evaluation_windows(checkpoint, evaluate, length=evaluate_length)
 
     def measure(weights: Checkpoint, phase: str) -> Perplexity | None:
@@ -142,8 +142,8 @@ def shrink_model(
         report = ShrinkReport(
             out=out,
             method=method,
-            parameters=(parameters(checkpoint), parameters(smaller)),
-            sizes=sizes(smaller),
+            parameters=(checkpoint.parameters, smaller.parameters),
+            sizes=smaller.sizes,
             layers=layers,
             before=before,
             after=after,
@@ -159,11 +159,7 @@ def shrink_model(
                 **(target.described() if target else {}),
                 "calibration": examples.source if examples else None,
             },
-            "model": {
-                "source": checkpoint.source,
-                "architecture": checkpoint.config.architecture,
-                "fingerprint": checkpoint.fingerprint(),
-            },
+            "model": checkpoint.described(),
             "calibration": examples and examples.described(),
             "evaluation": evaluation and evaluation.described(),
             "format": chosen,
@@ -200,8 +196,8 @@ def plan_shrink(
     units = _units(checkpoint, method) if isinstance(method, LLMPruner) and target else ()
     smaller = planned(checkpoint, method, target)
     return ShrinkPlan(
-        parameters=(parameters(checkpoint), parameters(smaller) if smaller else None),
-        sizes=sizes(smaller) if smaller else None,
+        parameters=(checkpoint.parameters, smaller.parameters if smaller else None),
+        sizes=smaller.sizes if smaller else None,
         units=units,
     )
 
@@ -255,19 +251,8 @@ def planned(checkpoint: Checkpoint, method: StructuredMethod, target: Target | N
     assert target is not None  # check_target
     units = _units(checkpoint, method)
     alike = {u.name: np.zeros(u.count) for u in units}
-    kept = _chosen(checkpoint, units, alike, method, target, parameters(checkpoint), None)
+    kept = _chosen(checkpoint, units, alike, method, target, checkpoint.parameters, None)
     return checkpoint.select(positions(units, kept))
-
-
-def parameters(checkpoint: Checkpoint) -> int:
-    """How many a model has."""
-    return sum(math.prod(shape.shape) for shape in checkpoint.shapes.values())
-
-
-def sizes(checkpoint: Checkpoint) -> tuple[dict[str, int], ...]:
-    """The sizes of every layer."""
-    config = checkpoint.config
-    return tuple({"d_model": config.d_model, **dataclasses.asdict(config.layer(i))} for i in range(config.layers))
 
 
 def _refuse_early(
@@ -303,7 +288,7 @@ def _smaller(
         layers = method.kept_layers(checkpoint.config.layers)
         return checkpoint.select({}, layers), layers
     assert target is not None
-    whole, view = parameters(checkpoint), checkpoint
+    whole, view = checkpoint.parameters, checkpoint
     # Found once: in a smaller model the same trace may give units of other kinds (one KV head is no group).
     units = _units(checkpoint, method)
     initial = {u.name: u.count for u in units}
@@ -340,7 +325,7 @@ def _chosen(
     def choose(ratio: float) -> Kept:
         return method.select(units, scores, ratio, initial=initial)
 
-    now = parameters(view)
+    now = view.parameters
 
     def count(kept: Kept) -> int:
         return now - sum((u.count - len(kept[u.name])) * u.parameters for u in units)

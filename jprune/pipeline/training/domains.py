@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from jprune.checkpoints import Checkpoint, load
+from jprune.checkpoints.dtypes import activation_dtype
 from jprune.data import mixture, windows
 from jprune.data.batches import Batches
 from jprune.data.held_out import overlap
@@ -22,7 +23,6 @@ from jprune.data.training import evaluation_batches, training_batches
 from jprune.errors import JpruneError
 from jprune.models import loss, stacked
 from jprune.models.batching import windows_at_once
-from jprune.pipeline.oneshot.recipe import activation_dtype
 from jprune.pipeline.options import DynamicLoading as DynamicLoading
 from jprune.train import loop, sharding
 from jprune.tuning.recovery import read_stacked

@@ -13,8 +13,8 @@ import numpy as np
 
 from jprune.checkpoints import Checkpoint, formats, record
 from jprune.checkpoints.formats import Format
-from jprune.evaluate.perplexity import Perplexity, Weights
-from jprune.pipeline.shrink.run import parameters
+from jprune.evaluate.perplexity import Perplexity
+from jprune.models.weights import Weights
 from jprune.pipeline.training.session import Training, evaluation_losses
 from jprune.runs import output
 from jprune.runs.folder import default_folder
@@ -176,7 +176,7 @@ def train_and_write(
             steps=training.steps,
             best_step=trained.step,
             trainable_parameters=made.trainable_parameters,
-            parameters=parameters(checkpoint),
+            parameters=checkpoint.parameters,
             losses=tuple(line["loss"] for line in trained.history),
             evaluation_losses=evaluation_losses(trained),
             tokens_per_second=trained.tokens_per_second,

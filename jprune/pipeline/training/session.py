@@ -19,8 +19,9 @@ from jprune.data.held_out import overlap
 from jprune.data.mixture import Mixture
 from jprune.data.training import evaluation_batches, training_batches
 from jprune.errors import JpruneError
-from jprune.evaluate.perplexity import Perplexity, Weights, perplexity
+from jprune.evaluate.perplexity import Perplexity, perplexity
 from jprune.models.batching import windows_at_once
+from jprune.models.weights import Weights
 from jprune.pipeline.training import domains
 from jprune.pipeline.training.domains import Balance, Domains, DynamicLoading, mean_loss
 from jprune.runs.lock import Lock
@@ -250,9 +251,7 @@ class Training:
         earlier = Path(checkpoint.source) / record.NAME
         return {
             "model": {
-                "source": checkpoint.source,
-                "architecture": checkpoint.config.architecture,
-                "fingerprint": checkpoint.fingerprint(),
+                **checkpoint.described(),
                 "record": record.read(earlier.parent) if earlier.exists() else None,
             },
             "data": described(self._batches),

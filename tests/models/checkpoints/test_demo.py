@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jprune import paths
 from jprune.checkpoints import demo, huggingface, load
 from jprune.errors import JpruneError
 
@@ -104,7 +105,7 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_cache_folder(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert demo.cache_folder() == Path.home() / ".cache" / "jprune"
+    assert paths.cache_folder() == Path.home() / ".cache" / "jprune"
 
 
 ENGLISH = (
