@@ -125,9 +125,7 @@ def prune_and_tune(
         data,
         checkpoint,
         batch_size=tuning.batch_size,
-        length=checkpoint.suggested.training_length
-        if tune_length is None and not windows.is_rows(data)
-        else tune_length,
+        length=tune_length,
         windows_at_most=windows_at_most,
         epochs=None if tuning.steps is not None else tuning.epochs or EPOCHS[method_name(tuning)],
         seed=tuning.seed,
