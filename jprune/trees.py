@@ -141,6 +141,15 @@ class Sparsity:
     def __float__(self) -> float:
         return self.achieved
 
+    def json(self) -> dict[str, Any]:
+        """The achieved sparsity and the counts, as reports and records have them."""
+        return {"achieved": self.achieved, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, contents: Mapping[str, Any]) -> "Sparsity":
+        """A sparsity from what `json` made of it."""
+        return cls(**{field.name: contents[field.name] for field in dataclasses.fields(cls)})
+
     def __str__(self) -> str:
         of_all = 100 * self.zeros / max(self.total_parameters, 1)
         return (

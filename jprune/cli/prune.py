@@ -18,7 +18,7 @@ from jprune.patterns import NM, Pattern, Unstructured
 from jprune.pipeline import plan_run, prune_model
 from jprune.pipeline.forecast.forecast import Plan
 from jprune.pipeline.oneshot.recipe import method_name
-from jprune.runs.report import Report
+from jprune.pipeline.oneshot.report import Report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,8 @@
-"""What a run tells: while it goes on, and when it is done."""
+"""What a run tells: while it goes on, and when it is done.
+
+The object that ``--json`` prints, and that opens a record, has first the fields of its kind of run, and then those
+that every run has.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -12,7 +16,6 @@ from jax.typing import DTypeLike
 
 from jprune.evaluate.perplexity import Perplexity
 from jprune.runs.stopwatch import peak_device_memory_bytes
-from jprune.trees import Sparsity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,56 +28,30 @@ class Progress:
     text: str
     """What is being worked on."""
     phase: str = "prune"
-    """"prune", "evaluate before" or "evaluate after"."""
+    """Name of the phase, such as "prune", "evaluate before" or "evaluate after"."""
     loss: float | None = None
-    """Reconstruction loss of the last kernel that was solved for."""
+    """Loss of the last step: of a reconstruction, or of training."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KernelReport:
-    """One pruned kernel."""
-
-    path: str
-    shape: tuple[int, ...]
-    pattern: str
-    zeros: int
-    size: int
-    loss: float | None
-    """Reconstruction loss over the calibration tokens, where the method knows it."""
-    few_tokens: tuple[int, ...] = ()
-    """Experts that saw too few tokens, and were pruned by magnitude."""
-
-    @classmethod
-    def from_json(cls, contents: Mapping[str, Any]) -> "KernelReport":
-        """Out of what `dataclasses.asdict` made of it, and JSON after that."""
-        return cls(
-            **{**contents, "shape": tuple(contents["shape"]), "few_tokens": tuple(contents.get("few_tokens", ()))}
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
-    """The result of a run."""
+class RunReport:
+    """The result of a run, as far as all runs have the same to tell."""
 
     out: Path
-    method: str
-    pattern: str
-    sparsity: Sparsity
     before: Perplexity | None
     after: Perplexity | None
     seconds: dict[str, float]
     peak_memory_bytes: int
-    kernels: tuple[KernelReport, ...]
     notices: tuple[str, ...]
     """What the user should know, one sentence each."""
 
+    def own_json(self) -> dict[str, Any]:
+        """The fields of ``--json`` that only this kind of run has."""
+        raise NotImplementedError
+
     def json(self) -> dict[str, Any]:
         """The object that ``--json`` prints."""
-        result: dict[str, Any] = {
-            "method": self.method,
-            "pattern": self.pattern,
-            "sparsity": {"achieved": self.sparsity.achieved, **dataclasses.asdict(self.sparsity)},
-        }
+        result = self.own_json()
         if self.before:
             result["perplexity"] = {
                 "before": self.before.value,
@@ -82,29 +59,19 @@ class Report:
                 "sequence_length": self.before.sequence_length,
                 "windows": self.before.windows,
             }
-        return {
-            **result,
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "out": str(self.out),
-        }
+        return {**result, "seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes, "out": str(self.out)}
 
-    @classmethod
-    def from_record(cls, contents: Mapping[str, Any], out: Path) -> "Report":
-        """The report of an earlier run, from its record (`jprune.checkpoints.record`)."""
-        counts = {field.name: contents["sparsity"][field.name] for field in dataclasses.fields(Sparsity)}
-        return cls(
-            out=out,
-            method=contents["method"],
-            pattern=contents["pattern"],
-            sparsity=Sparsity(**counts),
-            before=perplexity_of(contents, "before"),
-            after=perplexity_of(contents, "after"),
-            seconds=contents["seconds"],
-            peak_memory_bytes=contents["peak_memory_bytes"],
-            kernels=tuple(map(KernelReport.from_json, contents["kernels"])),
-            notices=tuple(contents["notices"]),
-        )
+    @staticmethod
+    def common_fields(contents: Mapping[str, Any], out: Path) -> dict[str, Any]:
+        """The fields that all reports have, of an earlier run, from its record (`jprune.checkpoints.record`)."""
+        return {
+            "out": out,
+            "before": perplexity_of(contents, "before"),
+            "after": perplexity_of(contents, "after"),
+            "seconds": contents["seconds"],
+            "peak_memory_bytes": contents["peak_memory_bytes"],
+            "notices": tuple(contents["notices"]),
+        }
 
 
 def perplexity_of(contents: Mapping[str, Any], when: str) -> Perplexity | None:

@@ -28,11 +28,12 @@ from jprune.methods import Method
 from jprune.models import decoder
 from jprune.pipeline.forecast.layout import Layout
 from jprune.pipeline.oneshot.journal import Journal, Step, route
+from jprune.pipeline.oneshot.report import KernelReport
 from jprune.pipeline.oneshot.stages import UnitRun, check_finite, forward
 from jprune.runs import processes
 from jprune.runs.activations import Batches, Specs
 from jprune.runs.background import Background
-from jprune.runs.report import KernelReport, Progress
+from jprune.runs.report import Progress
 from jprune.runs.stopwatch import Stopwatch
 
 

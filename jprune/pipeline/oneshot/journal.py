@@ -16,11 +16,11 @@ import numpy as np
 
 from jprune.checkpoints import writing
 from jprune.checkpoints.huggingface import Writer
+from jprune.pipeline.oneshot.report import KernelReport
 from jprune.runs import processes
 from jprune.runs.activations import Batches, Room, Specs
 from jprune.runs.background import Background
 from jprune.runs.folder import RunFolder, read_mark, write_mark
-from jprune.runs.report import KernelReport
 
 SHARE = 0.1
 """Of the time, that saving activations may take; they are saved after every unit as long as it takes less."""

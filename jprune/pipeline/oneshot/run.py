@@ -36,10 +36,11 @@ from jprune.pipeline.oneshot.recipe import (
     pattern_text,
     window_shape,
 )
+from jprune.pipeline.oneshot.report import KernelReport, Report
 from jprune.pipeline.options import Evaluation, Machine, Result, sorted_into
 from jprune.runs import interrupt, output, processes
 from jprune.runs.folder import FINISHED, RunFolder, default_folder, finished
-from jprune.runs.report import KernelReport, Progress, Report, environment
+from jprune.runs.report import Progress, environment
 from jprune.runs.stopwatch import Stopwatch, peak_memory_bytes
 
 logger = logging.getLogger(__name__)

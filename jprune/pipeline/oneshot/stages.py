@@ -24,9 +24,9 @@ from jprune.errors import JpruneError
 from jprune.methods import Method
 from jprune.pipeline.forecast.layout import Layout
 from jprune.pipeline.oneshot.experts import solve_stacks
+from jprune.pipeline.oneshot.report import KernelReport
 from jprune.runs import memory
 from jprune.runs.activations import Arrays, Batches, Room
-from jprune.runs.report import KernelReport
 from jprune.runs.stopwatch import Stopwatch
 from jprune.statistics import Statistic, merge_parts, update_in_parts, zeros
 from jprune.trace import Stages, stages

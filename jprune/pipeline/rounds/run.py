@@ -37,7 +37,14 @@ from jprune.pipeline.oneshot import recipe as recipes
 from jprune.pipeline.oneshot.journal import count_zeros
 from jprune.pipeline.oneshot.recipe import Recipe
 from jprune.pipeline.oneshot.run import prune_model
-from jprune.pipeline.rounds.schedule import PruneAndTuneReport, Round, schedule, tuning_of_a_round, zeros_present
+from jprune.pipeline.rounds.schedule import (
+    PruneAndTuneReport,
+    Round,
+    schedule,
+    seconds_of,
+    tuning_of_a_round,
+    zeros_present,
+)
 from jprune.pipeline.training.session import run_folder
 from jprune.pipeline.training.tune import EPOCHS, method_name, tune_model
 from jprune.runs import output
@@ -293,6 +300,7 @@ class _Rounds:
             rounds=tuple(done),
             before=perplexity_of(all_records[0], "before"),
             after=perplexity_of(all_records[-1], "after"),
+            seconds=seconds_of(done),
             peak_memory_bytes=max(peak_memory_bytes(), *(r["peak_memory_bytes"] for r in all_records)),
             notices=tuple(dict.fromkeys([*notices, *(notice for r in all_records for notice in r["notices"])])),
         )

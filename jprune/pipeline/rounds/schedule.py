@@ -15,12 +15,11 @@ import numpy as np
 from jprune import trees
 from jprune.checkpoints import Checkpoint, load
 from jprune.errors import JpruneError
-from jprune.evaluate.perplexity import Perplexity
 from jprune.models import loss
 from jprune.patterns import Unstructured
 from jprune.pipeline.oneshot.journal import count_zeros
 from jprune.pipeline.oneshot.recipe import Recipe, chosen_kernels
-from jprune.runs.report import perplexity_of
+from jprune.runs.report import RunReport
 from jprune.tuning.recovery import Full, Lora
 
 SPARSITIES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8)
@@ -126,59 +125,40 @@ class Round:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PruneAndTuneReport:
-    """The result of all rounds."""
+class PruneAndTuneReport(RunReport):
+    """The result of all rounds. Its seconds are those of all rounds, those before a resume included."""
 
-    out: Path
     pruner: str
     tuning: str
     sparsity: trees.Sparsity
     rounds: tuple[Round, ...]
-    before: Perplexity | None
-    after: Perplexity | None
-    peak_memory_bytes: int
-    notices: tuple[str, ...]
-    """What the user should know, one sentence each."""
 
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Of all rounds, those before a resume included."""
-        prune, tune = sum(r.prune_seconds for r in self.rounds), sum(r.tune_seconds for r in self.rounds)
-        return {"total": round(prune + tune, 3), "prune": round(prune, 3), "tune": round(tune, 3)}
-
-    def json(self) -> dict[str, Any]:
-        """The object that ``--json`` prints."""
-        result: dict[str, Any] = {
+    def own_json(self) -> dict[str, Any]:
+        """The fields of ``--json`` that only runs in rounds have."""
+        return {
             "method": "prune-and-tune",
             "pruner": self.pruner,
             "tuning": self.tuning,
-            "sparsity": {"achieved": self.sparsity.achieved, **dataclasses.asdict(self.sparsity)},
+            "sparsity": self.sparsity.json(),
             "rounds": [dataclasses.asdict(each) for each in self.rounds],
         }
-        if self.before:
-            result["perplexity"] = {
-                "before": self.before.value,
-                "after": self.after.value if self.after else None,
-                "sequence_length": self.before.sequence_length,
-                "windows": self.before.windows,
-            }
-        return {**result, "seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes, "out": str(self.out)}
 
     @classmethod
     def from_record(cls, contents: Mapping[str, Any], out: Path) -> "PruneAndTuneReport":
         """The report of an earlier run, from its record."""
-        counts = {field.name: contents["sparsity"][field.name] for field in dataclasses.fields(trees.Sparsity)}
         return cls(
-            out=out,
+            **cls.common_fields(contents, out),
             pruner=contents["pruner"],
             tuning=contents["tuning"],
-            sparsity=trees.Sparsity(**counts),
+            sparsity=trees.Sparsity.from_json(contents["sparsity"]),
             rounds=tuple(Round(**each) for each in contents["rounds"]),
-            before=perplexity_of(contents, "before"),
-            after=perplexity_of(contents, "after"),
-            peak_memory_bytes=contents["peak_memory_bytes"],
-            notices=tuple(contents["notices"]),
         )
+
+
+def seconds_of(rounds: Sequence[Round]) -> dict[str, float]:
+    """The seconds of all rounds, in all and of their halves."""
+    prune, tune = sum(r.prune_seconds for r in rounds), sum(r.tune_seconds for r in rounds)
+    return {"total": round(prune + tune, 3), "prune": round(prune, 3), "tune": round(tune, 3)}
 
 
 def _list(sparsities: Sequence[float]) -> str:

@@ -23,7 +23,7 @@ from jprune.evaluate import gradients
 from jprune.evaluate.influence import block_influences
 from jprune.evaluate.perplexity import Perplexity, perplexity
 from jprune.runs import output
-from jprune.runs.report import Progress, environment
+from jprune.runs.report import Progress, RunReport, environment
 from jprune.runs.stopwatch import Stopwatch, peak_memory_bytes
 from jprune.structured import DropLayers, LLMPruner, importance
 from jprune.structured.selection import Kept, Target
@@ -36,40 +36,25 @@ Scores = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ShrinkReport:
+class ShrinkReport(RunReport):
     """The result of a structured run."""
 
-    out: Path
     method: StructuredMethod
     parameters: tuple[int, int]
-    """Before and after."""
+    """Numbers of parameters before and after."""
     sizes: tuple[dict[str, int], ...]
-    """Of every layer of the result."""
+    """The sizes of every layer of the result."""
     layers: tuple[int, ...]
     """Which layers of the original these are."""
-    before: Perplexity | None
-    after: Perplexity | None
-    seconds: dict[str, float]
-    peak_memory_bytes: int
-    notices: tuple[str, ...]
-    """What the user should know, one sentence each."""
 
-    def json(self) -> dict[str, Any]:
-        """The object that ``--json`` prints."""
-        result: dict[str, Any] = {
+    def own_json(self) -> dict[str, Any]:
+        """The fields of ``--json`` that only structured runs have."""
+        return {
             "method": method_name(self.method),
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
             "layers": list(self.layers),
             "sizes": list(self.sizes),
         }
-        if self.before:
-            result["perplexity"] = {
-                "before": self.before.value,
-                "after": self.after.value if self.after else None,
-                "sequence_length": self.before.sequence_length,
-                "windows": self.before.windows,
-            }
-        return {**result, "seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes, "out": str(self.out)}
 
 
 def shrink_model(

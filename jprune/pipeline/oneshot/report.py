@@ -1,0 +1,56 @@
+"""The report of a one-shot run: what became of every kernel."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jprune.runs.report import RunReport
+from jprune.trees import Sparsity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelReport:
+    """One pruned kernel."""
+
+    path: str
+    shape: tuple[int, ...]
+    pattern: str
+    zeros: int
+    size: int
+    loss: float | None
+    """Reconstruction loss over the calibration tokens, where the method knows it."""
+    few_tokens: tuple[int, ...] = ()
+    """Experts that saw too few tokens, and were pruned by magnitude."""
+
+    @classmethod
+    def from_json(cls, contents: Mapping[str, Any]) -> "KernelReport":
+        """A report from what `dataclasses.asdict` and JSON made of it."""
+        return cls(
+            **{**contents, "shape": tuple(contents["shape"]), "few_tokens": tuple(contents.get("few_tokens", ()))}
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report(RunReport):
+    """The result of a run."""
+
+    method: str
+    pattern: str
+    sparsity: Sparsity
+    kernels: tuple[KernelReport, ...]
+
+    def own_json(self) -> dict[str, Any]:
+        """The fields of ``--json`` that only one-shot runs have."""
+        return {"method": self.method, "pattern": self.pattern, "sparsity": self.sparsity.json()}
+
+    @classmethod
+    def from_record(cls, contents: Mapping[str, Any], out: Path) -> "Report":
+        """The report of an earlier run, from its record (`jprune.checkpoints.record`)."""
+        return cls(
+            **cls.common_fields(contents, out),
+            method=contents["method"],
+            pattern=contents["pattern"],
+            sparsity=Sparsity.from_json(contents["sparsity"]),
+            kernels=tuple(map(KernelReport.from_json, contents["kernels"])),
+        )
