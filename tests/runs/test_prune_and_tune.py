@@ -17,8 +17,7 @@ import pytest
 import jprune
 from jprune import Magnitude, SparseGPT, Unstructured, Wanda
 from jprune.errors import JpruneError
-from jprune.pipeline import prune_model
-from jprune.pipeline.rounds import run as prune_and_tune
+from jprune.pipeline import prune_and_tune, prune_model
 from jprune.pipeline.rounds.plan import plan_prune_and_tune
 from jprune.pipeline.rounds.schedule import schedule
 from jprune.pipeline.training.tune import tune_model
