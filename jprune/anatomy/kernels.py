@@ -1,60 +1,25 @@
-"""What a run works on: the units that are in memory one after the other, and every kernel, with its pattern.
+"""The kernels of a model, and which of them are pruned to which pattern.
 
 Known from shapes and one abstract trace of each distinct block; no weight is read. What it takes: `forecast`.
 """
 
 import dataclasses
-import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-
-from jprune import devices, trees
+from jprune import trees
+from jprune.anatomy.parts import Part, parts
+from jprune.anatomy.parts import Part as Unit  # noqa: F401 (until the rooms of pipeline say Part)
+from jprune.anatomy.parts import parts as units  # noqa: F401
 from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
-from jprune.models import decoder
 from jprune.patterns import Pattern
-from jprune.trace import ParamMatmul, matmuls
+from jprune.trace import ParamMatmul
 
-PyTree = Any
 HEAD = "head/kernel"
 _LEFT_ALONE = re.compile("^head/|/(router|shared_gate)/")
 """Pruned only where an expression finds it: the head, and the small kernels that send tokens to experts."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """What is in memory at one time: a block, or at last the final norm and head."""
-
-    prefix: str
-    """Of the paths of its parameters; "" for the head, whose parameters have no common one."""
-    function: Callable[[PyTree, jax.Array], jax.Array]
-    """f(params, x): the hidden states [batch, length, d_model] after it (logits, for the head)."""
-    shapes: tuple[tuple[str, tuple[int, ...], Any], ...]
-    """Path below the prefix, shape and dtype of every parameter."""
-
-    @property
-    def name(self) -> str:
-        """The prefix, or "head"."""
-        return self.prefix or "head"
-
-    def path(self, relative: str) -> str:
-        """The path in the model of a path in the unit."""
-        return f"{self.prefix}/{relative}" if self.prefix else relative
-
-    def shardings(self, mesh: Mesh, d_model: int) -> dict[str, NamedSharding]:
-        """Where its parameters lie while they are used, by path in the unit: kernels cut along their outputs."""
-        found = {m.path: m.out_axes for m in _matmuls(self.function, self.shapes, d_model)}
-        return {path: devices.kernel(mesh, shape, found.get(path, ())) for path, shape, _ in self.shapes}
-
-    def abstract(self) -> PyTree:
-        """Its parameters as ShapeDtypeStructs."""
-        return trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in self.shapes})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,28 +56,10 @@ class Kernel:
         return self.pattern.zeros(self.d_in, self.size // self.d_in)
 
 
-def units(checkpoint: Checkpoint) -> list[Unit]:
-    """The blocks in their order, then the head."""
-    config = checkpoint.config
-
-    def leaves(*prefixes: str, start: str = "") -> tuple[tuple[str, tuple[int, ...], Any], ...]:
-        here = [path for path in checkpoint.shapes if path.startswith(prefixes)]
-        return tuple((p.removeprefix(start), checkpoint.shapes[p].shape, checkpoint.shapes[p].dtype) for p in here)
-
-    prefixes = [f"blocks/{i}" for i in range(config.layers)]
-    blocks = [Unit(p, decoder.block(config, i), leaves(f"{p}/", start=f"{p}/")) for i, p in enumerate(prefixes)]
-    parts = leaves(*(f"{name}/" for name in decoder.head_parts(config)))
-    return blocks if config.tied else [*blocks, Unit("", decoder.head(config), parts)]
-
-
-def matmul_kernels(checkpoint: Checkpoint) -> dict[str, tuple[Unit, ParamMatmul]]:
+def matmul_kernels(checkpoint: Checkpoint) -> dict[str, tuple[Part, ParamMatmul]]:
     """Every kernel that could be pruned, by path. All but the head's are the model's prunable parameters."""
     d_model = checkpoint.config.d_model
-    return {
-        unit.path(matmul.path): (unit, matmul)
-        for unit in units(checkpoint)
-        for matmul in _matmuls(unit.function, unit.shapes, d_model)
-    }
+    return {part.path(matmul.path): (part, matmul) for part in parts(checkpoint) for matmul in part.matmuls(d_model)}
 
 
 def prunable(checkpoint: Checkpoint, kernels: Iterable[Kernel] = ()) -> list[str]:
@@ -150,11 +97,11 @@ def choose_kernels(
     own = {path: p for regex, p in (overrides or {}).items() for path in trees.found(regex, chosen)}
     kernels = []
     for path in chosen:
-        unit, matmul = found[path]
+        part, matmul = found[path]
         shape = checkpoint.shapes[path].shape
         kernel = Kernel(
             path=path,
-            unit=unit.name,
+            unit=part.name,
             shape=shape,
             in_axes=matmul.in_axes,
             stage=matmul.stage,
@@ -164,9 +111,3 @@ def choose_kernels(
         kernel.pattern.check(kernel.d_in, path)
         kernels.append(kernel)
     return tuple(kernels)
-
-
-@functools.lru_cache(maxsize=64)
-def _matmuls(function: Callable, shapes: tuple, d_model: int) -> tuple[ParamMatmul, ...]:
-    params = trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in shapes})
-    return matmuls(function, params, jax.ShapeDtypeStruct((1, 8, d_model), jnp.float32), stacked=True)

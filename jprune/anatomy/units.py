@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from jprune import trees
-from jprune.anatomy.kernels import units as parts
+from jprune.anatomy.parts import parts
 from jprune.checkpoints import Checkpoint
 from jprune.models import decoder
 from jprune.models.config import DecoderConfig
 from jprune.structured.kinds import block_units, hidden_units
 from jprune.structured.units import Kind, Units
 from jprune.trace import coupled_axes, matmuls
-from jprune.trace.coupling.axes import Groups
+from jprune.trace.coupling.group import Groups
 
 PyTree = Any
 TOKENS = 8

@@ -24,7 +24,7 @@ import numpy as np
 from jprune import trees
 from jprune.errors import JpruneError
 from jprune.structured.units import Kind, UnitMember, Units
-from jprune.trace.coupling.axes import Group
+from jprune.trace.coupling.group import Group
 from jprune.trace.matmuls import ParamMatmul
 
 PyTree = Any

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from jprune import trees
 from jprune.errors import JpruneError
 from jprune.structured.units import UnitMember, Units
-from jprune.trace.coupling.residual import Writer
+from jprune.trace.coupling.residual import Outlet
 
 PyTree = Any
 InAxes = Mapping[str, tuple[int, ...]]
@@ -38,7 +38,7 @@ def multiply(
     masks: Iterable[tuple[Units, Float[Array, "_"]]],
     in_axes: InAxes,
     *,
-    layer: tuple[Sequence[Writer], Float[Array, ""]] | None = None,
+    layer: tuple[Sequence[Outlet], Float[Array, ""]] | None = None,
 ) -> PyTree:
     """The parameters of the masked model: nested dicts, to which norms over masked units get a `KEPT` beside them.
 
@@ -65,9 +65,9 @@ def multiply(
                 kept[path] = kept.get(path, 1.0) * here
     offsets = {}
     if layer is not None:
-        for writer in layer[0]:
-            factors[writer.path] = factors.get(writer.path, 1.0) * layer[1]
-            offsets[writer.path] = writer.offset
+        for outlet in layer[0]:
+            factors[outlet.path] = factors.get(outlet.path, 1.0) * layer[1]
+            offsets[outlet.path] = outlet.offset
     for path, factor in factors.items():
         leaf, offset = jnp.asarray(leaves[path]), offsets.get(path, 0.0)
         wide = leaf.astype(jnp.float32)

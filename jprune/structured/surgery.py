@@ -11,7 +11,7 @@ import numpy as np
 
 from jprune import trees
 from jprune.errors import JpruneError
-from jprune.trace.coupling.axes import Group
+from jprune.trace.coupling.group import Group
 
 PyTree = Any
 Positions = np.ndarray | Sequence[int]

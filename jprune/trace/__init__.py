@@ -1,9 +1,9 @@
 """One walk of the jaxpr: every matmul against a parameter, what feeds it and what depends on it."""
 
-from jprune.trace.coupling.axes import Group as Group
-from jprune.trace.coupling.axes import Groups as Groups
-from jprune.trace.coupling.axes import Member as Member
 from jprune.trace.coupling.axes import coupled_axes as coupled_axes
+from jprune.trace.coupling.group import Group as Group
+from jprune.trace.coupling.group import Groups as Groups
+from jprune.trace.coupling.group import Member as Member
 from jprune.trace.matmuls import ParamMatmul as ParamMatmul
 from jprune.trace.matmuls import Skipped as Skipped
 from jprune.trace.matmuls import matmuls as matmuls

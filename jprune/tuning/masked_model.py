@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jprune import trees
-from jprune.anatomy.kernels import units as parts
+from jprune.anatomy.parts import parts
 from jprune.anatomy.units import reading_axes, units_of_blocks, units_of_hidden
 from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
@@ -32,7 +32,7 @@ from jprune.structured import shape as shapes
 from jprune.structured.shape import Shape
 from jprune.structured.surgery import shrink
 from jprune.structured.units import Kind, Units, merge
-from jprune.trace.coupling.residual import Writer, writers
+from jprune.trace.coupling.residual import Outlet, outlets
 
 PyTree = Any
 Masks = Mapping[str, Float[Array, "*rows n"]]
@@ -46,7 +46,7 @@ class _Layer:
     units: tuple[Units, ...]
     """Named by their kind."""
     hidden: Units | None
-    writers: tuple[Writer, ...]
+    outlets: tuple[Outlet, ...]
     in_axes: Mapping[str, tuple[int, ...]]
 
     def multiply(self, params: PyTree, masks: Mapping[str, Array]) -> PyTree:
@@ -54,7 +54,7 @@ class _Layer:
         here = [(u, masks[u.kind].reshape(-1)) for u in self.units]
         if self.hidden is not None:
             here.append((self.hidden, masks["hidden"]))
-        layer = (self.writers, masks["layer"]) if "layer" in masks else None
+        layer = (self.outlets, masks["layer"]) if "layer" in masks else None
         return masking.multiply(params, here, self.in_axes, layer=layer)
 
 
@@ -108,7 +108,7 @@ class MaskedModel:
             self._layers[key] = _Layer(
                 units=tuple(u.below(part.prefix) for u in self._units[i]),
                 hidden=None if self._hidden is None else self._hidden.below(part.prefix),
-                writers=writers(part.function, part.abstract(), x) if "layer" in self.targets else (),
+                outlets=outlets(part.function, part.abstract(), x) if "layer" in self.targets else (),
                 in_axes={p.removeprefix(start): axes for p, axes in in_axes.items() if p.startswith(start)},
             )
         first = {kind: np.arange(size[-1]) < self.targets[kind] for kind, size in self.shapes.items()}

@@ -1,6 +1,6 @@
 """Groups of coupled axes written down by hand, for tests of what is built on them."""
 
-from jprune.trace.coupling.axes import Group, Member
+from jprune.trace.coupling.group import Group, Member
 
 
 def group(name, size, *places, frozen=None, renormalised=False):

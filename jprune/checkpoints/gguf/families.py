@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jprune.checkpoints.gguf.header import Header
+from jprune.checkpoints.gguf.tensors import read_tensor
 from jprune.errors import JpruneError
 from jprune.models import families
 from jprune.models.families import shared
@@ -83,8 +84,6 @@ def _gemma3_settings(header: Header, number: Number) -> dict[str, Any]:
 
 
 def _phi3_settings(header: Header, number: Number) -> dict[str, Any]:
-    from jprune.checkpoints.gguf.read import read_tensor
-
     head_dim = number("embedding_length") // number("attention.head_count")
     settings = {
         "partial_rotary_factor": number("rope.dimension_count", head_dim) / head_dim,

@@ -3,7 +3,7 @@
 Quantised tensors are dequantised to float32 when they are read; F32, F16 and BF16 stay as they are. For the
 architecture "llama" (Llama, Mistral, SmolLM2, ...) llama.cpp stores the rows of q and k in the order of its interleaved
 rotary embedding: rows (2j, 2j+1) of a head are Hugging Face's rows (j, j + head_dim/2). We put them back. Families that
-are not laid out like Llama are in `gguf_families`.
+are not laid out like Llama are in `families`.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
 from jprune.checkpoints.gguf import families as gguf_families
 from jprune.checkpoints.gguf import header as gguf_header
+from jprune.checkpoints.gguf.tensors import PLAIN, read_tensor
 from jprune.checkpoints.source import Source, StoredTensor, identify
 from jprune.errors import JpruneError
 
@@ -47,7 +47,6 @@ _BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_K", "Q6_K")
 _ROPE_FACTORS = "rope_freqs.weight"  # not a weight: the frequency divisors of Llama 3's rope scaling
 
@@ -216,8 +215,8 @@ def _stored(header: gguf_header.Header, tensor: gguf_header.Tensor, heads: dict[
     from gguf.constants import GGMLQuantizationType
 
     kind = GGMLQuantizationType(tensor.type).name
-    if kind not in _PLAIN and kind not in _QUANTISED:
-        supported = ", ".join((*_PLAIN, *_QUANTISED))
+    if kind not in PLAIN and kind not in _QUANTISED:
+        supported = ", ".join((*PLAIN, *_QUANTISED))
         raise JpruneError(
             f"{header.path}: tensor {tensor.name!r} is stored as {kind}, which is not supported; supported: "
             f"{supported}. Use another quantisation of the same model"
@@ -235,22 +234,10 @@ def _stored(header: gguf_header.Header, tensor: gguf_header.Tensor, heads: dict[
 
     return StoredTensor(
         shape=tensor.shape,
-        dtype=_PLAIN.get(kind, np.dtype(np.float32)),
+        dtype=PLAIN.get(kind, np.dtype(np.float32)),
         where=header.path.name,
         read=read,
     )
-
-
-def read_tensor(header: gguf_header.Header, tensor: gguf_header.Tensor) -> np.ndarray:
-    """A tensor as it lies in the file, dequantised if it is quantised."""
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    raw = header.data[tensor.begin : tensor.begin + tensor.nbytes]
-    kind = GGMLQuantizationType(tensor.type)
-    if kind.name in _PLAIN:
-        return np.frombuffer(raw, _PLAIN[kind.name]).reshape(tensor.shape).copy()
-    return dequantize(np.frombuffer(raw, np.uint8).reshape(*tensor.shape[:-1], -1), kind)
 
 
 def undo_rotary_permutation(rows: Shaped[np.ndarray, "rows ..."], heads: int) -> Shaped[np.ndarray, "rows ..."]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,16 @@ from jaxtyping import Array, Bool, Shaped
 
 from jprune.errors import JpruneError
 from jprune.trace.coupling.atoms import ONE, Axis, find, leaves
+from jprune.trace.coupling.group import Group
 from jprune.trace.coupling.layout import Layout
 from jprune.trace.coupling.removed import Mean, Removed
 from jprune.trace.jaxpr import Atom, Equation, PyTree, Trace, Var, scan_counts
-
-if TYPE_CHECKING:
-    from jprune.trace.coupling.axes import Group
 
 Keep = Mapping[Axis, np.ndarray]  # per atom, bool: which units stay
 
 
 def masked(
-    flat: Trace, layout: Layout, removed: Removed, groups: "Mapping[Axis, Group]", keep: Mapping[str, np.ndarray]
+    flat: Trace, layout: Layout, removed: Removed, groups: Mapping[Axis, Group], keep: Mapping[str, np.ndarray]
 ) -> Callable[..., Any]:
     """The function of f's arguments; `keep` has a bool mask per group's name."""
     units = {leaf: keep[g.name] for leaf, g in groups.items() if g.name in keep}

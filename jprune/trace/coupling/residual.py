@@ -21,7 +21,7 @@ _PRODUCTS = {"mul", "dot_general"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Writer:
+class Outlet:
     """A parameter in which an addend of a block is linear."""
 
     path: str
@@ -29,7 +29,7 @@ class Writer:
     """What the block adds to the parameter first: 1 where a norm's scale is stored less one."""
 
 
-def writers(f: Callable, params: PyTree, x: PyTree) -> tuple[Writer, ...]:
+def outlets(f: Callable, params: PyTree, x: PyTree) -> tuple[Outlet, ...]:
     """The parameters of the block ``f(params, x)`` that, all multiplied by z, make it ``x + z (f(params, x) - x)`` for
     z in {0, 1}; for z between them every addend counts z times.
 
@@ -38,7 +38,7 @@ def writers(f: Callable, params: PyTree, x: PyTree) -> tuple[Writer, ...]:
     Raises:
       JpruneError: f is no such block: its result is not x and something more, or an addend is linear in no parameter.
     """
-    return _Walk(trace(f, params, x)).writers()
+    return _Walk(trace(f, params, x)).outlets()
 
 
 class _Walk:
@@ -47,7 +47,7 @@ class _Walk:
         self.makers: dict[Var, Equation] = {y: e for e in flat.equations for y in e.outvars}
         self.names: dict[Var, str] = {var: path for path, var in flat.params.items()}
 
-    def writers(self) -> tuple[Writer, ...]:
+    def outlets(self) -> tuple[Outlet, ...]:
         (stream,), (output,) = self.flat.args, self.flat.outputs
         addends = list(self.addends(output))
         if sum(x is stream for x in addends) != 1:
@@ -56,7 +56,7 @@ class _Walk:
             raise JpruneError(
                 f"a layer can be left out if its output is its input and something more; here it is not{where}"
             )
-        found: dict[str, Writer] = {}
+        found: dict[str, Outlet] = {}
         for addend in addends:
             if addend is stream:
                 continue
@@ -67,7 +67,7 @@ class _Walk:
                     "a layer can be left out if what it adds to its input is linear in some parameter; here "
                     f"{last.primitive.name} at {where_written(last)} is not"
                 )
-            found |= {writer.path: writer for writer in linear}
+            found |= {outlet.path: outlet for outlet in linear}
         return tuple(found.values())
 
     def addends(self, x: Atom) -> Iterator[Atom]:
@@ -78,7 +78,7 @@ class _Walk:
         else:
             yield x
 
-    def linear(self, x: Atom) -> tuple[Writer, ...] | None:
+    def linear(self, x: Atom) -> tuple[Outlet, ...] | None:
         """The parameters that are factors of x, one for each of its addends; None if an addend has none."""
         if (own := self.parameter(x)) is not None:
             return (own,)
@@ -98,7 +98,7 @@ class _Walk:
             return next((found for operand in operands if (found := self.linear(operand)) is not None), None)
         return None
 
-    def parameter(self, x: Atom) -> Writer | None:
+    def parameter(self, x: Atom) -> Outlet | None:
         """The parameter that x is, in another layout or precision, perhaps with a number added; None if it is none."""
         offset = 0.0
         while not isinstance(x, jex.Literal) and x not in self.names:
@@ -112,4 +112,4 @@ class _Walk:
             elif maker.primitive.name not in (*CASTS, *IDENTITIES, *LAYOUTS):
                 return None
             x = operands[0]
-        return None if isinstance(x, jex.Literal) else Writer(path=self.names[x], offset=offset)
+        return None if isinstance(x, jex.Literal) else Outlet(path=self.names[x], offset=offset)

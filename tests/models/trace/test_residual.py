@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jprune.errors import JpruneError
-from jprune.trace.coupling.residual import Writer, writers
+from jprune.trace.coupling.residual import Outlet, outlets
 
 X = jax.random.normal(jax.random.key(0), (3, 4))
 
@@ -16,8 +16,8 @@ def params(**shapes):
 
 
 def check(f, p, expected):
-    """f with the writers at zero is the identity, and with all at one half adds half of each addend."""
-    found = writers(f, p, X)
+    """f with the outlets at zero is the identity, and with all at one half adds half of each addend."""
+    found = outlets(f, p, X)
     assert {w.path: w.offset for w in found} == expected
 
     def scaled(z):
@@ -57,9 +57,9 @@ def test_norm_after_with_an_offset_and_gates():
 def test_refusals():
     p = params(a=(4, 4))
     with pytest.raises(JpruneError, match="its output is its input and something more"):
-        writers(lambda p, x: jnp.tanh(x + x @ p["a"]), p, X)
+        outlets(lambda p, x: jnp.tanh(x + x @ p["a"]), p, X)
     with pytest.raises(JpruneError, match="its output is its input and something more"):
-        writers(lambda p, x: x @ p["a"], p, X)
+        outlets(lambda p, x: x @ p["a"], p, X)
     with pytest.raises(JpruneError, match="linear in some parameter; here tanh"):
-        writers(lambda p, x: x + jnp.tanh(x @ p["a"]), p, X)
-    assert writers(lambda p, x: x + x @ p["a"], p, X) == (Writer(path="a"),)
+        outlets(lambda p, x: x + jnp.tanh(x @ p["a"]), p, X)
+    assert outlets(lambda p, x: x + x @ p["a"], p, X) == (Outlet(path="a"),)

@@ -1,0 +1,71 @@
+"""The parts of a model that are in memory one after the other: its blocks, then the head; from shapes alone."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from jprune import devices, trees
+from jprune.checkpoints import Checkpoint
+from jprune.models import decoder
+from jprune.trace import ParamMatmul, matmuls
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What is in memory at one time: a block, or at last the final norm and head."""
+
+    prefix: str
+    """Of the paths of its parameters; "" for the head, whose parameters have no common one."""
+    function: Callable[[PyTree, jax.Array], jax.Array]
+    """f(params, x): the hidden states [batch, length, d_model] after it (logits, for the head)."""
+    shapes: tuple[tuple[str, tuple[int, ...], Any], ...]
+    """Path below the prefix, shape and dtype of every parameter."""
+
+    @property
+    def name(self) -> str:
+        """The prefix, or "head"."""
+        return self.prefix or "head"
+
+    def path(self, relative: str) -> str:
+        """The path in the model of a path in the part."""
+        return f"{self.prefix}/{relative}" if self.prefix else relative
+
+    def shardings(self, mesh: Mesh, d_model: int) -> dict[str, NamedSharding]:
+        """Where its parameters lie while they are used, by path in the part: kernels cut along their outputs."""
+        found = {m.path: m.out_axes for m in self.matmuls(d_model)}
+        return {path: devices.kernel(mesh, shape, found.get(path, ())) for path, shape, _ in self.shapes}
+
+    def abstract(self) -> PyTree:
+        """Its parameters as ShapeDtypeStructs."""
+        return trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in self.shapes})
+
+    def matmuls(self, d_model: int) -> tuple[ParamMatmul, ...]:
+        """Its matmuls against parameters, by paths below the prefix; equal parts are traced once."""
+        return _matmuls(self.function, self.shapes, d_model)
+
+
+def parts(checkpoint: Checkpoint) -> list[Part]:
+    """The blocks in their order, then the head."""
+    config = checkpoint.config
+
+    def leaves(*prefixes: str, start: str = "") -> tuple[tuple[str, tuple[int, ...], Any], ...]:
+        here = [path for path in checkpoint.shapes if path.startswith(prefixes)]
+        return tuple((p.removeprefix(start), checkpoint.shapes[p].shape, checkpoint.shapes[p].dtype) for p in here)
+
+    prefixes = [f"blocks/{i}" for i in range(config.layers)]
+    blocks = [Part(p, decoder.block(config, i), leaves(f"{p}/", start=f"{p}/")) for i, p in enumerate(prefixes)]
+    rest = leaves(*(f"{name}/" for name in decoder.head_parts(config)))
+    return blocks if config.tied else [*blocks, Part("", decoder.head(config), rest)]
+
+
+@functools.lru_cache(maxsize=64)
+def _matmuls(function: Callable, shapes: tuple, d_model: int) -> tuple[ParamMatmul, ...]:
+    params = trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in shapes})
+    return matmuls(function, params, jax.ShapeDtypeStruct((1, 8, d_model), jnp.float32), stacked=True)
