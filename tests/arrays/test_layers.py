@@ -55,7 +55,6 @@ LONG = {
     "jprune.pipeline.rounds.run": "being rebuilt",
     "jprune.pipeline.shrink.run": "being rebuilt",
     "jprune.solvers.sparsegpt": "being rebuilt",
-    "jprune.trace.coupling.rules": "being rebuilt",
     "jprune.train.loop": "being rebuilt",
 }
 """Files that may be longer, and why."""

@@ -13,7 +13,8 @@ import numpy as np
 from jax.extend import core as jex
 
 from jprune.trace.coupling.atoms import ONE, Axis, Misfit, atom, freeze
-from jprune.trace.coupling.rules import Axes, concrete, elementwise, follow, opaque, reason, tie
+from jprune.trace.coupling.rules import follow
+from jprune.trace.coupling.ties import Axes, concrete, elementwise, opaque, reason, tie
 from jprune.trace.jaxpr import Atom, Body, Equation, Trace, Var, flat_body, scan_counts
 
 _LOOKED_AT = 1 << 22  # elements of a constant that are compared to see whether it varies along an axis

@@ -5,14 +5,14 @@ equation tells one index from another by its position. It returns the axes of th
 all elements are the same.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from jprune.trace.coupling.atoms import ONE, Axis, atom, concatenation, cut, freeze, product, regroup, unify
+from jprune.trace.coupling import rearranged
+from jprune.trace.coupling.atoms import Axis, atom, regroup, unify
 from jprune.trace.coupling.elementwise import POINTWISE
-from jprune.trace.jaxpr import IDENTITIES, Equation, Var, where_written
-
-Axes = tuple[Axis | None, ...]
+from jprune.trace.coupling.ties import Axes, concrete, elementwise, freeze_known, opaque, reason, replaced, tie
+from jprune.trace.jaxpr import IDENTITIES, Equation
 
 REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor"}
 CUMULATIVE = {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"}
@@ -33,60 +33,12 @@ def follow(equation: Equation, operands: list[Axes]) -> Sequence[Axes]:
     if name in REDUCTIONS:
         return [tuple(x for i, x in enumerate(operands[0]) if i not in params["axes"])]
     if name in CUMULATIVE:
-        return [_at(operands[0], params["axis"], _ordered(operands[0][params["axis"]], equation))]
+        return [replaced(operands[0], params["axis"], _ordered(operands[0][params["axis"]], equation))]
     if name in WINDOWS:
         return _windows(equation, operands)
     if name not in _RULES:
         return opaque(equation, operands, "not followed through")
     return _RULES[name](equation, operands)
-
-
-def reason(what: str, equation: Equation) -> str:
-    """Why an atom is frozen, with the source line."""
-    return f"{what} {equation.primitive.name} at {where_written(equation)}"
-
-
-def opaque(equation: Equation, operands: Iterable[Axes], what: str) -> list[Axes]:
-    """Nothing is known but the shapes: all atoms are frozen."""
-    why = reason(what, equation)
-    for axes in operands:
-        for axis in axes:
-            if axis is not None:
-                freeze(axis, why)
-    return [tuple(atom(n, why) for n in x.aval.shape) for x in equation.outvars]
-
-
-def tie(a: Axis | None, b: Axis | None) -> Axis | None:
-    """Makes two axes one unless one of them is a broadcast; the axis they are now. Frozen if that cannot be."""
-    if a is None or b is None:
-        return a if b is None else b
-    unify(a, b)
-    return a
-
-
-def elementwise(shape: Sequence[int], operands: Iterable[Axes]) -> Axes:
-    """Axes of an operand are those of the result, or of size one, or the operand is a scalar."""
-    result: list[Axis | None] = [None] * len(shape)
-    for axes in operands:
-        if axes:
-            for i, axis in enumerate(axes):
-                if axis is not ONE:
-                    result[i] = tie(result[i], axis)
-    return tuple(result)
-
-
-def _at(axes: Axes, i: int, axis: Axis | None) -> Axes:
-    return (*axes[:i], axis, *axes[i + 1 :])
-
-
-def concrete(x: Var, axes: Axes) -> tuple[Axis, ...]:
-    """Axes of a value of which none is a broadcast any more."""
-    return tuple(atom(n) if axis is None else axis for n, axis in zip(x.aval.shape, axes, strict=True))
-
-
-def _frozen(axis: Axis | None, why: str) -> None:
-    if axis is not None:
-        freeze(axis, why)
 
 
 def _ordered(axis: Axis | None, equation: Equation) -> Axis | None:
@@ -98,157 +50,10 @@ def _ordered(axis: Axis | None, equation: Equation) -> Axis | None:
     return axis
 
 
-def _broadcast_in_dim(equation: Equation, operands: list[Axes]) -> list[Axes]:
-    source = dict(zip(equation.params["broadcast_dimensions"], operands[0]))
-    return [
-        tuple(axis if (axis := source.get(i, ONE)) is not ONE else None for i in range(equation.outvars[0].aval.ndim))
-    ]
-
-
-def _transpose(equation: Equation, operands: list[Axes]) -> list[Axes]:
-    return [tuple(operands[0][i] for i in equation.params["permutation"])]
-
-
-def _squeeze(equation: Equation, operands: list[Axes]) -> list[Axes]:
-    return [tuple(x for i, x in enumerate(operands[0]) if i not in equation.params["dimensions"])]
-
-
-def _reshape(equation: Equation, operands: list[Axes]) -> list[Axes]:
-    if equation.params["dimensions"] is not None:
-        return opaque(equation, operands, "axes are permuted by")
-    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-    result: list[Axis | None] = []
-    for inputs, outputs in reshape_blocks(before, after):
-        axes = [operands[0][i] for i in inputs if before[i] > 1]
-        sizes = [after[i] for i in outputs]
-        if all(x is None for x in axes):
-            result += [ONE if n == 1 else None for n in sizes]
-        else:
-            known = [atom(before[i]) if operands[0][i] is None else operands[0][i] for i in inputs]
-            result += regroup([x for x in known if x is not None], sizes)
-    return [tuple(result)]
-
-
-def reshape_blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The smallest runs of axes of two shapes of one size whose products agree; the axes of each run."""
-    if 0 in before:
-        return [(list(range(len(before))), list(range(len(after))))]
-    blocks, i, j = [], 0, 0
-    while i < len(before) or j < len(after):
-        inputs, outputs, left, right = [], [], 1, 1
-        while True:
-            if left <= right and i < len(before):
-                left, i = left * before[i], i + 1
-                inputs.append(i - 1)
-            elif j < len(after):
-                right, j = right * after[j], j + 1
-                outputs.append(j - 1)
-            else:
-                left, i = left * before[i], i + 1
-                inputs.append(i - 1)
-            if left == right and ((inputs and outputs) or i == len(before) or j == len(after)):
-                break
-        blocks.append((inputs, outputs))
-    return blocks
-
-
-def _concatenate(equation: Equation, operands: list[Axes]) -> list[Axes]:
-    dimension, shape = equation.params["dimension"], equation.outvars[0].aval.shape
-    rest = elementwise(shape, [_at(axes, dimension, None) for axes in operands])
-    parts = [
-        atom(x.aval.shape[dimension]) if a[dimension] is None else a[dimension]
-        for x, a in zip(equation.invars, operands)
-    ]
-    return [_at(rest, dimension, concatenation([x for x in parts if x is not None]))]
-
-
-def _stack(equation: Equation, operands: list[Axes]) -> list[Axes]:
-    """The new axis has one unit for each operand, and f tells them apart."""
-    at, shape = equation.params["axis"], equation.outvars[0].aval.shape
-    rest = elementwise([n for i, n in enumerate(shape) if i != at], operands)
-    return [(*rest[:at], concatenation([ONE] * len(operands)), *rest[at:])]
-
-
-def _unstack(equation: Equation, operands: list[Axes]) -> list[Axes]:
-    at = equation.params["axis"]
-    _frozen(operands[0][at], reason("its units are told apart by", equation))
-    return [tuple(x for i, x in enumerate(operands[0]) if i != at)] * len(equation.outvars)
-
-
-def _tile(equation: Equation, operands: list[Axes]) -> list[Axes]:
-    return [
-        tuple(
-            axis if axis is None else product([atom(n), axis]) for axis, n in zip(operands[0], equation.params["reps"])
-        )
-    ]
-
-
-def _pad(equation: Equation, operands: list[Axes]) -> list[Axes]:
-    why = reason("a fixed width is added by", equation)
-    result: list[Axis | None] = []
-    for n, size, axis, widths in zip(
-        equation.outvars[0].aval.shape, equation.invars[0].aval.shape, operands[0], equation.params["padding_config"]
-    ):
-        low, high, interior = map(int, widths)
-        if (low, high, interior) == (0, 0, 0):
-            result.append(axis)
-        elif low < 0 or high < 0 or interior:
-            _frozen(axis, why)
-            result.append(atom(n, why))
-        else:
-            parts = [atom(low, why), atom(size) if axis is None else axis, atom(high, why)]
-            result.append(concatenation(x for x in parts if x.size))
-    return [tuple(result)]
-
-
-def _piece(axis: Axis | None, start: int, stop: int, size: int) -> Axis | None:
-    """Indices start to stop of an axis of `size`."""
-    if axis is None or stop - start == size:
-        return axis
-    if stop == start:
-        return atom(0)
-    if start:
-        _, axis = cut(axis, start)
-    if stop < size:
-        axis, _ = cut(axis, stop - start)
-    return axis
-
-
-def _slice(equation: Equation, operands: list[Axes]) -> list[Axes]:
-    params, shape = equation.params, equation.invars[0].aval.shape
-    result: list[Axis | None] = []
-    for i, (axis, start, stop) in enumerate(zip(operands[0], params["start_indices"], params["limit_indices"])):
-        if params["strides"] is not None and params["strides"][i] != 1:
-            why = reason("every n-th index is taken by", equation)
-            _frozen(axis, why)
-            result.append(None if axis is None else atom(equation.outvars[0].aval.shape[i], why))
-        else:
-            result.append(_piece(axis, start, stop, shape[i]))
-    return [tuple(result)]
-
-
-def _split(equation: Equation, operands: list[Axes]) -> list[Axes]:
-    """Parts of one size are tied: who splits into n equal parts wants n equal parts of the smaller array too."""
-    at, size = equation.params["axis"], equation.invars[0].aval.shape[equation.params["axis"]]
-    sizes = [int(n) for n in equation.params["sizes"]]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    pieces = [_piece(operands[0][at], start, start + n, size) for start, n in zip(starts, sizes)]
-    if len(set(sizes)) == 1:
-        for piece in pieces[1:]:
-            tie(pieces[0], piece)
-    return [_at(operands[0], at, piece) for piece in pieces]
-
-
-def _rev(equation: Equation, operands: list[Axes]) -> list[Axes]:
-    for i in equation.params["dimensions"]:
-        _frozen(operands[0][i], reason("its order is reversed by", equation))
-    return [operands[0]]
-
-
 def _iota(equation: Equation, operands: list[Axes]) -> list[Axes]:
     del operands
     shape, at = equation.outvars[0].aval.shape, equation.params["dimension"]
-    return [_at((None,) * len(shape), at, atom(shape[at], reason("its positions are values of", equation)))]
+    return [replaced((None,) * len(shape), at, atom(shape[at], reason("its positions are values of", equation)))]
 
 
 def _dot_general(equation: Equation, operands: list[Axes]) -> list[Axes]:
@@ -273,7 +78,7 @@ def _gather(equation: Equation, operands: list[Axes]) -> list[Axes]:
         if i in numbers.operand_batching_dims:
             tie(axis, indices[numbers.start_indices_batching_dims[numbers.operand_batching_dims.index(i)]])
         elif i in numbers.collapsed_slice_dims or sizes[i] < shape[i]:
-            _frozen(axis, why)
+            freeze_known(axis, why)
             if i not in numbers.collapsed_slice_dims:
                 offsets.append(atom(sizes[i], why))
         else:
@@ -289,7 +94,7 @@ def _dynamic_slice(equation: Equation, operands: list[Axes]) -> list[Axes]:
     result = []
     for axis, n, size in zip(operands[0], equation.outvars[0].aval.shape, equation.invars[0].aval.shape):
         if n != size:
-            _frozen(axis, why)
+            freeze_known(axis, why)
         result.append(axis if n == size or axis is None else atom(n, why))
     return [tuple(result)]
 
@@ -301,15 +106,15 @@ def _dynamic_update_slice(equation: Equation, operands: list[Axes]) -> list[Axes
         if n == size:
             result.append(tie(old, new))
         else:
-            _frozen(old, why)
-            _frozen(new, why)
+            freeze_known(old, why)
+            freeze_known(new, why)
             result.append(atom(size, why) if old is None else old)
     return [tuple(result)]
 
 
 def _arg(equation: Equation, operands: list[Axes]) -> list[Axes]:
     for i in equation.params["axes"]:
-        _frozen(operands[0][i], reason("its positions are values of", equation))
+        freeze_known(operands[0][i], reason("its positions are values of", equation))
     return [tuple(x for i, x in enumerate(operands[0]) if i not in equation.params["axes"])]
 
 
@@ -317,15 +122,15 @@ def _sort(equation: Equation, operands: list[Axes]) -> list[Axes]:
     at, shape = equation.params["dimension"], equation.outvars[0].aval.shape
     why = reason("its order is changed by", equation)
     axes = elementwise(shape, operands)
-    _frozen(axes[at], why)
-    return [_at(axes, at, atom(shape[at], why) if axes[at] is None else axes[at])] * len(equation.outvars)
+    freeze_known(axes[at], why)
+    return [replaced(axes, at, atom(shape[at], why) if axes[at] is None else axes[at])] * len(equation.outvars)
 
 
 def _top_k(equation: Equation, operands: list[Axes]) -> list[Axes]:
     at = equation.params.get("axis", -1) % len(operands[0])
     why = reason("its order is changed by", equation)
-    _frozen(operands[0][at], why)
-    return [_at(operands[0], at, atom(x.aval.shape[at], why)) for x in equation.outvars]
+    freeze_known(operands[0][at], why)
+    return [replaced(operands[0], at, atom(x.aval.shape[at], why)) for x in equation.outvars]
 
 
 def _convolution(equation: Equation, operands: list[Axes]) -> list[Axes]:
@@ -338,7 +143,7 @@ def _convolution(equation: Equation, operands: list[Axes]) -> list[Axes]:
     why = reason("an axis of the image or the window of", equation)
     for axes, spec in ((image, numbers.lhs_spec), (kernel, numbers.rhs_spec)):
         for i in spec[2:]:
-            _frozen(axes[i], why)
+            freeze_known(axes[i], why)
     batch, features = (image[i] for i in numbers.lhs_spec[:2])
     outputs, inputs = (kernel[i] for i in numbers.rhs_spec[:2])
     together, each = regroup([features], [groups, features.size // groups])
@@ -357,7 +162,7 @@ def _windows(equation: Equation, operands: list[Axes]) -> list[Axes]:
         if untouched(params, i):
             result.append(axis)
         else:
-            _frozen(axis, why)
+            freeze_known(axis, why)
             result.append(atom(n, why))
     return [tuple(result)]
 
@@ -370,18 +175,7 @@ def untouched(params: dict[str, Any], i: int) -> bool:
 
 
 _RULES = {
-    "broadcast_in_dim": _broadcast_in_dim,
-    "transpose": _transpose,
-    "squeeze": _squeeze,
-    "reshape": _reshape,
-    "concatenate": _concatenate,
-    "stack": _stack,
-    "unstack": _unstack,
-    "tile": _tile,
-    "pad": _pad,
-    "slice": _slice,
-    "split": _split,
-    "rev": _rev,
+    **rearranged.RULES,
     "iota": _iota,
     "dot_general": _dot_general,
     "gather": _gather,
