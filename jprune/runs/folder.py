@@ -13,18 +13,19 @@ whatever is not found is done again, to the same bits: what a unit computes depe
 what run.json says.
 """
 
+import contextlib
 import json
 import secrets
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jprune import settings
 from jprune.checkpoints import writing
 from jprune.errors import JpruneError
-from jprune.runs import processes
-from jprune.runs.lock import Lock
+from jprune.runs import lock, processes
 
 FORMAT_VERSION = 1
 FINISHED = "finished"
@@ -50,11 +51,45 @@ def finished(folder: Path, out: Path) -> bool:
         return False
     if partial.exists() or not out.exists() or not (folder / "done" / f"{FINISHED}.json").exists():
         return False
-    lock = Lock(folder)
+    ours = lock.Lock(folder)
     shutil.rmtree(partial.with_suffix(".old"), ignore_errors=True)
-    _vanish(folder)
-    lock.release()
+    remove(folder)
+    ours.release()
     return True
+
+
+@contextlib.contextmanager
+def state_folder(folder: Path, *, forget: bool = False) -> Iterator[None]:
+    """A folder for a run whose state is not a `RunFolder`, locked as long as the context lasts.
+
+    Args:
+      folder: made if it is not there.
+      forget: remove what an earlier run (known by its `jprune.settings`) has left in it.
+
+    Raises:
+      JpruneError: the folder is in use, or cannot be made.
+    """
+    ours = _locked(folder)
+    try:
+        if forget and (folder / settings.NAME).exists():
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != lock.NAME:
+                    path.unlink()
+        yield
+    finally:
+        ours.release()
+
+
+def remove(folder: Path) -> None:
+    """Removes the folder of a run, under another name: half of one, left by a kill, would be taken for a run."""
+    gone = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.gone")
+    try:
+        folder.rename(gone)
+    except OSError:  # a mount point, say
+        gone = folder
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 class RunFolder:
@@ -82,8 +117,8 @@ class RunFolder:
         self, folder: Path, *, out: Path, fingerprint: Mapping[str, Any], resume: bool = False, overwrite: bool = False
     ):
         self.folder = folder
-        self._lock: Lock | None = None
-        fingerprint = json.loads(json.dumps({"out": str(out.resolve()), **fingerprint}))
+        self._lock: lock.Lock | None = None
+        fingerprint = settings.as_json({"out": str(out.resolve()), **fingerprint})
         self._state, self.resumed = processes.decided_by_first(lambda: self._open(fingerprint, resume, overwrite))
         self.partial = out.with_name(f".{out.name}.{self._state['id']}.partial")
         self.old = self.partial.with_suffix(".old")
@@ -98,10 +133,7 @@ class RunFolder:
     def _open(self, fingerprint: Mapping[str, Any], resume: bool, overwrite: bool) -> tuple[dict[str, Any], bool]:
         """Locks the folder and makes it ready; returns what run.json says, and whether there is a run to go on with."""
         folder = self.folder
-        with writing.explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            _refuse_strangers(folder)
-            self._lock = Lock(folder)
+        self._lock = _locked(folder, known={_RUN, f".{_RUN}.tmp", lock.NAME, "done", "hidden", "spill"})
         try:
             before = self._read()
             if before and not (resume or overwrite):
@@ -110,7 +142,7 @@ class RunFolder:
                     "--resume, drop it by --overwrite, or remove the folder"
                 )
             if before and resume:
-                self._check(before, fingerprint)
+                settings.check_same(folder, before["fingerprint"], fingerprint)
                 state = before
             else:
                 self._clear(before)
@@ -142,7 +174,7 @@ class RunFolder:
     def decide(self, decisions: Mapping[str, Any]) -> dict[str, Any]:
         """What was decided when the run began; `decisions` of the first process, if it begins now. JSON."""
         if not self._state["decisions"]:
-            self._state["decisions"] = processes.gathered(json.loads(json.dumps(decisions)))[0]
+            self._state["decisions"] = processes.gathered(settings.as_json(decisions))[0]
             if processes.is_first():
                 self._write(self._state)
         return self._state["decisions"]
@@ -172,7 +204,7 @@ class RunFolder:
             return
         for path in (self.folder / "spill", self.folder / "hidden", self.partial, self.old):
             shutil.rmtree(path, ignore_errors=True)
-        _vanish(self.folder)
+        remove(self.folder)
         self._release()
 
     def _release(self) -> None:
@@ -194,15 +226,6 @@ class RunFolder:
         with writing.explained(self.folder):
             writing.replace(self.folder / _RUN, json.dumps(state, indent=2).encode())
 
-    def _check(self, before: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
-        for name, now in fingerprint.items():
-            was = before["fingerprint"].get(name)
-            if was != now:
-                raise JpruneError(
-                    f"{self.folder} cannot be resumed, because {name} is not what it was: {_short(was)} then, "
-                    f"{_short(now)} now; give what was given then, or begin anew with --overwrite"
-                )
-
     def _clear(self, before: Mapping[str, Any] | None) -> None:
         """Removes what an earlier run left, its partial result too."""
         if before:
@@ -219,6 +242,18 @@ class RunFolder:
         return self.folder / "done" / f"{name.replace('/', '-')}.json"
 
 
+def _locked(folder: Path, known: Collection[str] | None = None) -> lock.Lock:
+    """The lock of a folder, which is made if it is not there; refused if it holds more than what is known of a run."""
+    with writing.explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        strangers = sorted(path.name for path in folder.iterdir() if known is not None and path.name not in known)
+        if strangers:
+            raise JpruneError(
+                f"--run {folder} holds {strangers[0]!r}, which jprune did not write; choose another folder"
+            )
+        return lock.Lock(folder)
+
+
 def write_mark(path: Path, contents: Any) -> None:
     """Writes a mark: JSON that is there whole, and known to be, or not at all."""
     whole = {"checksum": zlib.crc32(json.dumps(contents).encode()), "contents": contents}
@@ -233,24 +268,3 @@ def read_mark(path: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return whole["contents"] if intact else None
-
-
-def _vanish(folder: Path) -> None:
-    """Removes a folder under another name: half of one, left by a process that was killed, would be taken for a run."""
-    gone = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.gone")
-    try:
-        folder.rename(gone)
-    except OSError:  # a mount point, say
-        gone = folder
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-def _refuse_strangers(folder: Path) -> None:
-    ours = {_RUN, f".{_RUN}.tmp", "lock", "done", "hidden", "spill"}
-    if strangers := sorted(path.name for path in folder.iterdir() if path.name not in ours):
-        raise JpruneError(f"--run {folder} holds {strangers[0]!r}, which jprune did not write; choose another folder")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

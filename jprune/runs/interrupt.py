@@ -7,38 +7,44 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def deferred() -> Iterator[Callable[[], None]]:
-    """Gives a function to call at safe points: it raises KeyboardInterrupt if Ctrl-C has been pressed.
+class CtrlC:
+    """Whether Ctrl-C has been pressed. To be called, or to be asked for `pressed`, at safe points."""
 
-    In threads other than the main one, which get no signals, and where a program handles Ctrl-C by itself, nothing is
-    changed.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
-        yield lambda: None
-        return
-    pressed = False
+    def __init__(self) -> None:
+        self.pressed = False
 
-    def remember(number: int, frame: Any) -> None:
-        nonlocal pressed
-        if pressed:
-            signal.default_int_handler(number, frame)
-        pressed = True
-        logger.warning("stopping at the next safe point; Ctrl-C again stops at once, and is as safe")
-
-    def check() -> None:
-        if pressed:
+    def __call__(self) -> None:
+        """Raises KeyboardInterrupt if Ctrl-C has been pressed."""
+        if self.pressed:
             raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, remember)
+    def remember(self, number: int, frame: Any) -> None:
+        """Handles the signal."""
+        if self.pressed:
+            signal.default_int_handler(number, frame)
+        self.pressed = True
+        logger.warning("stopping at the next safe point; Ctrl-C again stops at once, and is as safe")
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[CtrlC]:
+    """Remembers Ctrl-C for the safe points of what is inside.
+
+    In threads other than the main one, which get no signals, and where a program handles Ctrl-C by itself, nothing is
+    changed: that program knows why.
+    """
+    ctrl_c, before = CtrlC(), signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield ctrl_c
+        return
+    signal.signal(signal.SIGINT, ctrl_c.remember)
     try:
-        yield check
+        yield ctrl_c
     finally:
         signal.signal(signal.SIGINT, before)

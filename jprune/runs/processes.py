@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from jprune.errors import JpruneError, UsageError
+from jprune.settings import as_json, first_difference
 
 T = TypeVar("T")
 PATIENCE = 300
@@ -169,14 +170,14 @@ def run_together() -> Iterator[None]:
 
 def check_alike(facts: Mapping[str, Any]) -> None:
     """Raises JpruneError, in every process, unless all have the same facts (JSON, by names that users understand)."""
-    everywhere = gathered(json.loads(json.dumps(facts)))
+    everywhere = gathered(as_json(facts))
     for i, theirs in enumerate(everywhere):
-        for name, value in everywhere[0].items():
-            if theirs[name] != value:
-                raise JpruneError(
-                    f"process {i} and process 0 differ in {name}: {json.dumps(theirs[name])[:60]} and "
-                    f"{json.dumps(value)[:60]}; start all with the same command, where all see the same files"
-                )
+        if (difference := first_difference(theirs, everywhere[0])) is not None:
+            name, value, of_first = difference
+            raise JpruneError(
+                f"process {i} and process 0 differ in {name}: {value} and {of_first}; start all with the same command, "
+                "where all see the same files"
+            )
 
 
 def lost(error: BaseException) -> str | None:

@@ -12,8 +12,6 @@ bit for bit as if nothing had happened.
 
 import contextlib
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -126,6 +124,7 @@ def train(
     resume: bool = False,
     mesh: Mesh | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
     """Trains.
 
@@ -148,11 +147,12 @@ def train(
       resume: go on with the run in the folder, if there is one.
       mesh: over which devices, None for one; see `jprune.train.sharding`.
       progress: called after every micro-batch.
+      stop: asked after every micro-batch whether to save the state and stop, as Ctrl-C wants it.
 
     Raises:
       JpruneError: the loss or its gradient is not finite (what was good is kept, and the step named), the data ends, or
         the folder holds another run.
-      Interrupted: Ctrl-C, after the state was saved.
+      Interrupted: `stop` said so; the state was saved.
     """
     settings = {**(settings or {}), "steps": schedule.steps, "seed": schedule.seed}
     run = None if folder is None else StateFolder(folder, settings, resume=resume)
@@ -175,7 +175,7 @@ def train(
         if run is not None:
             run.save(step, state, {"data": place, "best": best})
 
-    with _interrupts() as interrupted, contextlib.closing(log) if log else contextlib.nullcontext():
+    with contextlib.closing(log) if log else contextlib.nullcontext():
         for step in range(first, schedule.steps):
             place = batches.get_state()
             try:
@@ -190,7 +190,7 @@ def train(
                 key = jax.random.fold_in(jax.random.fold_in(base, step), i)
                 total = jax.block_until_ready(functions.add(total, state[0], frozen, part, key))
                 progress(clock.tick(step + (i + 1) / len(parts), part["tokens"].size))
-                if interrupted():
+                if stop():
                     save(step, place)
                     where = "nothing was saved" if run is None else f"its state is in {run.path}; go on with --resume"
                     raise Interrupted(f"after {step} of {schedule.steps} steps; {where}")
@@ -346,26 +346,3 @@ class _Clock:
         yield
         if self._begin is not None:
             self._begin += time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Catches the first Ctrl-C: the function given tells whether there was one. A second one interrupts at once."""
-    pressed = False
-    before = signal.getsignal(signal.SIGINT)
-    # Only the main thread gets signals, and where a program handles them by itself it knows why.
-    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
-        yield lambda: False
-        return
-
-    def press(number: int, frame: Any) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

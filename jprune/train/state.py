@@ -9,7 +9,6 @@ Trees are stored as their leaves in order; whoever restores them knows their str
 another name and renames it when everything is there; what a kill leaves is removed at the next start.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 
 from jprune.errors import JpruneError
+from jprune.settings import begin_or_resume
 
 PyTree = Any
 
@@ -41,22 +41,11 @@ class StateFolder:
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, resume: bool):
         self.path = path.resolve()
-        settings = json.loads(json.dumps(dict(settings)))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise JpruneError(f"{path}: no folder for the state of the run can be made there: {error}") from error
-        known = self.path / "settings.json"
-        if known.exists():
-            if not resume:
-                raise JpruneError(
-                    f"{path} holds a run that has not finished; go on with --resume, or begin anew with --overwrite"
-                )
-            _compare(json.loads(known.read_text(encoding="utf-8")), settings, path)
-        else:
-            part = known.with_suffix(".part")
-            part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            part.rename(known)
+        begin_or_resume(path, settings, resume=resume)
         for left in self.path.glob("*orbax-checkpoint-tmp*"):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -127,13 +116,3 @@ def _abstract(leaf: Any) -> Any:
 
 def _numbers(path: Path, kind: re.Pattern[str]) -> list[int]:
     return sorted(int(found[1]) for entry in path.iterdir() if (found := kind.match(entry.name)))
-
-
-def _compare(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
-    for name in {**old, **new}:
-        if old.get(name) != new.get(name):
-            raise JpruneError(
-                f"the run in {path} was begun with {name} = {old.get(name)!r} and cannot go on with "
-                f"{new.get(name)!r}: the result would be that of neither; resume with the old setting, or begin anew "
-                "with --overwrite"
-            )

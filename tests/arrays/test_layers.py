@@ -23,7 +23,7 @@ FLOORS = [
     ["train", "structured", "methods"],
     ["trace", "solvers"],
 ]
-GROUND = ["patterns", "masks", "scores", "statistics", "trees", "devices", "errors", "paths"]
+GROUND = ["patterns", "masks", "scores", "statistics", "trees", "devices", "errors", "paths", "settings"]
 """Modules of one room: they may know each other, but not in a circle."""
 FLOOR = {room: level for level, rooms in enumerate([*FLOORS, GROUND]) for room in rooms}
 

@@ -45,14 +45,13 @@ from jprune.pipeline.rounds.schedule import (
     tuning_of_a_round,
     zeros_present,
 )
-from jprune.pipeline.training.session import run_folder
 from jprune.pipeline.training.tune import EPOCHS, method_name, tune_model
 from jprune.runs import output
-from jprune.runs.folder import default_folder
+from jprune.runs.folder import default_folder, remove, state_folder
 from jprune.runs.memory import trim
 from jprune.runs.report import Progress, perplexity_of
 from jprune.runs.stopwatch import peak_memory_bytes
-from jprune.train.state import StateFolder
+from jprune.settings import begin_or_resume
 from jprune.tuning.recovery import Full, Lora
 
 
@@ -159,7 +158,7 @@ def prune_and_tune(
     }
     folder = default_folder(out)
     if resume and _finished(out, settings):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         return PruneAndTuneReport.from_record(record.read(out), out)
     output.check(out, overwrite=overwrite, source=checkpoint.source)
     work = _Rounds(
@@ -181,8 +180,8 @@ def prune_and_tune(
         format=format,
         progress=progress,
     )
-    with run_folder(folder, forget=overwrite and not resume):
-        StateFolder(folder, settings, resume=resume)
+    with state_folder(folder, forget=overwrite and not resume):
+        begin_or_resume(folder, settings, resume=resume)
         work.do()
         with output.new_folder(out, overwrite=overwrite, source=checkpoint.source) as part:
             work.gather(part, keep_rounds=keep_rounds)
@@ -194,7 +193,7 @@ def prune_and_tune(
                 "notices": list(report.notices),
             }
             record.write(part, {**report.json(), **about})
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
     return report
 
 

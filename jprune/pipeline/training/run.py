@@ -17,7 +17,7 @@ from jprune.evaluate.perplexity import Perplexity
 from jprune.models.weights import Weights
 from jprune.pipeline.training.session import Training, evaluation_losses
 from jprune.runs import output
-from jprune.runs.folder import default_folder
+from jprune.runs.folder import default_folder, remove
 from jprune.runs.stopwatch import peak_memory_bytes
 from jprune.train import metrics
 from jprune.train.loop import Trained
@@ -197,5 +197,5 @@ def train_and_write(
             "notices": list(done.notices),
         }
         record.write(part, contents)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     return done

@@ -3,10 +3,8 @@
 OUT.run      the state of the run while it lasts: checkpoints of everything, for --resume
 """
 
-import contextlib
 import functools
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,8 @@ from jprune.models.batching import windows_at_once
 from jprune.models.weights import Weights
 from jprune.pipeline.training import domains
 from jprune.pipeline.training.domains import Balance, Domains, DynamicLoading, mean_loss
-from jprune.runs.lock import Lock
+from jprune.runs import interrupt
+from jprune.runs.folder import state_folder
 from jprune.runs.report import Progress, environment
 from jprune.runs.stopwatch import Stopwatch
 from jprune.train import loop, sharding
@@ -215,7 +214,11 @@ class Training:
             stream = self._batches.__iter__()  # of a union, iter() is less to mypy
             if held_out is not None and evaluate_every is not None:
                 evaluate = functools.partial(mean_loss(task.evaluation, self._mesh), held_out)
-        with run_folder(folder, forget=overwrite and not resume), self.stopwatch.phase("train"):
+        with (
+            state_folder(folder, forget=overwrite and not resume),
+            interrupt.deferred() as ctrl_c,
+            self.stopwatch.phase("train"),
+        ):
             trained = train(
                 task.loss,
                 task.trainable,
@@ -232,6 +235,7 @@ class Training:
                 resume=resume,
                 mesh=self._mesh,
                 progress=lambda p: self._progress(_shown(p)),
+                stop=lambda: ctrl_c.pressed,
             )
         if mixed is not None:
             self.notices += mixed.repeated(trained.history)
@@ -283,22 +287,6 @@ def _notices(batches: Batches | Mixture, held_out: Batches | None) -> tuple[str,
         if not isinstance(held_out.examples, Rows):
             notices.append(f"{held_out.source} is instruction data: its loss is measured, and no perplexity of text")
     return tuple(dict.fromkeys(notices))
-
-
-@contextlib.contextmanager
-def run_folder(folder: Path, *, forget: bool) -> Iterator[None]:
-    """The folder of the run's state, for this process alone; what an earlier run left in it goes if it is to."""
-    if forget and (folder / "settings.json").exists():
-        shutil.rmtree(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise JpruneError(f"{folder}: no folder for the state of the run can be made: {error}") from error
-    lock = Lock(folder)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _shown(p: loop.Progress) -> Progress:
