@@ -26,10 +26,10 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune.models import decoder as decoder
     from jprune.patterns import NM as NM
     from jprune.patterns import Unstructured as Unstructured
-    from jprune.pipeline.oneshot.recipe import Recipe as Recipe
     from jprune.pipeline.oneshot.run import plan_run as plan_run
     from jprune.pipeline.oneshot.run import prune_model as prune_model
     from jprune.pipeline.options import DynamicLoading as DynamicLoading
+    from jprune.pipeline.recipe import Recipe as Recipe
     from jprune.pipeline.rounds.plan import plan_prune_and_tune as plan_prune_and_tune
     from jprune.pipeline.rounds.run import prune_and_tune as prune_and_tune
     from jprune.pipeline.shrink.run import plan_shrink as plan_shrink
@@ -69,7 +69,7 @@ _NAMES = {
     "jprune.errors": ("JpruneError",),
     "jprune.methods": ("Magnitude", "Method", "SparseGPT", "Wanda", "prune"),
     "jprune.patterns": ("NM", "Unstructured"),
-    "jprune.pipeline.oneshot.recipe": ("Recipe",),
+    "jprune.pipeline.recipe": ("Recipe",),
     "jprune.pipeline.oneshot.run": ("plan_run", "prune_model"),
     "jprune.pipeline.options": ("DynamicLoading",),
     "jprune.pipeline.rounds.plan": ("plan_prune_and_tune",),

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 
 from jprune import trees
 from jprune.anatomy.parts import Part, parts
-from jprune.anatomy.parts import Part as Unit  # noqa: F401 (until the rooms of pipeline say Part)
-from jprune.anatomy.parts import parts as units  # noqa: F401
 from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.patterns import Pattern

@@ -37,6 +37,10 @@ class Part:
         """The path in the model of a path in the part."""
         return f"{self.prefix}/{relative}" if self.prefix else relative
 
+    def relative(self, path: str) -> str:
+        """The path in the part of a path in the model."""
+        return path.removeprefix(f"{self.prefix}/") if self.prefix else path
+
     def shardings(self, mesh: Mesh, d_model: int) -> dict[str, NamedSharding]:
         """Where its parameters lie while they are used, by path in the part: kernels cut along their outputs."""
         found = {m.path: m.out_axes for m in self.matmuls(d_model)}

@@ -17,8 +17,8 @@ from jprune.methods import Method
 from jprune.patterns import NM, Pattern, Unstructured
 from jprune.pipeline import plan_run, prune_model
 from jprune.pipeline.forecast.forecast import Plan
-from jprune.pipeline.oneshot.recipe import method_name
 from jprune.pipeline.oneshot.report import Report
+from jprune.pipeline.registry import name_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Prune(Pruning, OnDevices):
 
     def _show_plan(self, plan: Plan) -> dict[str, Any]:
         result = {
-            "method": method_name(self.method),
+            "method": name_of(self.method),
             "kernels": [
                 {"path": k.path, "shape": k.shape, "pattern": str(k.pattern), "zeros": k.zeros} for k in plan.kernels
             ],

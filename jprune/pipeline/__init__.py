@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jprune.pipeline.oneshot.recipe import Recipe as Recipe
     from jprune.pipeline.oneshot.run import plan_run as plan_run
     from jprune.pipeline.oneshot.run import prune_model as prune_model
+    from jprune.pipeline.recipe import Recipe as Recipe
     from jprune.pipeline.rounds.run import prune_and_tune as prune_and_tune
 
 _LAZY = {
-    "Recipe": "jprune.pipeline.oneshot.recipe",
+    "Recipe": "jprune.pipeline.recipe",
     "plan_run": "jprune.pipeline.oneshot.run",
     "prune_model": "jprune.pipeline.oneshot.run",
     "prune_and_tune": "jprune.pipeline.rounds.run",

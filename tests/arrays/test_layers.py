@@ -28,30 +28,28 @@ GROUND = ["patterns", "masks", "scores", "statistics", "trees", "devices", "erro
 FLOOR = {room: level for level, rooms in enumerate([*FLOORS, GROUND]) for room in rooms}
 
 PIPELINE = {
-    "rounds": {"oneshot", "training", "forecast"},
-    "oneshot": {"forecast"},
-    "forecast": set(),
+    "rounds": {"oneshot", "training", "forecast", "recipe"},
+    "oneshot": {"forecast", "job", "recipe"},
+    "forecast": {"job"},
+    "job": {"recipe"},
+    "recipe": set(),
     "training": set(),
     "shrink": set(),
     "registry": {"oneshot", "training", "shrink", "rounds"},
     "options": set(),
-    "": {"oneshot", "rounds"},
+    "": {"oneshot", "rounds", "recipe"},
 }
 """Whom each room of the pipeline may know, beside `options` and `registry`."""
 BLIND = {"runs": {"methods", "solvers", "structured", "patterns", "masks", "scores", "statistics", "train", "trace"}}
 """Rooms that must not know others though these lie below: a run knows no method and no pattern."""
 COMING = {
     ("jprune.tuning", "jprune.pipeline"): "methods that train are being parted from their runs",
-    ("jprune.pipeline.forecast", "jprune.pipeline.oneshot"): "shapes and programs are moving to the forecast",
 }
 """Imports that are still there, by the packages they lead from and to, and why."""
 
 LINES, BODY, PARAMETERS = 350, 60, 12
 """The most that a file, the body of a function and a signature have."""
 LONG = {
-    "jprune.pipeline.forecast.forecast": "being rebuilt",
-    "jprune.pipeline.oneshot.run": "being rebuilt",
-    "jprune.pipeline.oneshot.stages": "being rebuilt",
     "jprune.pipeline.rounds.run": "being rebuilt",
     "jprune.pipeline.shrink.run": "being rebuilt",
     "jprune.solvers.sparsegpt": "being rebuilt",
@@ -59,8 +57,6 @@ LONG = {
 }
 """Files that may be longer, and why."""
 WIDE = {
-    "jprune.pipeline.oneshot.run.prune_model": "being rebuilt",
-    "jprune.pipeline.oneshot.run.run": "being rebuilt",
     "jprune.pipeline.rounds.run.prune_and_tune": "being rebuilt",
     "jprune.pipeline.shrink.run.shrink_model": "being rebuilt",
     "jprune.pipeline.training.domains.read": "being rebuilt",

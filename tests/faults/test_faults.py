@@ -107,13 +107,13 @@ def interrupted(tmp_path, recipe):
 def solved(monkeypatch):
     """The kernels that are solved for, one after the other."""
     paths = []
-    solve = stagewise.UnitRun._solve
+    solve = stagewise.PartRun._solve
 
     def spy(self, params, kernels, statistic):
         paths.extend(kernel.path for kernel in kernels.values())
         return solve(self, params, kernels, statistic)
 
-    monkeypatch.setattr(stagewise.UnitRun, "_solve", spy)
+    monkeypatch.setattr(stagewise.PartRun, "_solve", spy)
     return paths
 
 
@@ -180,7 +180,7 @@ def test_ctrl_c_says_how_to_go_on(interrupted, undisturbed, solved):
 
 def test_ctrl_c_on_the_command_line(tmp_path, recipe, monkeypatch, capsys):
     cli = importlib.import_module("jprune.cli.main")  # the package has a function of this name
-    monkeypatch.setattr(stagewise.UnitRun, "progress", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(stagewise.PartRun, "progress", lambda *_: signal.raise_signal(signal.SIGINT))
     words = ["prune", "wanda", recipe["model"], "--sparsity", "0.5", "--calibration", recipe["calibration"]]
     with monkeypatch.context() as patched:
         patched.setattr(cli, "_keep_compiled_programs", lambda: None)
@@ -229,16 +229,16 @@ def test_what_differs_is_named(interrupted, tmp_path, recipe, change, named):
 
 
 def test_another_version_is_named(interrupted, monkeypatch):
-    from jprune.pipeline.oneshot import run
+    from jprune.pipeline import job
 
     options = interrupted(at=1.5)
-    real = run.environment
+    real = job.environment
 
     def newer(dtype):
         found = real(dtype)
         return found | {"versions": found["versions"] | {"jax": "99.0"}}
 
-    monkeypatch.setattr(run, "environment", newer)
+    monkeypatch.setattr(job, "environment", newer)
     with pytest.raises(JpruneError, match=r"was begun with the version of jax = .* and cannot go on with .99\.0"):
         prune_model(**options, resume=True)
 
@@ -437,12 +437,12 @@ def test_the_clock_goes_backwards(interrupted, undisturbed, monkeypatch):
 
 
 def test_perplexity_before_is_not_measured_twice(interrupted, undisturbed, recipe, monkeypatch):
-    from jprune.pipeline.oneshot import run
+    from jprune.pipeline.oneshot import measure
 
     options = interrupted(at=3.2, evaluate=recipe["calibration"])
     measured = []
-    real = run.perplexity
-    monkeypatch.setattr(run, "perplexity", lambda *args, **kwargs: measured.append(1) or real(*args, **kwargs))
+    real = measure.perplexity
+    monkeypatch.setattr(measure, "perplexity", lambda *args, **kwargs: measured.append(1) or real(*args, **kwargs))
     report = resumed(options, undisturbed)
     assert len(measured) == 1
     assert report.before.value != report.after.value

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jprune import devices
-from jprune.anatomy.kernels import Kernel, Unit
+from jprune.anatomy.kernels import Kernel
+from jprune.anatomy.parts import Part
 from jprune.methods import Method
-from jprune.pipeline.oneshot.stages import Spec, finish, inputs_of, observe, zero_parts
+from jprune.pipeline.forecast.programs import Spec, finish, inputs_of, observe, zero_parts
 from jprune.statistics import Gram, Stacked, Statistic, merge_parts
 
 AT_ONCE = 2
@@ -40,7 +41,7 @@ class UnitCost:
 
 
 def unit_cost(
-    unit: Unit, kernels: Sequence[Kernel], method: Method, hidden: Sequence[jax.ShapeDtypeStruct]
+    unit: Part, kernels: Sequence[Kernel], method: Method, hidden: Sequence[jax.ShapeDtypeStruct]
 ) -> UnitCost:
     """The cost of pruning `kernels` of `unit`, with micro-batches of hidden states as given (none: no calibration)."""
     weights = sum(math.prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype in unit.shapes)
@@ -68,7 +69,7 @@ def unit_cost(
     )
 
 
-def rough_working(unit: Unit, kernels: Sequence[Kernel], method: Method, x: jax.ShapeDtypeStruct | None) -> int:
+def rough_working(unit: Part, kernels: Sequence[Kernel], method: Method, x: jax.ShapeDtypeStruct | None) -> int:
     """Bytes, at most, that a unit takes beside weights and activations; x: one micro-batch of hidden states."""
     elements = sum(math.prod(shape) for _, shape, _ in unit.shapes)
     gram = 4 * max((k.d_in for k in kernels), default=0) ** 2 if method.statistic is Gram else 0
@@ -80,9 +81,9 @@ def rough_working(unit: Unit, kernels: Sequence[Kernel], method: Method, x: jax.
     return max(solve, AT_ONCE * (3 * gram + values + 4 * elements))
 
 
-def working(unit: Unit, kernels: Sequence[Kernel], method: Method, x: jax.ShapeDtypeStruct | None) -> int:
+def working(unit: Part, kernels: Sequence[Kernel], method: Method, x: jax.ShapeDtypeStruct | None) -> int:
     """As `rough_working`, from the compiled programs."""
-    wanted = tuple(_Wanted(dataclasses.replace(k, path=_relative(k, unit))) for k in kernels)
+    wanted = tuple(_Wanted(dataclasses.replace(k, path=unit.relative(k.path))) for k in kernels)
     return _working(unit.function, unit.shapes, wanted, method, None if x is None else (x.shape, jnp.dtype(x.dtype)))
 
 
@@ -102,7 +103,7 @@ class _Wanted:
 
 @functools.lru_cache(maxsize=64)
 def _working(function: Callable, shapes: tuple, wanted: tuple[_Wanted, ...], method: Method, x: tuple | None) -> int:
-    unit = Unit("", function, shapes)
+    unit = Part("", function, shapes)
     kernels = {w.kernel.path: w.kernel for w in wanted}
     dtypes = {path: dtype for path, _, dtype in shapes}
     if x is None or method.statistic is None:
@@ -155,8 +156,8 @@ def _taken(lowered: Any) -> int:
     return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 
-def _spec(unit: Unit, kernels: Iterable[Kernel], x: jax.ShapeDtypeStruct) -> Spec:
-    chosen = frozenset(_relative(k, unit) for k in kernels)
+def _spec(unit: Part, kernels: Iterable[Kernel], x: jax.ShapeDtypeStruct) -> Spec:
+    chosen = frozenset(unit.relative(k.path) for k in kernels)
     return Spec(unit.function, unit.shapes, chosen, (x.shape, jnp.dtype(x.dtype)), devices.one_device())
 
 
@@ -174,7 +175,3 @@ def _abstract(carry: Iterable[Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 def _nbytes(carry: Iterable[Any]) -> int:
     return sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in carry)
-
-
-def _relative(kernel: Kernel, unit: Unit) -> str:
-    return kernel.path.removeprefix(f"{unit.prefix}/") if unit.prefix else kernel.path

@@ -1,6 +1,6 @@
 """What a run will take, and how it is laid out for the memory there is.
 
-A run needs, beside what the process has: the weights of three units (the one at work, the next, which is being read,
+A run needs, beside what the process has: the weights of three parts (the one at work, the next, which is being read,
 and the last, which is being written), the working memory of compiled programs, and the activations. The first three
 do not depend on the calibration set or on the number of blocks. What is left of the limit is for activations, and what
 does not fit goes to disk, or is recomputed where computing is faster than disks are.
@@ -9,27 +9,22 @@ does not fit goes to disk, or is recomputed where computing is faster than disks
 import dataclasses
 import math
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from jprune import devices, trees
-from jprune.anatomy.kernels import Kernel, prunable, units
-from jprune.checkpoints import Checkpoint
+from jprune.anatomy.kernels import Kernel
 from jprune.errors import JpruneError
-from jprune.methods import Method
 from jprune.models.batching import windows_at_once
 from jprune.pipeline.forecast import speed
 from jprune.pipeline.forecast.costs import UnitCost, rough_working, unit_cost, working
-from jprune.pipeline.forecast.layout import Layout
-from jprune.pipeline.oneshot.blocks import hidden_specs
+from jprune.pipeline.forecast.layout import Layout, hidden_specs
+from jprune.pipeline.job import Job
+from jprune.pipeline.options import Machine
 from jprune.runs import memory
 from jprune.runs.activations import Room
-from jprune.statistics import Gram
 
 COMPILER = 3 * 2**27
 """Bytes that compiling, and the programs compiled, leave in the process."""
@@ -37,8 +32,8 @@ UNITS_IN_MEMORY = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UnitPlan:
-    """What one unit (a block, or the head) is expected to take."""
+class PartPlan:
+    """What one part (a block, or the head) is expected to take."""
 
     name: str
     bytes_read: int
@@ -59,9 +54,9 @@ class Plan:
     tokens: int
     """Calibration tokens; 0 where the method needs none."""
     layout: Layout
-    units: tuple[UnitPlan, ...]
+    units: tuple[PartPlan, ...]
     activations: str
-    """Where they are between units: "device", "memory", "disk" (in part) or "none"."""
+    """Where they are between parts: "device", "memory", "disk" (in part) or "none"."""
     intermediates: str
     """What becomes of the values between stages: "kept", "disk" (in part), "recomputed" or "none"."""
     disk_bytes: int
@@ -104,7 +99,7 @@ class Memory:
     device_fixed: int | None
     """Of each accelerator; None on CPU."""
     hidden: int
-    """Bytes of the activations between units that this process has."""
+    """Bytes of the activations between parts that this process has."""
     carry: int
     """The most bytes of the values between two stages (which contain the activations) that this process has."""
     limit: int
@@ -142,42 +137,18 @@ class Forecast:
     """The costs of a run.
 
     Args:
-      checkpoint: the model.
-      kernels: what is pruned.
-      method: how.
-      shape: of the calibration tokens; None if the method needs none.
-      dtype: of the activations.
-      mesh: the devices; by default one.
-      limit: bytes of memory that may be taken; by default what `memory.default_limit` says.
-      micro_batch: calibration windows computed at once on each device, where memory suffices; by default as many as
-        are fast.
+      job: what is to be done.
+      machine: what it may take: bytes of memory, by default what `memory.default_limit` says, and calibration windows
+        at once on each device, where memory suffices, by default as many as are fast.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        kernels: Sequence[Kernel],
-        method: Method,
-        *,
-        shape: tuple[int, int] | None,
-        dtype: DTypeLike,
-        mesh: Mesh | None = None,
-        limit: int | None = None,
-        micro_batch: int | None = None,
-    ):
-        if micro_batch is not None and micro_batch < 1:
-            raise JpruneError(f"micro_batch must be at least 1, got {micro_batch}")
-        self.micro_batch = micro_batch
-        self.checkpoint, self.kernels, self.method = checkpoint, tuple(kernels), method
-        self.shape, self.dtype = shape, dtype
-        self.mesh = mesh or devices.one_device()
+    def __init__(self, job: Job, machine: Machine | None = None):
+        machine = machine or Machine()
+        if machine.micro_batch is not None and machine.micro_batch < 1:
+            raise JpruneError(f"micro_batch must be at least 1, got {machine.micro_batch}")
+        self.job, self.micro_batch = job, machine.micro_batch
         self.base = memory.resident() + COMPILER
-        self.limit = limit or memory.default_limit()
-        self._by_unit: dict[str, list[Kernel]] = {}
-        for kernel in kernels:
-            self._by_unit.setdefault(kernel.unit, []).append(kernel)
-        todo = units(checkpoint)
-        self.units = todo[: max(i for i, unit in enumerate(todo) if unit.name in self._by_unit) + 1]
+        self.limit = machine.memory or memory.default_limit()
 
     def choose(self, disk: Path, *, exact: bool = False) -> tuple[Layout, Memory]:
         """The layout for the memory there is, and what it takes.
@@ -186,10 +157,10 @@ class Forecast:
           disk: the run folder, or where it will be.
           exact: ask the compiler for the working memory even where a rough bound fits.
         """
-        data = self.mesh.shape[devices.DATA]
+        data = self.job.mesh.shape[devices.DATA]
         each = 1
-        if self.shape is not None:
-            each = min(self.micro_batch or windows_at_once(self.shape[1]), -(-self.shape[0] // data))
+        if self.job.shape is not None:
+            each = min(self.micro_batch or windows_at_once(self.job.shape[1]), -(-self.job.shape[0] // data))
         layout = Layout(windows=each * data)
         found = self.memory(layout, exact=exact)
         while not found.fits and each > 1:
@@ -198,7 +169,7 @@ class Forecast:
             found = self.memory(layout, exact=exact)
         needed = max(found.hidden, found.carry)
         if needed > found.left and (jax.default_backend() != "cpu" or 2 * needed > _free_disk(disk)):
-            all_of_it = int((found.left - found.hidden) / devices.local_share(self.mesh))
+            all_of_it = int((found.left - found.hidden) / devices.local_share(self.job.mesh))
             layout = Layout(windows=layout.windows, carry_limit=max(all_of_it, 0))
         return layout, found
 
@@ -216,7 +187,7 @@ class Forecast:
         weights = max(cost.weights for cost in costs)
         hidden = sum(map(_nbytes, self.hidden(layout)))
         on_cpu = jax.default_backend() == "cpu"
-        share, count = devices.local_share(self.mesh), len(self.mesh.local_devices)
+        share, count = devices.local_share(self.job.mesh), len(self.job.mesh.local_devices)
         return Memory(
             host_fixed=self.base + self._host(weights, max(peaks)),
             device_fixed=None if on_cpu else weights + max(peaks),
@@ -231,20 +202,20 @@ class Forecast:
         """Bytes of host memory for a unit's weights, and for what its programs take where devices are of the host."""
         if jax.default_backend() != "cpu":
             return UNITS_IN_MEMORY * weights
-        count = len(self.mesh.local_devices)
+        count = len(self.job.mesh.local_devices)
         return (UNITS_IN_MEMORY + count - 1) * weights + count * peak
 
     def hidden(self, layout: Layout) -> list[jax.ShapeDtypeStruct]:
         """The hidden states, micro-batch by micro-batch."""
-        if self.shape is None:
+        if self.job.shape is None:
             return []
-        width = self.checkpoint.config.d_model
-        return [x for (x,) in hidden_specs(width, self.shape, layout, self.dtype, self.mesh)]
+        width = self.job.checkpoint.config.d_model
+        return [x for (x,) in hidden_specs(width, self.job.shape, layout, self.job.dtype, self.job.mesh)]
 
     def costs(self, layout: Layout) -> list[UnitCost]:
         """Of every unit."""
         hidden = self.hidden(layout)
-        return [unit_cost(unit, self._by_unit.get(unit.name, []), self.method, hidden) for unit in self.units]
+        return [unit_cost(part, self.job.kernels_of(part), self.job.method, hidden) for part in self.job.parts]
 
     def working(self, layout: Layout, *, exact: bool) -> list[int]:
         """Working memory of every unit on each device, in bytes."""
@@ -254,23 +225,23 @@ class Forecast:
             shape = hidden[0].sharding.shard_shape(hidden[0].shape)
             x = jax.ShapeDtypeStruct(shape, hidden[0].dtype)
         estimate = working if exact else rough_working
-        return [estimate(unit, self._by_unit.get(unit.name, []), self.method, x) for unit in self.units]
+        return [estimate(part, self.job.kernels_of(part), self.job.method, x) for part in self.job.parts]
 
     def plan(self, disk: Path) -> Plan:
         """Everything, with a short measurement of this machine."""
         layout, found = self.choose(disk, exact=True)
-        config = self.checkpoint.config
-        rates = speed.measure(self.method, d_model=config.d_model, d_ff=config.d_ff, dtype=self.dtype)
+        config = self.job.checkpoint.config
+        rates = speed.measure(self.job.method, d_model=config.d_model, d_ff=config.d_ff, dtype=self.job.dtype)
         kept = max(found.hidden, found.carry if layout.carry_limit is None else 0)
         on_device = min(kept, found.device_left)
         on_host = min(kept - on_device, found.left - found.device_left)
         planned = []
-        for unit, cost, peak in zip(self.units, self.costs(layout), self.working(layout, exact=True), strict=True):
+        for part, cost, peak in zip(self.job.parts, self.costs(layout), self.working(layout, exact=True), strict=True):
             on_cpu = found.device_fixed is None
             host = self.base + self._host(cost.weights, peak) + (on_device if on_cpu else on_host)
             planned.append(
-                UnitPlan(
-                    name=unit.name,
+                PartPlan(
+                    name=part.name,
                     bytes_read=cost.weights,
                     flops=cost.forward_flops + cost.statistic_flops + cost.solve_flops,
                     seconds=rates.seconds(cost),
@@ -278,19 +249,14 @@ class Forecast:
                     peak_device_memory_bytes=None if on_cpu else cost.weights + peak + on_device // found.devices,
                 )
             )
-        sizes = {path: math.prod(shape.shape) for path, shape in self.checkpoint.shapes.items()}
-        sparsity = trees.Sparsity(
-            zeros=sum(k.zeros for k in self.kernels),
-            prunable_parameters=sum(sizes[path] for path in prunable(self.checkpoint, self.kernels)),
-            total_parameters=sum(sizes.values()),
-        )
-        embedding = sum(_nbytes(s) for p, s in self.checkpoint.shapes.items() if p.startswith("embed/"))
+        sparsity = self.job.sparsity(sum(k.zeros for k in self.job.kernels))
+        embedding = sum(_nbytes(s) for p, s in self.job.checkpoint.shapes.items() if p.startswith("embed/"))
         peak = max(self.base + embedding + min(found.hidden, found.left), *(u.peak_memory_bytes for u in planned))
         device_peaks = [u.peak_device_memory_bytes for u in planned if u.peak_device_memory_bytes is not None]
         return Plan(
-            kernels=self.kernels,
+            kernels=self.job.kernels,
             sparsity=sparsity,
-            tokens=math.prod(self.shape) if self.shape else 0,
+            tokens=math.prod(self.job.shape) if self.job.shape else 0,
             layout=layout,
             units=tuple(planned),
             activations=_where(found),
@@ -306,21 +272,24 @@ class Forecast:
         """What would make a run smaller, the most telling first."""
         layout = Layout(windows=1)
         found = self.memory(layout, exact=False)
-        widest = max(self.kernels, key=lambda kernel: kernel.d_in)
+        widest = max(self.job.kernels, key=lambda kernel: kernel.d_in)
         answers = []
-        if self.shape is not None:
+        if self.job.shape is not None:
             values = max(found.carry, found.hidden) // max(len(self.hidden(layout)), 1)
             answers.append(
-                f"a shorter --sequence-length: one window of {self.shape[1]} tokens takes about "
+                f"a shorter --sequence-length: one window of {self.job.shape[1]} tokens takes about "
                 f"{_words(2 * values)} between stages, and more within them"
             )
-            if np.dtype(self.dtype).itemsize > 2:
+            if np.dtype(self.job.dtype).itemsize > 2:
                 answers.append("--dtype bfloat16, which halves the activations")
-        if self.method.statistic is Gram:
+        kind = self.job.method.statistic
+        known = [] if kind is None else jax.tree.leaves(jax.eval_shape(lambda: kind.zeros(widest.d_in)))
+        # A few numbers an input, as Wanda's, are nothing beside the kernel.
+        if kind is not None and 10 * (taken := sum(map(_nbytes, known))) > 4 * widest.size:
             answers.append(
-                f"--skip {widest.path.split('/', 2)[-1].removesuffix('/kernel')}: its Gram matrix is "
-                f"[{widest.d_in}, {widest.d_in}], {_words(4 * widest.d_in**2)}, and is needed five times over; "
-                "or wanda, which needs no such matrix"
+                f"--skip {widest.path.split('/', 2)[-1].removesuffix('/kernel')}: what is known of its {widest.d_in} "
+                f"inputs ({kind.__name__}) takes {_words(taken)}, and is needed several times over; or a method that "
+                "needs less, such as wanda"
             )
         answers.append(
             f"more memory: {_words(found.host_fixed)} of host memory are needed whatever the calibration, "

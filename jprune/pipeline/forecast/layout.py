@@ -1,6 +1,15 @@
 """How calibration is cut up: what decides the last bits of the result, apart from the inputs."""
 
 import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jprune import devices
+from jprune.runs.activations import Specs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,3 +25,24 @@ class Layout:
     def keeps(self, nbytes: int) -> bool:
         """Whether values between two stages that take `nbytes` are kept."""
         return self.carry_limit is None or nbytes <= self.carry_limit
+
+
+def hidden_specs(
+    d_model: int, shape: tuple[int, ...], layout: Layout, dtype: DTypeLike, mesh: Mesh
+) -> tuple[Specs, ...]:
+    """The hidden states between blocks of token windows [n, length], and where they lie.
+
+    Micro-batches are of at most two sizes that can be shared out evenly. The windows that are left over, fewer than
+    there are devices, follow in smaller ones, which every device computes.
+    """
+    n, length = shape
+    data = mesh.shape[devices.DATA]
+    at_once = max(layout.windows // data, 1)  # on each device
+    even = n // data
+    size = math.ceil(even / math.ceil(even / at_once)) if even else 0
+    counts = [min(size, even - start) * data for start in range(0, even, max(size, 1))]
+    counts += [min(at_once, n - start) for start in range(even * data, n, at_once)]
+    return tuple(
+        (jax.ShapeDtypeStruct((count, length, d_model), jnp.dtype(dtype), sharding=devices.batch(mesh, count)),)
+        for count in counts
+    )

@@ -11,131 +11,86 @@ weights are in memory at most, however many there are.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from jprune import devices, trees
-from jprune.anatomy.kernels import Kernel, Unit, units
-from jprune.checkpoints import Checkpoint
-from jprune.methods import Method
+from jprune.anatomy.parts import Part
+from jprune.errors import JpruneError
 from jprune.models import decoder
-from jprune.pipeline.forecast.layout import Layout
+from jprune.pipeline.forecast import programs
+from jprune.pipeline.forecast.layout import hidden_specs
+from jprune.pipeline.job import Job
+from jprune.pipeline.oneshot.begin import Run
 from jprune.pipeline.oneshot.journal import Journal, Step, route
 from jprune.pipeline.oneshot.report import KernelReport
-from jprune.pipeline.oneshot.stages import UnitRun, check_finite, forward
+from jprune.pipeline.oneshot.stages import PartRun
 from jprune.runs import processes
-from jprune.runs.activations import Batches, Specs
+from jprune.runs.activations import Batches
 from jprune.runs.background import Background
-from jprune.runs.report import Progress
-from jprune.runs.stopwatch import Stopwatch
 
 
-def prune_blocks(
-    checkpoint: Checkpoint,
-    kernels: Iterable[Kernel],
-    method: Method,
-    tokens: np.ndarray | None,
-    journal: Journal,
-    *,
-    mesh: Mesh,
-    layout: Layout,
-    dtype: DTypeLike = jnp.float32,
-    progress: Callable[[Progress], None] = lambda _: None,
-    stopwatch: Stopwatch | None = None,
-    expert_tokens: int = 0,
-    keep_zeros: bool = False,
-) -> list[KernelReport]:
-    """Prunes `kernels` and writes every parameter of the model to the journal's result; goes on with what is done.
+def prune_blocks(job: Job, run: Run, journal: Journal) -> list[KernelReport]:
+    """Prunes the job's kernels, writes every parameter of the model to the journal's result, and skips what is done.
+
+    Weights are read part by part, and keep their dtype.
 
     Args:
-      checkpoint: the model; its weights are read unit by unit and keep their dtype.
-      kernels: what to prune and how, see `plan.choose_kernels`.
-      method: how.
-      tokens: calibration windows [n, length]; None if the method needs no statistic.
+      job: what is to be done.
+      run: where, and whom to tell.
       journal: knows what is done, and takes what is.
-      mesh: the devices, see `jprune.devices`.
-      layout: how calibration is cut up.
-      dtype: of the activations. Statistics and solvers are float32 in any case.
-      progress: called often.
-      stopwatch: gets the phases "calibration", "solve" and "io" (waiting for what runs in the background).
-      expert_tokens: see `UnitRun`.
-      keep_zeros: see `UnitRun`.
 
     Returns:
-      One report per pruned kernel, in the order of the units; in process 0, the others get none.
+      One report per pruned kernel, in the order of the parts; in process 0, the others get none.
 
     Raises:
       JpruneError: weights or activations that are not finite, a Gram matrix that cannot be factorised, a full disk.
     """
-    stopwatch = stopwatch or Stopwatch()
-    options = {"expert_tokens": expert_tokens, "keep_zeros": keep_zeros}
-    run = _Blocks(checkpoint, kernels, method, tokens, journal, mesh, layout, dtype, progress, stopwatch, options)
     with jax.default_matmul_precision("highest"):  # float32 means float32: no TF32, no bfloat16 passes
-        return run.all()
+        return _Blocks(job, run, journal).all()
 
 
 class _Blocks:
     """One pass over a model."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        kernels: Iterable[Kernel],
-        method: Method,
-        tokens: np.ndarray | None,
-        journal: Journal,
-        mesh: Mesh,
-        layout: Layout,
-        dtype: DTypeLike,
-        progress: Callable[[Progress], None],
-        stopwatch: Stopwatch,
-        options: Mapping[str, Any],
-    ):
-        self.options = options
-        self.checkpoint, self.method, self.tokens, self.journal = checkpoint, method, tokens, journal
-        self.layout, self.dtype, self.progress, self.stopwatch = layout, dtype, progress, stopwatch
-        self.mesh = mesh
-        self.kernels: dict[str, list[Kernel]] = {}
-        for kernel in kernels:
-            self.kernels.setdefault(kernel.unit, []).append(kernel)
-        todo = units(checkpoint)
-        self.units = todo[: max(i for i, unit in enumerate(todo) if unit.name in self.kernels) + 1]
-        """Those up to the last in which a kernel is pruned."""
+    def __init__(self, job: Job, run: Run, journal: Journal):
+        self.job, self.run, self.journal = job, run, journal
+        self.checkpoint, self.parts = job.checkpoint, job.parts
+        self.stopwatch = run.stopwatch
         self.specs = (
-            [] if tokens is None else hidden_specs(checkpoint.config.d_model, tokens.shape, layout, dtype, mesh)
+            []
+            if job.shape is None
+            else hidden_specs(job.checkpoint.config.d_model, job.shape, run.layout, job.dtype, job.mesh)
         )
 
     def all(self) -> list[KernelReport]:
         """Does what is not done; returns the reports of all."""
         with self.stopwatch.phase("io"):
             done = processes.decided_by_first(
-                lambda: [self.journal.done(unit.name, self._paths(unit)) for unit in self.units]
+                lambda: [self.journal.done(part.name, self._paths(part)) for part in self.parts]
             )
         missing = [i for i, finished in enumerate(done) if not finished]
-        largest = max(sum(math.prod(shape) * np.dtype(d).itemsize for _, shape, d in u.shapes) for u in self.units)
+        largest = max(sum(math.prod(shape) * np.dtype(d).itemsize for _, shape, d in u.shapes) for u in self.parts)
         with Background() as reading, Background(limit=largest) as writing:
-            if self.method.statistic is None:
+            if self.job.method.statistic is None:
                 steps = [Step(i, True, False) for i in missing]
             else:
                 saved = self._load(missing)
                 steps = route(missing, saved)
-            self._walk(steps, saved if self.method.statistic else {}, reading, writing)
+            self._walk(steps, saved if self.job.method.statistic else {}, reading, writing)
             self._rest(writing)
             with self.stopwatch.phase("io"):
                 writing.wait()
         if not processes.is_first():
             return []
-        return [report for unit in self.units for report in self.journal.reports(unit.name)]
+        return [report for part in self.parts for report in self.journal.reports(part.name)]
 
     def _load(self, missing: Sequence[int]) -> dict[int, Batches]:
-        """The saved activations from which some missing unit can start, in every process."""
+        """The saved activations from which some missing part can start, in every process."""
         found = {}
         with self.stopwatch.phase("io"):
             for i in range(1, max(missing, default=-1) + 1):
@@ -150,32 +105,21 @@ class _Blocks:
 
         def read(at: int) -> None:
             if at < len(steps):
-                ahead[at] = reading.submit(functools.partial(self._read, self.units[steps[at].unit], steps[at].prune))
+                ahead[at] = reading.submit(functools.partial(self._read, self.parts[steps[at].unit], steps[at].prune))
 
         read(0)
         for at, step in enumerate(steps):
-            i, unit = step.unit, self.units[step.unit]
-            where = unit.shardings(self.mesh, self.checkpoint.config.d_model)
+            i, part = step.unit, self.parts[step.unit]
+            where = part.shardings(self.job.mesh, self.checkpoint.config.d_model)
             with self.stopwatch.phase("io"):
                 values = ahead.pop(at).result()
                 # Emptied on the way, so that no array is held twice.
-                params = {path: devices.place(values.pop(path), where[path]) for path, _, _ in unit.shapes}
+                params = {path: devices.place(values.pop(path), where[path]) for path, _, _ in part.shapes}
             read(at + 1)
-            check_finite({unit.path(path): value for path, value in params.items()})
-            run = UnitRun(
-                unit,
-                self.kernels.get(unit.name, []),
-                self.method,
-                mesh=self.mesh,
-                layout=self.layout,
-                room=self.journal.room,
-                spill=self.journal.run.spill,
-                stopwatch=self.stopwatch,
-                progress=functools.partial(self._report, i),
-                **self.options,
-            )
+            check_finite({part.path(path): value for path, value in params.items()})
+            run = PartRun(i, self.job, self.run)
             after = None
-            if self.method.statistic is None:
+            if self.job.method.statistic is None:
                 params = run.without_data(params)
             else:
                 if step.load:
@@ -186,32 +130,32 @@ class _Blocks:
                 params, after = run.with_data(params, hidden, make, pruned=not step.prune)
                 if not hidden.saved:
                     hidden.drop()
-            named = {unit.path(path): devices.readable(value, self.mesh) for path, value in params.items()}
+            named = {part.path(path): devices.readable(value, self.job.mesh) for path, value in params.items()}
             with self.stopwatch.phase("io"):
-                self.journal.save(unit.name, i, named, run.reports, after, writing, written=not step.prune)
+                self.journal.save(part.name, i, named, run.reports, after, writing, written=not step.prune)
             del params, named, run
             hidden = after
 
-    def _read(self, unit: Unit, prune: bool) -> dict[str, np.ndarray]:
-        """A unit's weights: those of the model, or what has become of them."""
+    def _read(self, part: Part, prune: bool) -> dict[str, np.ndarray]:
+        """A part's weights: those of the model, or what has become of them."""
         if not prune:
-            return {path: self.journal.read(unit.path(path)) for path, _, _ in unit.shapes}
+            return {path: self.journal.read(part.path(path)) for path, _, _ in part.shapes}
         if self.checkpoint.reads_together:
-            values = self.checkpoint.read_many(self._paths(unit))
-            return {path: values[unit.path(path)] for path, _, _ in unit.shapes}
-        return {path: np.ascontiguousarray(self.checkpoint.read(unit.path(path))) for path, _, _ in unit.shapes}
+            values = self.checkpoint.read_many(self._paths(part))
+            return {path: values[part.path(path)] for path, _, _ in part.shapes}
+        return {path: np.ascontiguousarray(self.checkpoint.read(part.path(path))) for path, _, _ in part.shapes}
 
-    def _paths(self, unit: Unit) -> list[str]:
-        return [unit.path(path) for path, _, _ in unit.shapes]
+    def _paths(self, part: Part) -> list[str]:
+        return [part.path(path) for path, _, _ in part.shapes]
 
     def _after(self, index: int, writing: Background) -> Batches:
         return self.journal.batches(index + 1, self.specs, writing, save=self.journal.due())
 
     def _rest(self, writing: Background) -> None:
-        """Copies what belongs to no unit that was gone through, in parts; process 0 does."""
+        """Copies what belongs to no part that was gone through, in parts; process 0 does."""
         if not processes.is_first():
             return
-        seen = {path for unit in self.units for path in self._paths(unit)}
+        seen = {path for part in self.parts for path in self._paths(part)}
         parts: dict[str, list[str]] = {}
         for path in self.checkpoint.shapes:
             if path not in seen:
@@ -220,13 +164,14 @@ class _Blocks:
             for name, paths in parts.items():
                 if not self.journal.done(f"rest/{name}", paths):
                     values = {path: self.checkpoint.read(path) for path in paths}
-                    self.journal.save(f"rest/{name}", len(self.units), values, (), None, writing)
+                    self.journal.save(f"rest/{name}", len(self.parts), values, (), None, writing)
 
     def _embed(self, writing: Background) -> Batches:
-        """The hidden states of all windows before the first unit."""
-        assert self.tokens is not None
+        """The hidden states of all windows before the first part."""
+        assert self.job.calibration is not None
+        tokens = self.job.calibration.tokens
         with self.stopwatch.phase("calibration"):
-            everywhere = devices.replicated(self.mesh)
+            everywhere = devices.replicated(self.job.mesh)
             read = self.checkpoint.params("embed")
             params = {"embed": jax.tree.map(lambda value: devices.place(value, everywhere), read)}
             check_finite(trees.flatten(params))
@@ -234,32 +179,20 @@ class _Blocks:
             batches = self.journal.batches(0, self.specs, writing, save=False)
             start = 0
             for j, (x,) in enumerate(self.specs):
-                part = devices.place(self.tokens[start : start + x.shape[0]], x.sharding)
+                part = devices.place(tokens[start : start + x.shape[0]], x.sharding)
                 start += x.shape[0]
-                hidden = forward(embed, x.sharding)(params, part).astype(self.dtype)
+                hidden = programs.forward(embed, x.sharding)(params, part).astype(self.job.dtype)
                 batches.put(j, (jax.block_until_ready(hidden),))
         return batches
 
-    def _report(self, index: int, done: float, text: str, loss: float | None) -> None:
-        self.progress(Progress(index + done, len(self.units), f"block {index}: {text}", loss=loss))
+
+def check_finite(params: Mapping[str, jax.Array | np.ndarray]) -> None:
+    """Raises `JpruneError` for weights that are NaN or inf."""
+    for path, value in params.items():
+        if not _all_finite(value):
+            raise JpruneError(f"{path} has weights that are NaN or inf; the checkpoint is damaged")
 
 
-def hidden_specs(
-    d_model: int, shape: tuple[int, ...], layout: Layout, dtype: DTypeLike, mesh: Mesh
-) -> tuple[Specs, ...]:
-    """The hidden states between blocks of token windows [n, length], and where they lie.
-
-    Micro-batches are of at most two sizes that can be shared out evenly. The windows that are left over, fewer than
-    there are devices, follow in smaller ones, which every device computes.
-    """
-    n, length = shape
-    data = mesh.shape[devices.DATA]
-    at_once = max(layout.windows // data, 1)  # on each device
-    even = n // data
-    size = math.ceil(even / math.ceil(even / at_once)) if even else 0
-    counts = [min(size, even - start) * data for start in range(0, even, max(size, 1))]
-    counts += [min(at_once, n - start) for start in range(even * data, n, at_once)]
-    return tuple(
-        (jax.ShapeDtypeStruct((count, length, d_model), jnp.dtype(dtype), sharding=devices.batch(mesh, count)),)
-        for count in counts
-    )
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(x))

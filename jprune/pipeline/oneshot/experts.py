@@ -1,71 +1,60 @@
 """Stacks of kernels that have inputs of their own, such as experts: each is pruned by what it saw."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from jprune import devices, trees
+from jprune import trees
 from jprune.anatomy.kernels import Kernel
-from jprune.methods import Method
+from jprune.solvers.pruned import Pruned
 from jprune.statistics import Stacked
+
+Solve = Callable[[Mapping[str, jax.Array], Any], Mapping[str, Pruned]]
+"""Prunes kernels that read one input, given as matrices by path, by the statistic of that input."""
 
 
 def solve_stacks(
-    method: Method,
-    kernels: Mapping[str, tuple[Kernel, jax.Array]],
-    statistic: Any,
-    least: int,
-    mesh: Mesh,
-    *,
-    keep_zeros: bool = False,
+    kernels: Mapping[str, Kernel], values: Mapping[str, jax.Array], statistic: Any, solve: Solve, *, least: int
 ) -> tuple[dict[str, tuple[jax.Array, Any]], tuple[int, ...]]:
     """Prunes stacks of kernels that read one stack of inputs, kernel by kernel.
 
     Args:
-      method: how.
-      kernels: what is known of each stack, and its values, by name.
+      kernels: what is known of each stack, by path.
+      values: its values, by path.
       statistic: a `Stacked`, or None if the method needs none.
+      solve: prunes one kernel of each stack.
       least: kernels that saw fewer tokens are pruned as if their inputs were all alike, by magnitude that is. (What
         other kernels of the stack saw says nothing: hidden channels of different experts have nothing in common.)
-      mesh: the devices; outputs of every kernel are shared out.
-      keep_zeros: what is zero stays zero.
 
     Returns:
-      The pruned stacks and their losses by name (sums over the kernels, those that saw few left out), and the numbers
+      The pruned stacks and their losses by path (sums over the kernels, those that saw few left out), and the numbers
       of the kernels that saw few.
     """
-    first, _ = next(iter(kernels.values()))
-    count = first.stack[0]
+    count = next(iter(kernels.values())).stack[0]
     few: tuple[int, ...] = ()
     alike = None
     if isinstance(statistic, Stacked):
         few = tuple(i for i, seen in enumerate(np.asarray(statistic.tokens).tolist()) if seen < least)
         alike = jax.jit(Stacked.alike)(statistic) if few else None
-    stacks = {
-        name: jnp.moveaxis(values, k.batch_axes, range(len(k.batch_axes))) for name, (k, values) in kernels.items()
-    }
-    apart = {name: x.reshape(count, *x.shape[len(kernels[name][0].batch_axes) :]) for name, x in stacks.items()}
-    axes = {name: _without(k.in_axes, k.batch_axes) for name, (k, _) in kernels.items()}
-    patterns = {name: k.pattern for name, (k, _) in kernels.items()}
-    done: dict[str, list[jax.Array]] = {name: [] for name in kernels}
-    losses: dict[str, list[Any]] = {name: [] for name in kernels}
+    stacks = {path: jnp.moveaxis(values[path], k.batch_axes, range(len(k.batch_axes))) for path, k in kernels.items()}
+    apart = {path: x.reshape(count, *x.shape[len(kernels[path].batch_axes) :]) for path, x in stacks.items()}
+    axes = {path: _without(k.in_axes, k.batch_axes) for path, k in kernels.items()}
+    done: dict[str, list[jax.Array]] = {path: [] for path in kernels}
+    losses: dict[str, list[Any]] = {path: [] for path in kernels}
     for i in range(count):
         own = statistic if statistic is None else alike if i in few else statistic.of(i)
-        matrices = {name: trees.to_matrix(x[i], axes[name]) for name, x in apart.items()}
-        matrices = devices.spread_columns(mesh, matrices)
-        keeps = {name: matrix != 0 for name, matrix in matrices.items()} if keep_zeros else {}
-        for name, result in jax.block_until_ready(method.together(matrices, own, patterns, keeps)).items():
-            done[name].append(trees.from_matrix(result.kernel, apart[name].shape[1:], axes[name]))
-            losses[name].append(0.0 if i in few and result.loss is not None else result.loss)
+        matrices = {path: trees.to_matrix(x[i], axes[path]) for path, x in apart.items()}
+        for path, result in solve(matrices, own).items():
+            done[path].append(trees.from_matrix(result.kernel, apart[path].shape[1:], axes[path]))
+            losses[path].append(0.0 if i in few and result.loss is not None else result.loss)
     results = {}
-    for name, (k, _) in kernels.items():
-        stack = jnp.stack(done[name]).reshape(stacks[name].shape)
-        values = jnp.moveaxis(stack, range(len(k.batch_axes)), k.batch_axes)
-        results[name] = values, None if None in losses[name] else sum(losses[name])
+    for path, k in kernels.items():
+        stack = jnp.stack(done[path]).reshape(stacks[path].shape)
+        pruned = jnp.moveaxis(stack, range(len(k.batch_axes)), k.batch_axes)
+        results[path] = pruned, None if None in losses[path] else sum(losses[path])
     return results, few
 
 

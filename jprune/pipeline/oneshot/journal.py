@@ -23,29 +23,29 @@ from jprune.runs.background import Background
 from jprune.runs.folder import RunFolder, read_mark, write_mark
 
 SHARE = 0.1
-"""Of the time, that saving activations may take; they are saved after every unit as long as it takes less."""
+"""Of the time, that saving activations may take; they are saved after every part as long as it takes less."""
 
 
 class Step(NamedTuple):
-    """One unit to go through."""
+    """One part to go through."""
 
     unit: int
     """Its index."""
     prune: bool
     """False: it has been pruned, and only its output is wanted."""
     load: bool
-    """Whether its input is to be loaded: the saved activations, or the embeddings for the first unit."""
+    """Whether its input is to be loaded: the saved activations, or the embeddings for the first part."""
 
 
 def route(todo: Collection[int], saved: Collection[int]) -> list[Step]:
-    """The units to go through so that those in `todo` get done.
+    """The parts to go through so that those in `todo` get done.
 
     Args:
-      todo: indices of the units that are not done.
-      saved: indices of the units before which the activations are known, besides 0.
+      todo: indices of the parts that are not done.
+      saved: indices of the parts before which the activations are known, besides 0.
     """
     steps: list[Step] = []
-    at: int | None = None  # the unit whose input is at hand
+    at: int | None = None  # the part whose input is at hand
     for index in sorted(todo):
         start = max((s for s in {0, *saved} if s <= index), default=0)
         jump = at is None or start > at
@@ -76,15 +76,15 @@ class Journal:
         self._marks: dict[str, dict[str, Any]] = {}
         self._saved_at: float | None = None
         self._cost = 0.0
-        self._saved = self._saved_by_all = 0  # the latest activations, by the index of the unit that starts from them
+        self._saved = self._saved_by_all = 0  # the latest activations, by the index of the part that starts from them
 
     @property
     def zeros(self) -> int:
-        """Zeros in the counted parameters of the units that are done."""
+        """Zeros in the counted parameters of the parts that are done."""
         return sum(mark["zeros"] for mark in self._marks.values())
 
     def done(self, name: str, paths: Iterable[str]) -> bool:
-        """Whether a unit is done, and its parameters lie undamaged in the result."""
+        """Whether a part is done, and its parameters lie undamaged in the result."""
         mark = self.run.marked(name)
         if mark is None or set(mark["tensors"]) != set(paths) or not self._result.keep(mark["tensors"]):
             return False
@@ -92,15 +92,15 @@ class Journal:
         return True
 
     def reports(self, name: str) -> list[KernelReport]:
-        """On the pruned kernels of a unit that is done."""
+        """On the pruned kernels of a part that is done."""
         return [KernelReport.from_json(report) for report in self._marks[name]["kernels"]]
 
     def read(self, path: str) -> np.ndarray:
-        """A parameter of a unit that is done."""
+        """A parameter of a part that is done."""
         return self._result.read(path)
 
     def batches(self, index: int, specs: Sequence[Specs], background: Background, *, save: bool) -> Batches:
-        """Takes the activations before unit `index`; if they are to be saved, what stays in memory is written too."""
+        """Takes the activations before part `index`; if they are to be saved, what stays in memory is written too."""
         return Batches(specs, self.room, self._hidden(index), background if save else None)
 
     def due(self) -> bool:
@@ -114,7 +114,7 @@ class Journal:
         return everywhere[0][0]
 
     def load(self, index: int, specs: Sequence[Specs]) -> Batches | None:
-        """The saved activations before unit `index`; None if there are none, or if they are damaged."""
+        """The saved activations before part `index`; None if there are none, or if they are damaged."""
         checksums = read_mark(self._hidden(index).with_suffix(".json"))
         batches = Batches(specs, self.room, self._hidden(index))
         return batches if checksums and batches.intact(checksums) else None
@@ -130,13 +130,13 @@ class Journal:
         *,
         written: bool = False,
     ) -> None:
-        """Writes the parameters of a unit, and then marks it, in the background; process 0 does.
+        """Writes the parameters of a part, and then marks it, in the background; process 0 does.
 
         The activations after it are saved by every process, as far as it has them.
 
         Args:
-          name: of the unit.
-          index: of the unit.
+          name: of the part.
+          index: of the part.
           params: by path in the model; each is written once in a run.
           kernels: reports on those that were pruned.
           hidden: the activations after it, if they are to be saved.

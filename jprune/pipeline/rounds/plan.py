@@ -13,8 +13,8 @@ from jprune.methods import Method, SparseGPT
 from jprune.patterns import Scope, Unstructured
 from jprune.pipeline.forecast import speed
 from jprune.pipeline.forecast.forecast import Plan
-from jprune.pipeline.oneshot.recipe import Recipe, chosen_kernels
 from jprune.pipeline.oneshot.run import plan_run
+from jprune.pipeline.recipe import Recipe, chosen_kernels
 from jprune.pipeline.rounds.schedule import schedule, tuning_of_a_round, zeros_present
 from jprune.tuning.recovery import Full, Lora
 

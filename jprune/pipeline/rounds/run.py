@@ -33,10 +33,11 @@ from jprune.data.training import training_batches
 from jprune.errors import JpruneError
 from jprune.methods import Method, SparseGPT
 from jprune.patterns import Scope, Unstructured
-from jprune.pipeline.oneshot import recipe as recipes
+from jprune.pipeline import recipe as recipes
 from jprune.pipeline.oneshot.journal import count_zeros
-from jprune.pipeline.oneshot.recipe import Recipe
 from jprune.pipeline.oneshot.run import prune_model
+from jprune.pipeline.recipe import Recipe
+from jprune.pipeline.registry import name_of
 from jprune.pipeline.rounds.schedule import (
     PruneAndTuneReport,
     Round,
@@ -142,7 +143,7 @@ def prune_and_tune(
         evaluation = evaluation_windows(checkpoint, evaluate, length=given, count=evaluate_windows)
     described = {
         **{"sparsity": sparsity, "rounds": sparsities, "per": per},
-        **{"pruner": recipes.method_name(method), **dataclasses.asdict(method)},
+        **{"pruner": name_of(method), **dataclasses.asdict(method)},
         **{"tuning": method_name(tuning), **dataclasses.asdict(tuning), "tune_length": batches.length},
         **_fields(recipe, leave_out=("pattern", "keep_zeros", "seed", "calibration", "overrides")),
         "calibration": str(recipe.calibration) if isinstance(recipe.calibration, str | Path) else None,
@@ -293,7 +294,7 @@ class _Rounds:
             all_records += [tuned] if pruned is None else [pruned, tuned]
         return PruneAndTuneReport(
             out=out,
-            pruner=recipes.method_name(self.method),
+            pruner=name_of(self.method),
             tuning=method_name(self.tuning),
             sparsity=trees.Sparsity(zeros, sum(sizes[path] for path in counted), sum(sizes.values())),
             rounds=tuple(done),

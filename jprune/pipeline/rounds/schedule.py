@@ -18,7 +18,7 @@ from jprune.errors import JpruneError
 from jprune.models import loss
 from jprune.patterns import Unstructured
 from jprune.pipeline.oneshot.journal import count_zeros
-from jprune.pipeline.oneshot.recipe import Recipe, chosen_kernels
+from jprune.pipeline.recipe import Recipe, chosen_kernels
 from jprune.runs.report import RunReport
 from jprune.tuning.recovery import Full, Lora
 

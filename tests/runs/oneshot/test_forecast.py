@@ -3,17 +3,18 @@
 import dataclasses
 import itertools
 
-import numpy as np
 import pytest
 
 import jprune
-from jprune import Magnitude, Method, SparseGPT, Unstructured, Wanda
-from jprune.anatomy.kernels import choose_kernels
+from jprune import Magnitude, Method, SparseGPT, Unstructured, Wanda, devices
 from jprune.methods import masked
 from jprune.pipeline import plan_run
 from jprune.pipeline.forecast import forecast
 from jprune.pipeline.forecast.forecast import Forecast
 from jprune.pipeline.forecast.layout import Layout
+from jprune.pipeline.job import Job
+from jprune.pipeline.options import Machine
+from jprune.pipeline.recipe import Recipe
 from jprune.statistics import Gram
 
 SHAPE = (6, 24)
@@ -27,8 +28,10 @@ def made(tiny_model):
 
     def make(method=None, *, limit=10**9, shape=SHAPE, **options):
         checkpoint = jprune.load(tiny_model(next(names), **options))
-        kernels = choose_kernels(checkpoint, Unstructured(0.5))
-        found = Forecast(checkpoint, kernels, method or SparseGPT(), shape=shape, dtype=np.float32, limit=limit)
+        samples, length = shape
+        recipe = Recipe(pattern=Unstructured(0.5), samples=samples, sequence_length=length)
+        job = Job.planned(checkpoint, method or SparseGPT(), recipe, devices.one_device())
+        found = Forecast(job, Machine(memory=limit))
         found.base = 0
         return found
 
@@ -73,8 +76,7 @@ def test_the_peak_does_not_depend_on_the_number_of_blocks(made):
 
 @pytest.mark.parametrize("method", [SparseGPT(), Wanda(), Magnitude()], ids=lambda m: type(m).__name__)
 def test_the_rough_bound_is_one(made, method):
-    shape = (4, 128) if method.statistic else None
-    found = made(method, shape=shape, hidden_size=128, intermediate_size=384, head_dim=32)
+    found = made(method, shape=(4, 128), hidden_size=128, intermediate_size=384, head_dim=32)
     layout = Layout(windows=2)
     rough, exact = (found.working(layout, exact=e) for e in (False, True))
     assert all(0 < e <= r for e, r in zip(exact, rough, strict=True))
@@ -133,7 +135,7 @@ def test_out_of_memory_gives_the_advice_of_the_plan(tiny_model, token_file, tmp_
     def fail(*args):
         raise MemoryError
 
-    monkeypatch.setattr(stagewise.UnitRun, "_solve", fail)
+    monkeypatch.setattr(stagewise.PartRun, "_solve", fail)
     with pytest.raises(JpruneError, match=r"out of memory; what helps is a shorter --sequence-length.*--skip mlp/down"):
         prune_model(
             tiny_model(), tmp_path / "out", method=SparseGPT(), pattern=Unstructured(0.5), calibration=token_file()

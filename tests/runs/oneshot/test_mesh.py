@@ -11,14 +11,15 @@ import pytest
 
 import jprune
 from jprune import NM, Gram, Magnitude, Moments, SparseGPT, SquaredNorm, Unstructured, Wanda, devices
-from jprune.anatomy.kernels import choose_kernels
 from jprune.errors import JpruneError
 from jprune.evaluate.perplexity import mean_nll
 from jprune.pipeline import prune_model
 from jprune.pipeline.forecast import forecast
 from jprune.pipeline.forecast.forecast import Forecast
-from jprune.pipeline.forecast.layout import Layout
-from jprune.pipeline.oneshot.blocks import hidden_specs
+from jprune.pipeline.forecast.layout import Layout, hidden_specs
+from jprune.pipeline.job import Job
+from jprune.pipeline.options import Machine
+from jprune.pipeline.recipe import Recipe
 from jprune.runs.activations import Batches, Room
 from jprune.statistics import merge_parts, update_in_parts, zeros
 
@@ -213,11 +214,11 @@ def test_what_cannot_be_cut_evenly_is_whole():
 def test_memory_of_several_devices(tiny_model):
     """On a CPU every device takes of the host's memory; activations are shared out and not multiplied."""
     checkpoint = jprune.load(tiny_model())
-    kernels = choose_kernels(checkpoint, NM(2, 4))
-    options = {"shape": (8, 24), "dtype": np.float32, "limit": 10**10}
-    one, four = (Forecast(checkpoint, kernels, Wanda(), mesh=mesh(n), **options) for n in (1, 4))
+    recipe = Recipe(pattern=NM(2, 4), samples=8, sequence_length=24)
+    jobs = (Job.planned(checkpoint, Wanda(), recipe, mesh(n)) for n in (1, 4))
+    one, four = (Forecast(job, Machine(memory=10**10)) for job in jobs)
     assert one.memory(Layout(windows=2)).hidden == four.memory(Layout(windows=8)).hidden == 8 * 24 * 32 * 4
-    peaks = [max(f.working(Layout(windows=2 * f.mesh.size), exact=False)) for f in (one, four)]
+    peaks = [max(f.working(Layout(windows=2 * f.job.mesh.size), exact=False)) for f in (one, four)]
     assert peaks[0] == peaks[1]  # two windows on each device, as on one
     weights = max(cost.weights for cost in one.costs(Layout(windows=2)))
     more = four.memory(Layout(windows=8)).host_fixed - four.base - (one.memory(Layout(windows=2)).host_fixed - one.base)

@@ -244,7 +244,7 @@ def test_transformers_reads_the_result(tiny_model, token_file, tmp_path):
 
 def test_a_failure_leaves_nothing_behind(tiny_model, token_file, tmp_path, monkeypatch):
     folder, out = tiny_model(), tmp_path / "results" / "out"
-    monkeypatch.setattr(stagewise.UnitRun, "_solve", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(stagewise.PartRun, "_solve", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prune_model(folder, out, method=Wanda(), pattern=NM(2, 4), calibration=token_file())
     assert list(out.parent.iterdir()) == []
@@ -359,7 +359,7 @@ def test_arrays_of_tokens(tiny_model, token_file, tmp_path):
 
 
 def test_a_failing_last_evaluation_costs_nothing_else(tiny_model, token_file, tmp_path, monkeypatch):
-    from jprune.pipeline.oneshot import run
+    from jprune.pipeline.oneshot import measure
 
     measured = []
 
@@ -369,8 +369,8 @@ def test_a_failing_last_evaluation_costs_nothing_else(tiny_model, token_file, tm
             raise JpruneError("the cross-entropy is inf")
         return real(*args, **options)
 
-    real = run.perplexity
-    monkeypatch.setattr(run, "perplexity", perplexity)
+    real = measure.perplexity
+    monkeypatch.setattr(measure, "perplexity", perplexity)
     options = {"method": Magnitude(), "pattern": Unstructured(0.5), "evaluate": token_file()}
     report = prune_model(tiny_model(), tmp_path / "out", **options)
     assert report.json()["perplexity"]["after"] is None

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 import jprune
-from jprune import devices, trees
+from jprune import trees
 from jprune.anatomy.kernels import Kernel
 from jprune.errors import JpruneError
 from jprune.methods import Magnitude, SparseGPT, Wanda
 from jprune.models import decoder, families
 from jprune.patterns import Unstructured
+from jprune.pipeline.job import Job
 from jprune.pipeline.oneshot.experts import solve_stacks
+from jprune.pipeline.oneshot.solve import solve
+from jprune.pipeline.recipe import Recipe
 from jprune.statistics import Gram, Moments, SquaredNorm, Stacked
 from jprune.trace import matmuls, observe, stages
 
@@ -91,7 +94,11 @@ def test_every_kernel_of_a_stack_is_pruned_by_itself(method, rng):
     )
     x = jnp.asarray(rng.normal(size=(3, 20, 8)), jnp.float32).at[1, 4:].set(0)  # expert 1 sees four tokens
     statistic = method.statistic and Stacked.zeros(method.statistic, 8, 3).update(x)
-    results, few = solve_stacks(method, {"w": (kernel, values)}, statistic, 5, devices.one_device())
+
+    def together(matrices, own):
+        return method.together(matrices, own, {"w": kernel.pattern}, {})
+
+    results, few = solve_stacks({"w": kernel}, {"w": values}, statistic, together, least=5)
     pruned, loss = results["w"]
     assert few == ((1,) if statistic else ())
     assert (loss is None) == (not isinstance(method, SparseGPT))
@@ -103,7 +110,7 @@ def test_every_kernel_of_a_stack_is_pruned_by_itself(method, rng):
         if not (e == 1 and isinstance(method, SparseGPT)):  # its block-wise mask is no plain magnitude mask
             np.testing.assert_allclose(pruned[e], expected.kernel, atol=1e-5)
         assert np.mean(np.asarray(pruned[e]) == 0) == 0.5
-    none_few = solve_stacks(method, {"w": (kernel, values)}, statistic, 0, devices.one_device())[1]
+    none_few = solve_stacks({"w": kernel}, {"w": values}, statistic, together, least=0)[1]
     assert none_few == ()
 
 
@@ -115,13 +122,13 @@ def test_zeros_of_a_stack_are_kept(rng):
         path="w", unit="u", shape=values.shape, in_axes=(1,), batch_axes=(0,), stage=0, pattern=Unstructured(0.5)
     )
 
-    def solve(**options):
+    def pruned(**options):
         statistic = Stacked.zeros(Gram, 8, EXPERTS).update(jnp.asarray(x, jnp.float32))
-        kernels = {"w": (kernel, jnp.asarray(values))}
-        results, _ = solve_stacks(SparseGPT(block_size=4), kernels, statistic, 1, devices.one_device(), **options)
-        return np.asarray(results["w"][0])
+        recipe = Recipe(pattern=kernel.pattern, expert_tokens=1, **options)
+        job = Job(checkpoint=None, method=SparseGPT(block_size=4), recipe=recipe, kernels=(kernel,))
+        return np.asarray(solve(job, {"w": kernel}, {"w": jnp.asarray(values)}, statistic)[0]["w"])
 
-    kept, anew = solve(keep_zeros=True), solve()
+    kept, anew = pruned(keep_zeros=True), pruned()
     assert ((kept == 0).sum(axis=(1, 2)) == 24).all()
     assert (kept[values == 0] == 0).all()
     assert (anew[values == 0] != 0).any()
@@ -132,7 +139,11 @@ def test_the_batch_axis_may_be_anywhere(rng):
     kernel = Kernel(
         path="w", unit="u", shape=(8, 6, 3), in_axes=(0,), batch_axes=(2,), stage=0, pattern=Unstructured(0.5)
     )
-    pruned, _ = solve_stacks(Magnitude(), {"w": (kernel, values)}, None, 0, devices.one_device())[0]["w"]
+
+    def halves(matrices, own):
+        return Magnitude().together(matrices, own, {"w": kernel.pattern}, {})
+
+    pruned, _ = solve_stacks({"w": kernel}, {"w": values}, None, halves, least=0)[0]["w"]
     for e in range(3):
         expected = Magnitude()(values[..., e], None, Unstructured(0.5)).kernel
         np.testing.assert_array_equal(pruned[..., e], expected)

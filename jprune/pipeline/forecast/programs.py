@@ -1,0 +1,110 @@
+"""The compiled programs of a part, stage by stage: equal parts, for equal micro-batches, share them.
+
+A forecast asks the compiler what they take; a run runs them.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jprune import devices, trees
+from jprune.statistics import Statistic, update_in_parts, zeros
+from jprune.trace import Stages, stages
+
+PyTree = Any
+
+
+class Spec(NamedTuple):
+    """What a part's compiled functions depend on: equal parts share them."""
+
+    function: Callable
+    shapes: tuple
+    chosen: frozenset[str]
+    x: tuple[tuple[int, ...], Any]
+    mesh: Mesh
+
+    @property
+    def sharding(self) -> NamedSharding:
+        """Where hidden states lie."""
+        return devices.batch(self.mesh, self.x[0][0])
+
+    def tokens(self, ndim: int) -> NamedSharding:
+        """Where the tokens of hidden states lie, in arrays [*stack, tokens, d_in]."""
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * (ndim - 2), *self.sharding.spec))
+
+    @property
+    def pieces(self) -> int:
+        """Into how many pieces the tokens are cut to be summed over."""
+        return devices.pieces_of_rows(self.mesh, math.prod(self.x[0][:-1]))
+
+    def stages(self) -> Stages:
+        """The stages of the part for micro-batches of shape and dtype `x`."""
+        return _stages(self)
+
+
+@functools.lru_cache(maxsize=64)
+def _stages(spec: Spec) -> Stages:
+    params = trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in spec.shapes})
+    return stages(
+        spec.function, params, jax.ShapeDtypeStruct(*spec.x), where=lambda path: path in spec.chosen, stacked=True
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def observe(spec: Spec, first: int, stage: int, keep: bool) -> Any:
+    """Runs segments `first` to `stage` and adds the inputs of the stage's matmuls to the statistics."""
+    cut = spec.stages()
+
+    def observe(params: PyTree, carry: Any, statistics: dict[int, Statistic]) -> tuple[Any, dict[int, Statistic]]:
+        for segment in cut.segments[first : stage + 1]:
+            carry = segment(params, carry)
+        # Said here, or XLA would cut the whole segment as the sums want their tokens cut.
+        rows = {i: jnp.asarray(x) for i, x in cut.inputs(stage, carry).items()}
+        inputs = {i: jax.lax.with_sharding_constraint(x, spec.tokens(x.ndim)) for i, x in rows.items()}
+        ticket = (jnp.zeros(()),)  # what is not kept can still be waited for
+        seen = {i: update_in_parts(s, inputs[i], spec.mesh) for i, s in statistics.items()}
+        return carry if keep else ticket, seen
+
+    return jax.jit(observe, donate_argnames="statistics")
+
+
+@functools.lru_cache(maxsize=64)
+def finish(spec: Spec, first: int) -> Any:
+    """Runs the segments from `first` on: the part's output."""
+    cut = spec.stages()
+
+    def finish(params: PyTree, carry: Any) -> jax.Array:
+        for segment in cut.segments[first:]:
+            carry = segment(params, carry)
+        return cut.finish(carry)
+
+    return jax.jit(finish, out_shardings=spec.sharding)
+
+
+@functools.lru_cache(maxsize=64)
+def forward(function: Callable, sharding: NamedSharding) -> Any:
+    """A function compiled, and where its output lies; equal parts have one function."""
+    return jax.jit(function, out_shardings=sharding)
+
+
+@functools.lru_cache(maxsize=256)
+def zero_parts(kind: Any, count: int, sharding: NamedSharding, d_in: int, *stack: int) -> Any:
+    """Makes so many statistics that have seen nothing, with one more axis in front."""
+
+    def make() -> Statistic:
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), zeros(kind, d_in, *stack))
+
+    return jax.jit(make, out_shardings=sharding)
+
+
+def inputs_of(matmuls: Iterable[Any]) -> dict[str, tuple[int, ...]]:
+    """What each parameter of a stage reads: one input, or several if it is used more than once."""
+    inputs: dict[str, tuple[int, ...]] = {}
+    for m in matmuls:
+        inputs[m.path] = (*inputs.get(m.path, ()), m.input_id)
+    return inputs

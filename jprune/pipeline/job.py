@@ -1,0 +1,150 @@
+"""What a one-shot run is to do, as one object: everything is known and checked, and nothing is done yet."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jprune import devices, trees
+from jprune.anatomy.kernels import Kernel, prunable
+from jprune.anatomy.parts import Part, parts
+from jprune.checkpoints import Checkpoint
+from jprune.checkpoints.dtypes import activation_dtype
+from jprune.checkpoints.formats import Format
+from jprune.data import windows
+from jprune.data.for_model import evaluation_windows
+from jprune.data.windows import Windows
+from jprune.errors import JpruneError
+from jprune.methods import Method
+from jprune.pipeline.options import Evaluation
+from jprune.pipeline.recipe import Recipe, calibration_windows, chosen_kernels, pattern_text, window_shape
+from jprune.pipeline.registry import name_of
+from jprune.runs.report import environment
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """A model, what is to be done to it, and the devices that do it."""
+
+    checkpoint: Checkpoint
+    method: Method
+    recipe: Recipe
+    kernels: tuple[Kernel, ...]
+    """The kernels to prune, each with its pattern."""
+    dtype: DTypeLike = jnp.float32
+    """Dtype of the activations; statistics and solvers are float32 in any case."""
+    mesh: Mesh = dataclasses.field(default_factory=devices.one_device)
+    format: Format = "hf"
+    """Format of the result."""
+    calibration: Windows | None = None
+    """Calibration windows; None if the method needs none, or before the text is read."""
+    evaluation: Windows | None = None
+    """Windows that the model is measured on before and after, if it is."""
+
+    @classmethod
+    def planned(
+        cls, checkpoint: Checkpoint, method: Method, recipe: Recipe, mesh: Mesh | None, format: Format = "hf"
+    ) -> "Job":
+        """The job as far as it is known from shapes, before a text is read.
+
+        Raises:
+          JpruneError: filters that find nothing, a pattern that does not fit a kernel, an unknown dtype.
+        """
+        return cls(
+            checkpoint=checkpoint,
+            method=method,
+            recipe=recipe,
+            dtype=activation_dtype(checkpoint, recipe.dtype),
+            kernels=chosen_kernels(checkpoint, recipe),
+            mesh=mesh or devices.make_mesh(),
+            format=format,
+        )
+
+    def with_text(self, measured: Evaluation) -> "Job":
+        """The same job with its calibration and evaluation windows.
+
+        Raises:
+          JpruneError: a text that cannot be read, or too little of it.
+        """
+        calibration = calibration_windows(self.checkpoint, self.recipe) if self.method.statistic else None
+        job = dataclasses.replace(self, calibration=calibration)
+        source = measured.evaluate
+        if source is None:
+            return job
+        if isinstance(source, Mapping):
+            raise JpruneError("a model that is pruned in one shot is measured on one text; domains are for training")
+        length = measured.evaluate_length
+        if length is None and not windows.is_rows(source):  # rows have a length of their own
+            length = calibration.tokens.shape[1] if calibration else window_shape(self.checkpoint, self.recipe)[1]
+        evaluation = evaluation_windows(self.checkpoint, source, length=length, count=measured.evaluate_windows)
+        return dataclasses.replace(job, evaluation=evaluation)
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int] | None:
+        """Calibration windows and tokens in each; None if the method needs none."""
+        if self.calibration is not None:
+            n, length = self.calibration.tokens.shape
+            return n, length
+        return window_shape(self.checkpoint, self.recipe) if self.method.statistic else None
+
+    @functools.cached_property
+    def parts(self) -> list[Part]:
+        """The parts of the model up to the last in which a kernel is pruned."""
+        found = parts(self.checkpoint)
+        return found[: max(i for i, part in enumerate(found) if self.kernels_of(part)) + 1]
+
+    def kernels_of(self, part: Part) -> list[Kernel]:
+        """The kernels to prune in a part."""
+        return self._by_part.get(part.name, [])
+
+    @functools.cached_property
+    def _by_part(self) -> dict[str, list[Kernel]]:
+        found: dict[str, list[Kernel]] = {}
+        for kernel in self.kernels:
+            found.setdefault(kernel.unit, []).append(kernel)
+        return found
+
+    @functools.cached_property
+    def counted(self) -> list[str]:
+        """Paths of the prunable parameters, whose zeros are counted."""
+        return prunable(self.checkpoint, self.kernels)
+
+    def sparsity(self, zeros: int) -> trees.Sparsity:
+        """The sparsity of the model with `zeros` zeros in its prunable parameters."""
+        sizes = {path: math.prod(shape.shape) for path, shape in self.checkpoint.shapes.items()}
+        return trees.Sparsity(zeros, sum(sizes[path] for path in self.counted), sum(sizes.values()))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that the result depends on, by the name that a message gives it."""
+        recipe = self.recipe
+        return {
+            "the model": self.checkpoint.fingerprint(),
+            "the calibration text or its windows": self.calibration.sha256 if self.calibration else None,
+            "the method": {"name": name_of(self.method), **dataclasses.asdict(self.method)},
+            "the pattern": pattern_text(recipe.pattern),
+            "--where": recipe.where,
+            "--skip": recipe.skip,
+            "--override": {regex: pattern_text(pattern) for regex, pattern in recipe.overrides.items()},
+            "--dtype": jnp.dtype(self.dtype).name,
+            "--expert-tokens": recipe.expert_tokens,
+            "--keep-zeros": recipe.keep_zeros,
+            "--format": self.format,
+            **{f"the version of {name}": version for name, version in environment(self.dtype)["versions"].items()},
+        }
+
+    def described(self) -> dict[str, Any]:
+        """What the record of the result says of the job, beside what came of it."""
+        calibration = self.calibration
+        own = {"method": name_of(self.method), **dataclasses.asdict(self.method)}
+        return {
+            "recipe": {**own, **self.recipe.json(), "calibration": calibration.source if calibration else None},
+            "model": self.checkpoint.described(),
+            "calibration": calibration.described() if calibration else None,
+            "evaluation": self.evaluation.described() if self.evaluation else None,
+            **environment(self.dtype),
+        }
