@@ -6,10 +6,11 @@ import numpy as np
 from jaxtyping import Float
 
 from jprune.errors import JpruneError
+from jprune.structured.base import Needs, UnitMethod
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DropLayers:
+class DropLayers(UnitMethod):
     """Remove the layers that turn the hidden states least: 1 - cosine similarity of input and output (ShortGPT)."""
 
     drop: int
@@ -26,14 +27,21 @@ class DropLayers:
             if getattr(self, name) < 1:
                 raise JpruneError(f"{name} must be at least 1, got {getattr(self, name)}")
 
-    def kept(self, influences: Float[np.ndarray, " layers"]) -> tuple[int, ...]:
+    @property
+    def needs(self) -> Needs:
+        """How much each layer turns the hidden states."""
+        return "influence"
+
+    def layers_left(self, layers: int, influences: Float[np.ndarray, " layers"] | None = None) -> tuple[int, ...]:
         """The layers that stay, ascending; of equal influence the first go first.
 
         Raises:
           JpruneError: no layer would stay.
         """
-        if self.drop >= len(influences):
-            raise JpruneError(f"cannot drop {self.drop} of {len(influences)} layers: at least one must stay")
+        if self.drop >= layers:
+            raise JpruneError(f"cannot drop {self.drop} of {layers} layers: at least one must stay")
+        if influences is None:
+            influences = np.zeros(layers)
         if not np.all(np.isfinite(influences)):
             raise JpruneError("block influences must be finite numbers; do the hidden states overflow?")
         return tuple(int(i) for i in np.sort(np.argsort(influences, kind="stable")[self.drop :]))

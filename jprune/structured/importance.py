@@ -24,7 +24,7 @@ the embedding for the hidden dimension.
 import functools
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,21 +36,33 @@ from jprune.errors import JpruneError
 from jprune.structured.units import Units
 
 PyTree = Any
-Criterion = Literal["param_first", "param_second", "param_mix", "vectorize", "l1", "l2"]
 Reduction = Literal["sum", "mean", "max", "prod", "first", "last"]
+Criterion = Literal["param_first", "param_second", "param_mix", "vectorize", "l1", "l2"]
+"""The names in `CRITERIA`."""
 
-CRITERIA: dict[str, Callable[[Array, Array, Array], Array]] = {
-    "param_first": lambda w, g, a: w * g,
-    "param_second": lambda w, g, a: w * a * w,
-    "param_mix": lambda w, g, a: w * g - 0.5 * w * a * w,
-    "vectorize": lambda w, g, a: w * g,
-    "l1": lambda w, g, a: jnp.abs(w),
-    "l2": lambda w, g, a: w * w,
+
+class Formula(NamedTuple):
+    """What each weight contributes to the score of its unit."""
+
+    contribution: Callable[[Array, Array, Array], Array]
+    """Number of each weight, before |.|, from the weight, its gradient and its mean squared gradient."""
+    needs: tuple[Literal["gradient", "square"], ...] = ()
+    """What must be there beside the weight."""
+    together: bool = False
+    """Whether |.| is taken of the sum over a channel, and not of each number."""
+    reduction: Reduction = "sum"
+    """How the kernels of a unit are put together unless asked for otherwise."""
+
+
+CRITERIA: dict[str, Formula] = {
+    "param_first": Formula(lambda w, g, a: w * g, ("gradient",)),
+    "param_second": Formula(lambda w, g, a: w * a * w, ("square",)),
+    "param_mix": Formula(lambda w, g, a: w * g - 0.5 * w * a * w, ("gradient", "square")),
+    "vectorize": Formula(lambda w, g, a: w * g, ("gradient",), together=True),
+    "l1": Formula(lambda w, g, a: jnp.abs(w), reduction="mean"),
+    "l2": Formula(lambda w, g, a: w * w, reduction="mean"),
 }
-"""What each weight contributes, before |.|, of the weight, its gradient and its mean squared gradient."""
-
-NEEDS_GRADIENT = frozenset({"param_first", "param_mix", "vectorize"})
-NEEDS_SQUARE = frozenset({"param_second", "param_mix"})
+"""All criteria. A new one is one entry here, and its name above."""
 
 REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sum": lambda kernels: kernels.sum(0),
@@ -83,11 +95,12 @@ def channels(
     Raises:
       JpruneError: a gradient is missing.
     """
-    if (criterion in NEEDS_GRADIENT and gradient is None) or (criterion in NEEDS_SQUARE and square is None):
+    formula = CRITERIA[criterion]
+    if ("gradient" in formula.needs and gradient is None) or ("square" in formula.needs and square is None):
         raise JpruneError(f"{criterion} needs gradients (and their squares): see `mean_and_square`")
     w, g, a = (jnp.zeros(()) if x is None else x.astype(jnp.float32) for x in (kernel, gradient, square))
-    salience = trees.to_matrix(CRITERIA[criterion](w, g, a), side)
-    if criterion == "vectorize":
+    salience = trees.to_matrix(formula.contribution(w, g, a), side)
+    if formula.together:
         return jnp.abs(jnp.sum(salience, axis=1))
     return jnp.sum(jnp.abs(salience), axis=1)
 
@@ -114,8 +127,8 @@ def vectors(
       units: which.
       criterion: which.
       params: all parameters, or some, as one block's.
-      gradients: of the mean loss, in a tree like that of the parameters; likewise
-      squares: the mean of the examples' squared gradients.
+      gradients: of the mean loss, in a tree like that of the parameters.
+      squares: the mean of the examples' squared gradients, in such a tree.
       prefix: of the paths in these trees, to make them the paths of the units' members.
 
     Returns:

@@ -1,27 +1,28 @@
-"""Structured methods as frozen configs: LLM-Pruner and layer dropping. One definition serves Python and command line.
+"""LLM-Pruner (Ma, Fang and Wang 2023, https://arxiv.org/abs/2305.11627): units go that change the loss least.
 
-They hold what is decided before a model is seen; `jprune.pipeline` runs them over models, with gradients one block at a
-time. How small the model is to be is no part of the method: see `selection.Target`.
+The criteria and where they differ from the authors' program are in `importance`, the rankings in `selection`.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from jprune.errors import JpruneError
 from jprune.structured import importance, selection
+from jprune.structured.base import Needs, UnitMethod
+from jprune.structured.importance import Criterion, Reduction, Vectors
 from jprune.structured.units import Kind, Units
 
 Heads = Literal["kv_head", "query_head"]
 Mode = Literal["block", "channel", "layer"]
-Importance = Literal["param_first", "param_second", "param_mix", "vectorize", "l1", "l2", "random"]
+Importance = Literal[Criterion, "random"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LLMPruner:
+class LLMPruner(UnitMethod):
     """Remove the heads and feed-forward channels that change the loss least (Ma, Fang and Wang 2023)."""
 
     mode: Mode = "block"
@@ -30,7 +31,7 @@ class LLMPruner:
     importance: Importance = "param_first"
     """How units are scored: by the change of the loss to first order, second order or both (param_first, param_second,
     param_mix), to first order channel by channel (vectorize), by weights alone (l1, l2), or not at all (random)."""
-    reduction: Literal["sum", "mean", "max", "prod", "first", "last"] | None = None
+    reduction: Reduction | None = None
     """How the kernels of a unit are put together. By default sum, and mean for l1 and l2."""
     heads: Heads = "kv_head"
     """What goes of attention: a KV head with its query heads (kv_head), or one query head of every KV head
@@ -84,17 +85,20 @@ class LLMPruner:
         return {"block": (attention, "mlp"), "channel": ("hidden",), "layer": ()}[self.mode]  # type: ignore[return-value]
 
     @property
-    def gradients(self) -> bool:
-        """Whether scores need the gradient of the mean loss."""
-        return self.mode != "layer" and self.importance in importance.NEEDS_GRADIENT
+    def needs(self) -> Needs:
+        """What scores are made of; nothing for random ones, and where whole layers go."""
+        if self.mode == "layer" or self.importance == "random":
+            return "nothing"
+        needs = importance.CRITERIA[self.importance].needs
+        return "squares" if "square" in needs else "gradients" if "gradient" in needs else "weights"
 
     @property
-    def squares(self) -> bool:
-        """Whether scores need the mean of squared gradients of single examples."""
-        return self.mode != "layer" and self.importance in importance.NEEDS_SQUARE
+    def counts_follow_scores(self) -> bool:
+        """Whether all layers are ranked together, so that scores tell how many units of each stay."""
+        return self.globally and self.mode != "layer"
 
     def prunable(self, units: Sequence[Units], layers: int) -> tuple[Units, ...]:
-        """The units that are not protected, of a model of so many layers."""
+        """The units that are not protected, of a model with a number of layers."""
         if self.mode != "block":
             return tuple(units)
         first, last = (
@@ -103,8 +107,8 @@ class LLMPruner:
         )
         return selection.unprotected(units, layers, first=first, last=last)
 
-    def kept_layers(self, layers: int) -> tuple[int, ...]:
-        """The layers that stay, of so many.
+    def layers_left(self, layers: int, influences: Float[np.ndarray, " layers"] | None = None) -> tuple[int, ...]:
+        """The first layers, as many as are to stay; all of them unless whole layers go.
 
         Raises:
           JpruneError: the model has no more than are to stay.
@@ -113,14 +117,19 @@ class LLMPruner:
             raise JpruneError(f"the first {self.layers} layers are to stay of {layers}: nothing to prune")
         return tuple(range(layers if self.layers is None else self.layers))
 
+    def vectors(self, units: Units, params: Any, gradients: Any | None, squares: Any | None, *, prefix: str) -> Vectors:
+        """What the parameters at hand say of units, by the criterion of this method."""
+        assert self.importance != "random"  # needs nothing
+        return importance.vectors(units, self.importance, params, gradients, squares, prefix=prefix)
+
     def score(
         self, units: Units, vectors: Mapping[int, np.ndarray] | None = None, step: int = 1
     ) -> Float[np.ndarray, " count"]:
         """The importance of each unit, from what `importance.vectors` collected (nothing, for random)."""
         if self.importance == "random":
             return importance.random(units, self.seed + step - 1)
-        reduction = self.reduction or ("mean" if self.importance in ("l1", "l2") else "sum")
-        return importance.combine(units, vectors or {}, reduction)  # type: ignore[arg-type]
+        reduction = self.reduction or importance.CRITERIA[self.importance].reduction
+        return importance.combine(units, vectors or {}, reduction)
 
     def select(
         self,

@@ -51,14 +51,12 @@ LINES, BODY, PARAMETERS = 350, 60, 12
 """The most that a file, the body of a function and a signature have."""
 LONG = {
     "jprune.pipeline.rounds.run": "being rebuilt",
-    "jprune.pipeline.shrink.run": "being rebuilt",
     "jprune.solvers.sparsegpt": "being rebuilt",
     "jprune.train.loop": "being rebuilt",
 }
 """Files that may be longer, and why."""
 WIDE = {
     "jprune.pipeline.rounds.run.prune_and_tune": "being rebuilt",
-    "jprune.pipeline.shrink.run.shrink_model": "being rebuilt",
     "jprune.pipeline.training.domains.read": "being rebuilt",
     "jprune.pipeline.training.session.__init__": "being rebuilt",
     "jprune.pipeline.training.tune.tune_model": "being rebuilt",

@@ -1,6 +1,7 @@
 """The methods' configs, and the whole way from gradients to a smaller decoder, on a tiny one."""
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jprune.errors import JpruneError
 from jprune.models import decoder
 from jprune.models.config import DecoderConfig
 from jprune.structured import DropLayers, LLMPruner, block_units, hidden_units, importance, shrink
+from jprune.structured.llm_pruner import Importance
 from jprune.structured.surgery import size
 from jprune.structured.units import positions
 from jprune.trace import coupled_axes, matmuls
@@ -56,7 +58,7 @@ def test_pruned_is_masked(rng, heads, criterion):
     params = random_params(rng)["blocks"]["0"]
     units = block_units(coupled_axes(BLOCK, params, X), params, matmuls(BLOCK, params, X), kinds=method.kinds)
     given = ()
-    if method.gradients:
+    if method.needs in ("gradients", "squares"):
         examples = jnp.asarray(rng.normal(size=(3, 6, CONFIG.d_model)), jnp.float32)
         squared = jax.jit(lambda p, x: importance.mean_and_square(lambda p, x: jnp.mean(BLOCK(p, x[None]) ** 2), p, x))
         given = squared(params, examples)
@@ -143,22 +145,23 @@ def test_hidden_dimensions(rng):
 
 
 def test_what_the_configs_ask_for():
-    asked = {c: (LLMPruner(importance=c).gradients, LLMPruner(importance=c).squares) for c in importance.CRITERIA}
-    assert asked == {
-        "param_first": (True, False),
-        "param_second": (False, True),
-        "param_mix": (True, True),
-        "vectorize": (True, False),
-        "l1": (False, False),
-        "l2": (False, False),
+    assert {c: LLMPruner(importance=c).needs for c in get_args(Importance)} == {
+        "param_first": "gradients",
+        "param_second": "squares",
+        "param_mix": "squares",
+        "vectorize": "gradients",
+        "l1": "weights",
+        "l2": "weights",
+        "random": "nothing",
     }
+    assert get_args(importance.Criterion) == tuple(importance.CRITERIA)
     assert LLMPruner().kinds == ("attention", "mlp")
     assert LLMPruner(heads="query_head").kinds == ("query", "mlp")
     assert LLMPruner(mode="channel").kinds == ("hidden",)
     by_layer = LLMPruner(mode="layer", layers=5)
-    assert (by_layer.kinds, by_layer.gradients, by_layer.kept_layers(7)) == ((), False, (0, 1, 2, 3, 4))
+    assert (by_layer.kinds, by_layer.needs, by_layer.layers_left(7)) == ((), "nothing", (0, 1, 2, 3, 4))
     with pytest.raises(JpruneError, match="the first 5 layers are to stay of 5: nothing to prune"):
-        by_layer.kept_layers(5)
+        by_layer.layers_left(5)
     assert jprune.LLMPruner is LLMPruner
     assert jprune.DropLayers is DropLayers
 
@@ -223,12 +226,12 @@ def test_refused_options(options, message):
 
 def test_drop_layers():
     influences = np.array([0.5, 0.1, 0.3, 0.1, 0.2])
-    assert DropLayers(drop=2).kept(influences) == (0, 2, 4)
-    assert DropLayers(drop=1).kept(influences) == (0, 2, 3, 4)
+    assert DropLayers(drop=2).layers_left(5, influences) == (0, 2, 4)
+    assert DropLayers(drop=1).layers_left(5, influences) == (0, 2, 3, 4)
     with pytest.raises(JpruneError, match="cannot drop 5 of 5 layers"):
-        DropLayers(drop=5).kept(influences)
+        DropLayers(drop=5).layers_left(5, influences)
     with pytest.raises(JpruneError, match="must be finite"):
-        DropLayers(drop=1).kept(np.array([0.1, np.nan]))
+        DropLayers(drop=1).layers_left(2, np.array([0.1, np.nan]))
     for bad in ({"drop": 0}, {"drop": 1, "examples": 0}, {"drop": 1, "sequence_length": 0}):
         with pytest.raises(JpruneError, match="must be at least 1, got 0"):
             DropLayers(**bad)
