@@ -9,7 +9,7 @@ import pytest
 
 from jprune.cli import main
 from jprune.errors import UsageError
-from jprune.pipeline.training.domains import DynamicLoading
+from jprune.pipeline.options import DynamicLoading
 from jprune.train.shearing.dynamic_loading import Reweighing
 
 parse = importlib.import_module("jprune.cli.main")._parse
@@ -23,7 +23,7 @@ def own_cache(tmp_path, monkeypatch, one_device):
 
 
 def options(*words):
-    return parse("tune full", ["model", "--out", "out", *words]).training_data()
+    return parse("tune full", ["model", "--out", "out", *words]).options()
 
 
 def test_words():
