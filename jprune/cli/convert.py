@@ -4,13 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-from jprune.checkpoints import formats, load, record
 from jprune.cli.command import Command, Told
 from jprune.cli.flags import Flags, Word
-from jprune.pipeline.oneshot.recipe import parse_dtype
 from jprune.pipeline.options import Result
-from jprune.pipeline.shrink.run import parameters
-from jprune.runs.output import new_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +21,10 @@ class Convert(Command):
 
     def run(self) -> Told:
         """Converts, tensor by tensor where the format allows."""
+        from jprune.checkpoints import formats, load, record
+        from jprune.checkpoints.dtypes import parse_dtype
+        from jprune.runs.output import new_folder
+
         checkpoint = load(self.model)
         dtype = None if self.dtype is None else parse_dtype(self.dtype)
         dtypes = {path: dtype or shape.dtype for path, shape in checkpoint.shapes.items()}
@@ -36,7 +36,7 @@ class Convert(Command):
         found = {
             "out": str(self.out),
             "format": format,
-            "parameters": parameters(checkpoint),
+            "parameters": checkpoint.parameters,
             "notices": list(notices),
         }
         return Told(found, tuple(notices), lambda: print(f"written to {self.out}"))

@@ -6,20 +6,20 @@ Nothing moves where stderr is not a terminal.
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-
-from jprune.runs.report import Progress as Step
+if TYPE_CHECKING:
+    from jprune.runs.report import Progress as Step
 
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Callable[[Step], None]]:
+def progress() -> Iterator[Callable[["Step"], None]]:
     """A bar per phase: block and stage, time left, and the last reconstruction loss."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     bars = Progress(
         TextColumn("{task.fields[phase]:>16}"),
@@ -33,7 +33,7 @@ def progress() -> Iterator[Callable[[Step], None]]:
     )
     tasks: dict[str, object] = {}
 
-    def show(step: Step) -> None:
+    def show(step: "Step") -> None:
         if step.phase not in tasks:
             tasks[step.phase] = bars.add_task("", total=step.total, phase=step.phase, text="")
         loss = "" if step.loss is None else f"  loss {step.loss:.3g}"
@@ -45,6 +45,9 @@ def progress() -> Iterator[Callable[[Step], None]]:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Prints a table; the first column is text, the others are aligned to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
     drawn = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
@@ -58,7 +61,7 @@ def report(result: Any, first: Iterable[str], last: Iterable[str] = ()) -> None:
     """Prints the report of a run: its own lines, and between them what all have.
 
     Args:
-      result: a report, with `before` and `after`, `seconds`, `peak_memory_bytes` and `out`.
+      result: the report of a run, of any kind.
       first: lines before the perplexity.
       last: lines between the perplexity and what the run took.
     """

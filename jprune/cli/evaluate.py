@@ -2,15 +2,8 @@
 
 import dataclasses
 
-import jax.numpy as jnp
-
-from jprune.checkpoints import load
 from jprune.cli import display
 from jprune.cli.command import OnDevices, Told
-from jprune.evaluate.perplexity import perplexity
-from jprune.pipeline.oneshot.recipe import activation_dtype, evaluation_windows
-from jprune.runs import processes
-from jprune.runs.report import Progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +21,15 @@ class EvalPerplexity(OnDevices):
 
     def run(self) -> Told:
         """Measures."""
+        import jax.numpy as jnp
+
+        from jprune.checkpoints import load
+        from jprune.checkpoints.dtypes import activation_dtype
+        from jprune.data.for_model import evaluation_windows
+        from jprune.evaluate.perplexity import perplexity
+        from jprune.runs import processes
+        from jprune.runs.report import Progress
+
         mesh = self.mesh()
         with processes.run_together():
             checkpoint = load(self.model)

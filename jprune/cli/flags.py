@@ -150,9 +150,11 @@ class Form:
         own: dict[str, Any] = {}
         parts: dict[str, dict[str, Any]] = {name: {} for name in self._parts}
         for flag in self.flags.values():
-            value = recipe[flag.name] if flag.name in recipe else getattr(typed, flag.name)
-            if flag.word.made is not None:
-                value = flag.word.made(flag.typed, value)
+            if flag.name in recipe:
+                value = recipe[flag.name]
+            else:
+                value = getattr(typed, flag.name)
+                value = value if flag.word.made is None else flag.word.made(flag.typed, value)
             (own if flag.part is None else parts[flag.part])[flag.field] = value
         for name, kind in self._parts.items():
             own[name] = parts[name] if kind is None else kind(**parts[name])

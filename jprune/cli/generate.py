@@ -3,10 +3,8 @@
 import dataclasses
 import time
 
-from jprune.checkpoints import load
 from jprune.cli.command import Command, Told
 from jprune.errors import JpruneError
-from jprune.models.generate import stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +24,9 @@ class Generate(Command):
 
     def run(self) -> Told:
         """Generates; shows the text as it grows."""
+        from jprune.checkpoints import load
+        from jprune.models.generate import stream
+
         checkpoint = load(self.model)
         tokenizer = checkpoint.tokenizer
         if tokenizer is None:

@@ -5,20 +5,16 @@ import dataclasses
 import functools
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jprune import trees
-from jprune.anatomy.kernels import matmul_kernels, prunable
-from jprune.anatomy.units import model_groups
-from jprune.checkpoints import load
 from jprune.cli import display
 from jprune.cli.command import Command, Told
-from jprune.models.config import LAYER_SIZES, describe
-from jprune.pipeline.oneshot.journal import count_zeros
-from jprune.pipeline.shrink.run import parameters
-from jprune.trace import Group
+
+if TYPE_CHECKING:
+    from jprune.trace import Group
+    from jprune.trees import Sparsity
 
 _SIZES = ("vocab", "d_model", "layers", "heads", "kv_heads", "head_dim", "d_ff", "context", "tied")
 
@@ -29,6 +25,12 @@ class Info(Command):
 
     def run(self) -> Told:
         """Reads every kernel of the blocks once."""
+        from jprune import trees
+        from jprune.anatomy.kernels import matmul_kernels, prunable
+        from jprune.checkpoints import load
+        from jprune.models.config import describe
+        from jprune.pipeline.oneshot.journal import count_zeros
+
         checkpoint = load(self.model)
         found = matmul_kernels(checkpoint)
         rows = []
@@ -46,7 +48,7 @@ class Info(Command):
         sparsity = trees.Sparsity(
             zeros=sum(row["zeros"] for row in rows),
             prunable_parameters=sum(row["parameters"] for row in rows),
-            total_parameters=parameters(checkpoint),
+            total_parameters=checkpoint.parameters,
         )
         config = dataclasses.asdict(checkpoint.config)
         result = {
@@ -64,7 +66,9 @@ class Info(Command):
         return Told(result, show=functools.partial(_show, result, sparsity))
 
 
-def _show(result: dict[str, Any], sparsity: trees.Sparsity) -> None:
+def _show(result: dict[str, Any], sparsity: "Sparsity") -> None:
+    from jprune.models.config import LAYER_SIZES
+
     print(f"{result['architecture']} ({result['family']}), {', '.join(result['dtypes'])}")
     differ = LAYER_SIZES if any(layer != result["layers"][0] for layer in result["layers"]) else ()
     print(", ".join(f"{name} {value}" for name, value in result["config"].items() if name not in differ))
@@ -100,7 +104,7 @@ def _matrix(kernel: np.ndarray, in_axes: tuple[int, ...]) -> np.ndarray:
 
 def satisfied(matrix: np.ndarray) -> list[str]:
     """The N:M patterns among 1:2, 1:4, 2:4, 4:8 that the zeros of ``[d_in, d_out]`` satisfy."""
-    if not count_zeros(matrix):
+    if matrix.all():
         return []
     fits = []
     for n, m in ((1, 2), (1, 4), (2, 4), (4, 8)):
@@ -115,6 +119,9 @@ class Groups(Command):
 
     def run(self) -> Told:
         """Traces the model; reads no weight."""
+        from jprune.anatomy.units import model_groups
+        from jprune.checkpoints import load
+
         groups = model_groups(load(self.model, weights=False))
         rows = [
             {
@@ -129,8 +136,8 @@ class Groups(Command):
         return Told({"groups": rows}, show=lambda: _show_groups(list(groups)))
 
 
-def _show_groups(groups: list[Group]) -> None:
-    alike: dict[tuple, list[Group]] = {}
+def _show_groups(groups: "list[Group]") -> None:
+    alike: "dict[tuple, list[Group]]" = {}
     for group in groups:
         key = (_anywhere(group.name), group.size, len(group.members), _anywhere(group.frozen or ""))
         alike.setdefault(key, []).append(group)
@@ -148,7 +155,7 @@ def _anywhere(text: str) -> str:
     return re.sub(r"blocks/\d+", "blocks/*", text)
 
 
-def _members(group: Group) -> str:
+def _members(group: "Group") -> str:
     """Where a group lies, the blocks' numbers left open where there are several."""
     places = dict.fromkeys(f"{m.path}[{m.axis}]" for m in group.members)
     if len({re.findall(r"blocks/(\d+)", place)[0] for place in places if "blocks/" in place}) > 1:

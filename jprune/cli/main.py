@@ -116,10 +116,11 @@ def _overview(start: str) -> str:
 def _form(name: str, words: Sequence[str] = (), recipe: dict[str, Any] | None = None) -> "Form":
     """The flags of a command; of prune-and-tune, which has those of its two parts, for the parts that are named."""
     from jprune.cli.flags import Form
-    from jprune.cli.words import WORDS
 
     if name in COMMANDS:
-        return Form(COMMANDS[name], WORDS)
+        return Form(COMMANDS[name], {})
+    from jprune.cli.words import WORDS
+
     group, method = name.split()
     if method in IN_ROUNDS:
         kind = RUNNERS["rounds"]
@@ -187,10 +188,10 @@ def _keep_compiled_programs() -> None:
     """Compiled programs are kept in the user's cache, unless the user has said where; a second run compiles nothing."""
     import jax
 
-    from jprune.checkpoints.demo import cache_folder
+    from jprune.paths import compiled_folder
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(compiled_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 

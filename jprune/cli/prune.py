@@ -3,19 +3,20 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from jprune.cli import display
 from jprune.cli.command import OnDevices, Planning, Told
 from jprune.cli.flags import Flags, Word, keywords
 from jprune.cli.words import PatternWords
 from jprune.methods import Method
-from jprune.pipeline.forecast.forecast import Plan
 from jprune.pipeline.oneshot.recipe import Recipe
-from jprune.pipeline.oneshot.run import plan_run, prune_model
+
+if TYPE_CHECKING:
+    from jprune.pipeline.forecast.forecast import Plan
+    from jprune.pipeline.oneshot.report import Report
 from jprune.pipeline.options import Calibration, Choice, Evaluation, Machine, Result
 from jprune.pipeline.registry import name_of
-from jprune.runs.report import Report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class Prune(Planning, OnDevices):
 
     def run(self) -> Told:
         """Prunes, or prints the plan."""
+        from jprune.pipeline.oneshot.run import plan_run, prune_model
+
         options = {
             **keywords(self, "calibration", "choice", "details"),
             "method": self.method,
@@ -56,11 +59,11 @@ class Prune(Planning, OnDevices):
         return Told(report.json(), report.notices, functools.partial(_print_report, report))
 
 
-def _print_report(report: Report) -> None:
+def _print_report(report: "Report") -> None:
     display.report(report, [f"{report.method} {report.pattern}: sparsity {report.sparsity}"])
 
 
-def _plan_json(method: Method, plan: Plan) -> dict[str, Any]:
+def _plan_json(method: Method, plan: "Plan") -> dict[str, Any]:
     return {
         "method": name_of(method),
         "kernels": [
@@ -84,7 +87,7 @@ def _plan_json(method: Method, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: "Plan") -> None:
     rows = [(k.path, k.shape, str(k.pattern), k.zeros) for k in plan.kernels]
     display.table(["kernel", "shape", "pattern", "zeros"], rows)
     print(f"\n{len(plan.kernels)} kernels, expected sparsity {plan.sparsity}\n")
@@ -92,7 +95,7 @@ def _print_plan(plan: Plan) -> None:
     print("nothing was touched")
 
 
-def _print_costs(plan: Plan) -> None:
+def _print_costs(plan: "Plan") -> None:
     on_device = plan.peak_device_memory_bytes is not None
     columns = ["", "read MB", "TFLOP", "seconds", "peak GB", *(["device GB"] if on_device else [])]
     rows = []

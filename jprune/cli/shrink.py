@@ -12,7 +12,7 @@ from jprune.cli.tune import Training, print_report
 from jprune.cli.words import TargetWords
 from jprune.pipeline.options import Calibration, Evaluation, Result
 from jprune.pipeline.shrink.run import ShrinkPlan, ShrinkReport, StructuredMethod, plan_shrink, shrink_model
-from jprune.structured.methods import DropLayers
+from jprune.structured import DropLayers
 from jprune.structured.selection import Target
 from jprune.tuning.loraprune import LoRAPrune, LoRAPruneReport, loraprune_model, plan_loraprune
 from jprune.tuning.shearing import Shearing, ShearingReport, plan_shearing, shear_model

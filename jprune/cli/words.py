@@ -7,14 +7,15 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jprune import patterns
 from jprune.cli.flags import Repeated, Word
 from jprune.errors import JpruneError, UsageError
 from jprune.patterns import NM, Pattern, Scope, Unstructured
-from jprune.runs import memory
-from jprune.structured.selection import Target
+
+if TYPE_CHECKING:
+    from jprune.structured.selection import Target
 
 _NAMED = re.compile(r"^([\w.-]+)=(.+)$", re.DOTALL)
 """A path with "=" in the name of its file has a folder before it: ./a=b.txt."""
@@ -62,12 +63,14 @@ class TargetWords:
     parameters: int | None = None
     """Number of parameters to stay, at most; instead of `ratio`."""
 
-    def made(self) -> Target | None:
+    def made(self) -> "Target | None":
         """The target, if one is given.
 
         Raises:
           UsageError: several are.
         """
+        from jprune.structured.selection import Target
+
         given = {"units": self.ratio, "share": self.parameter_ratio, "parameters": self.parameters}
         given = {name: value for name, value in given.items() if value is not None}
         if len(given) > 1:
@@ -100,6 +103,8 @@ def _pattern(flag: str, value: Any) -> Pattern:
 
 def bytes_of_memory(flag: str, given: Any) -> int | None:
     """Bytes, of words such as 6GB."""
+    from jprune.runs import memory
+
     del flag
     return None if given is None else memory.parse(str(given))
 
