@@ -10,13 +10,13 @@ from jprune.cli.command import OnDevices, Planning, Told
 from jprune.cli.flags import Flags, Word, keywords
 from jprune.cli.words import PatternWords
 from jprune.methods import Method
-from jprune.pipeline.oneshot.recipe import Recipe
+from jprune.pipeline.options import Calibration, Choice, Evaluation, Machine, Result
+from jprune.pipeline.recipe import Recipe
+from jprune.pipeline.registry import name_of
 
 if TYPE_CHECKING:
     from jprune.pipeline.forecast.forecast import Plan
     from jprune.pipeline.oneshot.report import Report
-from jprune.pipeline.options import Calibration, Choice, Evaluation, Machine, Result
-from jprune.pipeline.registry import name_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

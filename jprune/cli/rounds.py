@@ -12,8 +12,8 @@ from jprune.cli.words import shares
 from jprune.errors import UsageError
 from jprune.methods import Method
 from jprune.patterns import Scope
-from jprune.pipeline.oneshot.recipe import Recipe
 from jprune.pipeline.options import Calibration, Choice, Evaluation, Machine, Result, Schedule, TrainingData
+from jprune.pipeline.recipe import Recipe
 from jprune.pipeline.registry import ONE_SHOT, TUNERS
 from jprune.pipeline.rounds.plan import PruneAndTunePlan, plan_prune_and_tune
 from jprune.pipeline.rounds.run import prune_and_tune
