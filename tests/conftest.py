@@ -1,12 +1,23 @@
-"""Every test runs with shapes checked, strict dtype promotion, warnings as errors and four virtual CPU devices."""
+"""Tests run with shapes checked, strict dtype promotion and warnings as errors, on one of four virtual CPU devices.
 
+The tests compile much and compute little. So the compiler does without its optimisations, unless XLA_FLAGS says
+something else; and the processes of a run share what they compile, in a folder of their own, unless
+JAX_COMPILATION_CACHE_DIR names one that stays.
+"""
+
+import contextlib
+import functools
+import os
 import pathlib
 import signal
+import tempfile
 
 import jax
 import jaxtyping
 import numpy as np
 import pytest
+
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # read when the first device is asked for
 
 # Shapes are checked at every call of a function whose module writes them down. The other modules' types are left to
 # mypy: the tracer's small functions alone are called so often that checking them takes longer than the tests.
@@ -26,6 +37,17 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+def pytest_configure(config):
+    """The environment is for workers and for processes that tests start; JAX here has read it already."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="jprune-compiled-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        jax.config.update("jax_compilation_cache_dir", folder.name)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 @pytest.fixture
 def getkey():
     """A function that returns a fresh PRNG key each time it is called."""
@@ -39,15 +61,37 @@ def rng():
     return np.random.default_rng(0)
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """Runs are on one device: compiling for the four virtual ones takes longer."""
+@pytest.fixture(scope="session", autouse=True)
+def one_device():
+    """Runs are on one device, unless their test asks for `four_devices`: programs for several take longer to compile.
+
+    Gives back what it replaces, by module.
+    """
     from jprune import devices
     from jprune.train import sharding
 
-    alone = devices.one_device()
-    monkeypatch.setattr(sharding, "make_mesh", lambda **options: None)
-    monkeypatch.setattr(devices, "make_mesh", lambda *args, **options: alone)
+    def alone(*, data=None, fsdp=1):
+        assert (data or 1) * fsdp == 1, "a test that trains on several devices asks for `four_devices`"
+
+    real = {devices: devices.make_mesh, sharding: sharding.make_mesh}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "make_mesh", functools.partial(devices.make_mesh, devices=jax.devices()[:1]))
+        patch.setattr(sharding, "make_mesh", alone)
+        yield real
+
+
+@pytest.fixture
+def four_devices(one_device):
+    """A context manager: within it runs go over all devices, as they do outside of these tests."""
+
+    @contextlib.contextmanager
+    def over_all():
+        with pytest.MonkeyPatch.context() as patch:
+            for module, make_mesh in one_device.items():
+                patch.setattr(module, "make_mesh", make_mesh)
+            yield
+
+    return over_all
 
 
 @pytest.fixture(scope="session")

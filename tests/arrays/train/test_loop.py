@@ -125,7 +125,7 @@ def test_devices_change_nothing(shape, names):
         assert len(cut.trainable["kernel"].addressable_shards[0].data.ravel()) < WIDTH * VOCAB
 
 
-def test_where_things_lie():
+def test_where_things_lie(four_devices):
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()).reshape(2, 2), ("data", "fsdp"))
     P = jax.sharding.PartitionSpec
     assert sharding.batch(mesh).spec == P(("data", "fsdp"))
@@ -133,8 +133,9 @@ def test_where_things_lie():
     assert sharding.state(mesh, np.zeros((8, 8))).spec == P(None, ("fsdp",))
     assert sharding.state(mesh, np.zeros(3)).spec == P()
     assert sharding.batch_shares(mesh) == 4
-    assert sharding.make_mesh(fsdp=2).shape == {"data": 2, "fsdp": 2}
-    with pytest.raises(JpruneError, match=r"3 \(data\) x 1 \(fsdp\) needs 3 devices; there are 4"):
+    with four_devices():
+        assert sharding.make_mesh(fsdp=2).shape == {"data": 2, "fsdp": 2}
+    with four_devices(), pytest.raises(JpruneError, match=r"3 \(data\) x 1 \(fsdp\) needs 3 devices; there are 4"):
         sharding.make_mesh(data=3)
 
 

@@ -124,10 +124,11 @@ def test_streams_each_part_once_and_reports_progress(getkey, tokens):
     assert steps == [(1, 4, 2), (2, 4, 3), (3, 4, 4), (4, 4, 6)]
 
 
-def test_equal_blocks_and_ragged_batches_compile_once(getkey, tokens):
+def test_equal_blocks_and_ragged_batches_compile_once(getkey, tokens, four_devices):
     model = make(getkey(), windows=(None, 4, None), norm_eps=2e-6)  # an epsilon of its own: functions of its own
-    mean_nll(model, tokens, batch=1)  # seven windows: four, one for each device, and three
-    lie = devices.batch(devices.make_mesh(), 4)
+    with four_devices():
+        mean_nll(model, tokens, batch=1)  # seven windows: four, one for each device, and three
+        lie = devices.batch(devices.make_mesh(), 4)
     for index in range(3):
         assert module._jit_in_place(decoder.block(model.config, index), lie)._cache_size() == 1
     assert decoder.block(model.config, 0) is decoder.block(model.config, 2)

@@ -9,21 +9,21 @@ import pytest
 
 from jprune.cli import main
 from jprune.errors import UsageError
-from jprune.pipeline.options import DynamicLoading
+from jprune.pipeline.training.domains import DynamicLoading
 from jprune.train.shearing.dynamic_loading import Reweighing
 
 parse = importlib.import_module("jprune.cli.main")._parse
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch, one_device):
+def own_cache(tmp_path, monkeypatch):
     """Nothing is written into the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", str(tmp_path / "cache"))
 
 
 def options(*words):
-    return parse("tune full", ["model", "--out", "out", *words]).options()
+    return parse("tune full", ["model", "--out", "out", *words]).training_data()
 
 
 def test_words():

@@ -9,7 +9,7 @@ from jprune.cli import main
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch, one_device):
+def own_cache(tmp_path, monkeypatch):
     """Nothing is written into the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", str(tmp_path / "cache"))

@@ -9,7 +9,7 @@ from jprune.cli import main
 
 
 @pytest.fixture
-def run(capsys, tmp_path, monkeypatch, one_device):
+def run(capsys, tmp_path, monkeypatch):
     """Runs the command; gives (exit status, stdout, stderr). Nothing is written into the user's cache."""
     monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", str(tmp_path / "cache"))
 

@@ -1,5 +1,6 @@
 """Whole runs over a tiny model, against a slow loop that runs every block again before each group of kernels."""
 
+import functools
 import json
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from fake_method import EveryOther
 
 import jprune
 from jprune import (
@@ -25,18 +27,15 @@ from jprune import (
 )
 from jprune.errors import JpruneError
 from jprune.models import batching, decoder
-from jprune.pipeline import plan_run, prune_model
-from jprune.pipeline.forecast import forecast
+from jprune.pipeline import plan_run
 from jprune.pipeline.forecast.layout import Layout
 from jprune.pipeline.oneshot import stages as stagewise
 
 GROUPS = (("attn/q", "attn/k", "attn/v"), ("attn/o",), ("mlp/gate", "mlp/up"), ("mlp/down",))
 
 
-@pytest.fixture(autouse=True)
-def small_micro_batches(monkeypatch):
-    """Six windows go in micro-batches of two."""
-    monkeypatch.setattr(forecast, "windows_at_once", lambda length: 2)
+prune_model = functools.partial(jprune.prune_model, micro_batch=2)
+"""Six windows go in micro-batches of two."""
 
 
 def expected(folder, tokens, method, pattern):
@@ -129,20 +128,19 @@ def test_a_pruned_model_is_pruned_further(tiny_model, token_file, tmp_path, meth
 
 def test_recomputing_instead_of_keeping_changes_nothing(tiny_model, token_file, tmp_path, monkeypatch):
     folder, recipe = tiny_model(), dict(pattern=Unstructured(0.5), calibration=token_file())
-    prune_model(folder, tmp_path / "kept", method=SparseGPT(), **recipe)
+    prune_model(folder, tmp_path / "kept", method=EveryOther(), **recipe)
     monkeypatch.setattr(Layout, "keeps", lambda self, nbytes: False)
-    prune_model(folder, tmp_path / "again", method=SparseGPT(), **recipe)
+    prune_model(folder, tmp_path / "again", method=EveryOther(), **recipe)
     kept, again = jprune.load(tmp_path / "kept"), jprune.load(tmp_path / "again")
     for path in kept.shapes:
         np.testing.assert_allclose(kept.read(path), again.read(path), atol=2e-5, err_msg=path)
 
 
-def test_uneven_micro_batches_see_every_window_once(tiny_model, token_file, tmp_path, monkeypatch):
+def test_uneven_micro_batches_see_every_window_once(tiny_model, token_file, tmp_path):
     folder, tokens = tiny_model(), token_file(5)
     recipe = dict(pattern=Unstructured(0.5), calibration=tokens)
     prune_model(folder, tmp_path / "uneven", method=Wanda(), **recipe)
-    monkeypatch.setattr(forecast, "windows_at_once", lambda length: 5)
-    prune_model(folder, tmp_path / "whole", method=Wanda(), **recipe)
+    prune_model(folder, tmp_path / "whole", method=Wanda(), micro_batch=5, **recipe)
     uneven, whole = jprune.load(tmp_path / "uneven"), jprune.load(tmp_path / "whole")
     for path in whole.shapes:
         np.testing.assert_array_equal(uneven.read(path), whole.read(path))
@@ -157,7 +155,7 @@ def test_filters_and_overrides(tiny_model, token_file, tmp_path):
         overrides={"mlp/": NM(1, 4), "2/mlp/down": Unstructured(0.25)},
     )
     folder = tiny_model()
-    report = prune_model(folder, tmp_path / "out", method=SparseGPT(), **recipe)
+    report = prune_model(folder, tmp_path / "out", method=Wanda(), **recipe)
     result = jprune.load(tmp_path / "out")
     share = {path: float(np.mean(result.read(path) == 0)) for path in result.shapes if path.endswith("kernel")}
     assert all(share[p] == 0 for p in share if p.startswith("blocks/0/") or "attn/o" in p)
@@ -218,20 +216,20 @@ def test_the_micro_batch_is_as_given(tiny_model, token_file, micro_batch):
 
 def test_orbax_has_the_same_weights(tiny_model, token_file, tmp_path):
     folder, recipe = tiny_model(), dict(pattern=Unstructured(0.5), calibration=token_file())
-    prune_model(folder, tmp_path / "hf", method=SparseGPT(), **recipe)
-    prune_model(folder, tmp_path / "orbax", method=SparseGPT(), **recipe, format="orbax")
+    prune_model(folder, tmp_path / "hf", method=Wanda(), **recipe)
+    prune_model(folder, tmp_path / "orbax", method=Wanda(), **recipe, format="orbax")
     hf, orbax = jprune.load(tmp_path / "hf"), jprune.load(tmp_path / "orbax")
     assert hf.shapes == orbax.shapes
     for path in hf.shapes:
         np.testing.assert_array_equal(hf.read(path), orbax.read(path))
-    assert json.loads((tmp_path / "orbax" / "jprune.json").read_text())["method"] == "sparsegpt"
+    assert json.loads((tmp_path / "orbax" / "jprune.json").read_text())["method"] == "wanda"
 
 
 def test_transformers_reads_the_result(tiny_model, token_file, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     tokens = token_file()
-    prune_model(tiny_model(), tmp_path / "out", method=SparseGPT(), pattern=NM(2, 4), calibration=tokens)
+    prune_model(tiny_model(), tmp_path / "out", method=Wanda(), pattern=NM(2, 4), calibration=tokens)
     ids = np.load(tokens)[:2]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():

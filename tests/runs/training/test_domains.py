@@ -12,8 +12,6 @@ from jprune.pipeline.training.tune import tune_model
 from jprune.train.shearing.dynamic_loading import Reweighing
 from jprune.tuning.recovery import Full
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
 
 def counting(first, step, n=40, length=12):
     """Windows of a language of its own 48 tokens, in which every token says the next."""
@@ -171,15 +169,15 @@ def test_bad_input(tiny_model, tmp_path):
         DynamicLoading(reference_losses={"a": 0})
 
 
-def test_devices_change_nothing(tiny_model, tmp_path, monkeypatch):
+def test_devices_change_nothing(tiny_model, tmp_path, four_devices):
     """Parameters and the reference model's cut up over two of four devices; draws, losses and weights are the same."""
     folder = tiny_model()
     method = Full(steps=2, batch_size=8, micro_batch=8, warmup=0, learning_rate=0.01)
     loading = DynamicLoading(reference=str(tiny_model("reference")))
     options = OPTIONS | {"method": method, "dynamic_loading": loading, "evaluate_every": 1}
     one = tune_model(folder, tmp_path / "one", **options)
-    monkeypatch.undo()
-    four = tune_model(folder, tmp_path / "four", fsdp=2, **options)
+    with four_devices():
+        four = tune_model(folder, tmp_path / "four", fsdp=2, **options)
     np.testing.assert_allclose(four.losses, one.losses, rtol=1e-4)
     for name, found in one.domains.items():
         assert four.domains[name]["epochs"] == found["epochs"]

@@ -14,7 +14,6 @@ from jprune.checkpoints import load
 from jprune.errors import JpruneError
 from jprune.models import decoder
 from jprune.structured.shape import Shape
-from jprune.train import sharding
 from jprune.train.loop import Interrupted
 from jprune.train.shearing import hard_concrete
 from jprune.tuning.masked_model import MaskedModel, shape_of
@@ -22,11 +21,7 @@ from jprune.tuning.masked_training import masked_loss, rounded
 from jprune.tuning.shearing import Shearing, count, plan_shearing, shear_model
 
 TARGET = "layers=2,hidden=24,heads=2,kv_heads=1,intermediate=40"
-MAKE_MESH = sharding.make_mesh
 QUICK = {"batch_size": 4, "micro_batch": 2, "warmup": 0, "mask_momentum": 0.0}
-
-
-pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture
@@ -85,12 +80,12 @@ def test_a_resumed_run_is_the_same(checkpoint, data, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
 
 
-def test_devices_share_the_work(checkpoint, data, tmp_path, monkeypatch):
+def test_devices_share_the_work(checkpoint, data, tmp_path, four_devices):
     """Two by two devices, parameters cut up over two of them: the same masks are drawn and the same losses come out."""
     method = Shearing(target=TARGET, steps=2, **QUICK | {"micro_batch": 4})
     one = shear_model(checkpoint, tmp_path / "one", method=method, data=data)
-    monkeypatch.setattr(sharding, "make_mesh", MAKE_MESH)
-    four = shear_model(checkpoint, tmp_path / "four", method=method, data=data, fsdp=2)
+    with four_devices():
+        four = shear_model(checkpoint, tmp_path / "four", method=method, data=data, fsdp=2)
     np.testing.assert_allclose(four.losses, one.losses, rtol=1e-5)
     assert four.expected == pytest.approx(one.expected, abs=1e-2)
 
