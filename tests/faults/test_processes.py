@@ -1,7 +1,4 @@
-"""Two processes with two CPU devices each, over the loopback: one result, whoever dies on the way.
-
-pytest -m faults
-"""
+"""Two processes with two CPU devices each, over the loopback: one result, whoever dies on the way."""
 
 import json
 import os
@@ -29,25 +26,15 @@ PATIENCE = 240
 """Seconds within which everything must end, also where somebody has died."""
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
 @pytest.fixture
-def run(cache, tmp_path):
+def run():
     """Runs `jprune` in two processes: the words of each, and when each dies. Gives exit status, stdout and stderr."""
 
     def run(words, *, others=None, die=("never", "never")):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         join = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
-        environment = {
-            **os.environ,
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHONPATH": str(SCRIPT.parents[2]),
-        }
+        environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
         both = [
             subprocess.Popen(
                 [sys.executable, str(SCRIPT), at, *map(str, own), *join, str(i)],
@@ -68,7 +55,6 @@ def run(cache, tmp_path):
     return run
 
 
-@pytest.mark.faults
 def test_killed_and_resumed(run, tiny_model, token_file, tmp_path):
     folder, tokens = tiny_model(num_hidden_layers=3), token_file(8)
     words = ["prune", "sparsegpt", folder, "--sparsity", "0.5", "--calibration", tokens]
@@ -110,7 +96,6 @@ def test_killed_and_resumed(run, tiny_model, token_file, tmp_path):
     assert not list(tmp_path.glob("out.run"))
 
 
-@pytest.mark.faults
 def test_experts_and_outputs_over_two_processes(run, tiny_model, token_file, tmp_path, capsys):
     sizes = {"num_local_experts": 3, "num_experts_per_tok": 1, "num_hidden_layers": 1}
     folder, tokens = tiny_model(architectures=["MixtralForCausalLM"], model_type="mixtral", **sizes), token_file(6)
@@ -128,7 +113,6 @@ def test_experts_and_outputs_over_two_processes(run, tiny_model, token_file, tmp
         np.testing.assert_array_equal(one.read(path), two.read(path), err_msg=path)
 
 
-@pytest.mark.faults
 def test_what_all_must_know(run, tiny_model, token_file, tmp_path):
     """Processes that are given different things, or of which one cannot go on, all end and say why."""
     folder = tiny_model(num_hidden_layers=1)
@@ -164,9 +148,10 @@ def test_words_that_make_no_cluster(command, words, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_a_model_axis_that_does_not_fit(tiny_model, token_file, tmp_path, capsys):
+def test_a_model_axis_that_does_not_fit(tiny_model, token_file, capsys, four_devices):
     words = ["eval", "perplexity", str(tiny_model()), "--text", token_file(), "--model-axis", "3"]
-    assert main(words) == 1
+    with four_devices():
+        assert main(words) == 1
     assert "got 3, and there are 4 devices" in capsys.readouterr().err
 
 

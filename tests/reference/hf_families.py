@@ -2,11 +2,29 @@
 
 import copy
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from safetensors.numpy import load_file
+
+from jprune.checkpoints import huggingface, load
+from jprune.models import decoder, families
 
 VOCAB, CONTEXT = 40, 64
+VARIANTS = {
+    f"{architecture.removesuffix('ForCausalLM')}-{number}": (family, architecture, variant)
+    for family in families.FAMILIES
+    for architecture in family.architectures
+    for number, variant in enumerate(family.variants)
+}
+"""Family, architecture and config.json keys by name."""
+FIRST = {name: case for name, case in VARIANTS.items() if name.endswith("-0")}
+
+
+def tokens(length, batch=2):
+    return np.random.default_rng(1).integers(0, VOCAB, (batch, length)).astype(np.int32)
 
 
 def sizes(family, *, kv_heads=2, group=2, head_dim=8, layers=2, tied=None):
@@ -48,6 +66,12 @@ def model(architecture, options, *, seed=0):
     return made
 
 
+def make(name, **options):
+    """A model of a variant; `options` are those of `sizes`."""
+    family, architecture, variant = VARIANTS[name]
+    return model(architecture, sizes(family, **options) | variant)
+
+
 def save(made, folder):
     """As transformers saves it, quietly."""
     transformers.utils.logging.disable_progress_bar()
@@ -58,3 +82,23 @@ def save(made, folder):
 def logits(made, tokens):
     with torch.no_grad():
         return made(torch.from_numpy(np.asarray(tokens)).long(), use_cache=False).logits.float().numpy()
+
+
+def check(name, folder, *, length=12, **options):
+    """Of a variant, ours and transformers' logits are equal, and the files that are read and written again."""
+    theirs = make(name, **options)
+    checkpoint = load(save(theirs, folder / "source"))
+    params = jax.tree.map(jnp.asarray, checkpoint.params())
+    got = jax.jit(lambda p, t: decoder.apply(checkpoint.config, p, t))(params, tokens(length))
+    want = logits(theirs, tokens(length))
+    assert np.abs(want).max() > 0.1  # the comparison means something
+    assert np.abs(np.asarray(got) - want).max() <= 1e-4
+
+    (folder / "copy").mkdir()
+    with huggingface.Writer(folder / "copy", checkpoint) as writer:
+        for path in checkpoint.shapes:
+            writer.write(path, checkpoint.read(path))
+    before, after = (load_file(folder / each / "model.safetensors") for each in ("source", "copy"))
+    assert before.keys() == after.keys()
+    for key, stored in before.items():
+        assert after[key].tobytes() == stored.tobytes(), key

@@ -50,7 +50,6 @@ def prune(
     die_after: str | None = None,
     power: bool = False,
     count_into: str | None = None,
-    cache: str | None = None,
     stderr: str | None = None,
 ) -> None:
     """Runs `prune_model(**options)`.
@@ -62,22 +61,12 @@ def prune(
       die_after: die before the first operation after there is something at this path.
       power: die as by a power failure.
       count_into: file for the number of operations.
-      cache: folder for compiled programs.
       stderr: file for what goes wrong.
     """
     if stderr:
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    import jax
-
-    jax.config.update("jax_num_cpu_devices", 4)
-    if cache:
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     from jprune.pipeline import prune_model
-    from jprune.pipeline.forecast import forecast
 
-    forecast.windows_at_once = lambda length: 2
     with Disk(Path(watched), die_at=die_at, die_after=die_after, power=power) as disk:
         prune_model(**options)
     if count_into:

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -24,9 +21,6 @@ from jprune.pipeline.training.tune import tune_model
 from jprune.tuning.recovery import Full, Lora
 
 SHORT = {"steps": 3, "batch_size": 4, "micro_batch": 4, "learning_rate": 0.01}
-
-
-pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture
@@ -120,53 +114,6 @@ def test_a_pruned_model_goes_on_from_where_it_is(tiny_model, rows, tmp_path):
     assert all((after[path][old == 0] == 0).all() for path, old in before.items())
     with pytest.raises(JpruneError, match=r"39.9. % of the prunable weights .* to have 30 %"):
         prune_and_tune(tmp_path / "some", tmp_path / "no", sparsity=0.3, **rows)
-
-
-PROGRAM = """
-import os, signal, sys
-import jprune
-from jprune.pipeline import prune_and_tune
-from jprune.tuning.recovery import Full
-phase, done = sys.argv[1], float(sys.argv[2])
-def kill(p):
-    if p.phase == phase and p.done >= done:
-        os.kill(os.getpid(), signal.SIGKILL)
-prune_and_tune(progress=kill, **{options!r}, tuning=Full(**{short!r}))
-"""
-
-
-def test_killed_in_any_round_and_resumed(tiny_model, rows, tmp_path):
-    """Each process dies a little later than the one before: while pruning, while training, between the two."""
-    np.save(tmp_path / "evaluate.npy", rows["evaluate"])
-    options = {**rows, "model": str(tiny_model()), "sparsity": 0.6, "rounds": (0.3, 0.6), "checkpoint_every": 1}
-    options["evaluate"] = str(tmp_path / "evaluate.npy")
-    whole = prune_and_tune(out=tmp_path / "whole", tuning=Full(**SHORT), **options)
-    out = tmp_path / "out"
-    program = PROGRAM.format(options={**options, "out": str(out), "resume": True}, short=SHORT)
-    cached = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    for phase, done in [("1/2 train", 2.0), ("2/2 prune", 1.5), ("2/2 train", 2.0)]:
-        words = [sys.executable, "-c", program, phase, str(done)]
-        died = subprocess.run(words, capture_output=True, text=True, check=False, env=cached | os.environ)
-        assert died.returncode == -signal.SIGKILL, (phase, died.stderr)
-        assert not out.exists()
-    with pytest.raises(JpruneError, match="a run that has not finished; go on with --resume"):
-        prune_and_tune(out=out, tuning=Full(**SHORT), **options)
-    with pytest.raises(JpruneError, match="was begun with steps = 3 and cannot go on with 4"):
-        prune_and_tune(out=out, tuning=Full(**SHORT | {"steps": 4}), resume=True, **options)
-    seen = []
-    again = prune_and_tune(out=out, tuning=Full(**SHORT), resume=True, progress=seen.append, **options)
-    assert {p.phase.split()[0] for p in seen} == {"2/2"}  # the first round is not done again
-    a, b = jprune.load(tmp_path / "whole"), jprune.load(out)
-    for path in a.shapes:
-        np.testing.assert_array_equal(a.read(path), b.read(path), err_msg=path)
-    for one, other in zip(whole.rounds, again.rounds, strict=True):
-        times = {"prune_seconds": 0.0, "tune_seconds": 0.0}
-        assert dataclasses.replace(one, **times) == dataclasses.replace(other, **times)
-    assert not (tmp_path / "out.run").exists()
-    # Killed after the result got its name, all that is left to do is to remove the folder.
-    (tmp_path / "out.run").mkdir()
-    assert prune_and_tune(out=out, tuning=Full(**SHORT), resume=True, **options).rounds == again.rounds
-    assert not (tmp_path / "out.run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_round_and_keeps_what_was_good(tiny_model, rows, tmp_path, monkeypatch):

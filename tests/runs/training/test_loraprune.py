@@ -1,9 +1,6 @@
 """LoRAPrune runs over a tiny model: what was masked is what is written, what goes, what is refused."""
 
 import json
-import signal
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +25,6 @@ OLMO = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
 MIXTRAL = {
     "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2,
 }  # fmt: skip
-
-
-pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture
@@ -174,36 +168,6 @@ def test_a_sparse_run(tiny_model, data, tmp_path):
     assert after.config == jprune.load(folder).config
 
 
-def test_killed_and_resumed(tiny_model, data, tmp_path):
-    """From the checkpoint in the midst of pruning to the same units and the same weights."""
-    folder = tiny_model()
-    np.save(tmp_path / "data.npy", data)
-    program = f"""
-import os, signal
-from jprune.tuning.loraprune import LoRAPrune, loraprune_model
-def kill(p):
-    if p.phase == "train" and p.done >= 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-options = {{"checkpoint_every": 3, "progress": kill, "data": {str(tmp_path / "data.npy")!r}}}
-loraprune_model({str(folder)!r}, {str(tmp_path / "out")!r}, method=LoRAPrune(**{SHORT!r}, ratio=0.5), **options)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    options = {"data": str(tmp_path / "data.npy"), "checkpoint_every": 3}
-    with pytest.raises(JpruneError, match=r"was begun with ratio = 0\.5"):
-        loraprune_model(folder, tmp_path / "out", method=LoRAPrune(**SHORT, ratio=0.4), resume=True, **options)
-    method = LoRAPrune(**SHORT, ratio=0.5)
-    again = loraprune_model(folder, tmp_path / "out", method=method, resume=True, **options)
-    whole = loraprune_model(folder, tmp_path / "whole", method=method, **options)
-    assert again.resumed_from == 3
-    assert again.losses == whole.losses
-    a, b = (json.loads((tmp_path / name / "jprune.json").read_text())["kept"] for name in ("out", "whole"))
-    assert a == b
-    models = jprune.load(tmp_path / "out"), jprune.load(tmp_path / "whole")
-    for path in models[0].shapes:
-        np.testing.assert_array_equal(*(model.read(path) for model in models))
-
-
 def test_divergence_keeps_the_last_good_state(tiny_model, data, tmp_path):
     method = LoRAPrune(**SHORT | {"learning_rate": 1e38}, ratio=0.5)
     with pytest.raises(JpruneError, match=r"at step 2 the loss is .* before it, after 1 steps, are kept"):
@@ -256,13 +220,13 @@ def test_bad_input(tiny_model, tiny_config, data, tmp_path):
             LoRAPrune(**options)
 
 
-def test_devices_change_nothing(tiny_model, data, tmp_path, monkeypatch):
+def test_devices_change_nothing(tiny_model, data, tmp_path, four_devices):
     """Kernels, importance and masks cut up over two of four devices."""
     folder = tiny_model()
     options = {"method": LoRAPrune(**SHORT | {"steps": 4}, ratio=0.5, dropout=0.0), "data": data}
     one = loraprune_model(folder, tmp_path / "one", **options)
-    monkeypatch.undo()
-    four = loraprune_model(folder, tmp_path / "four", fsdp=2, **options)
+    with four_devices():
+        four = loraprune_model(folder, tmp_path / "four", fsdp=2, **options)
     np.testing.assert_allclose(four.losses, one.losses, rtol=1e-4)
     a, b = (json.loads((tmp_path / name / "jprune.json").read_text())["kept"] for name in ("one", "four"))
     assert a == b

@@ -1,9 +1,6 @@
 """Tuning runs over a tiny model: what is trained, what is written, what is refused."""
 
 import json
-import signal
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +16,6 @@ from jprune.pipeline.training.tune import tune_model
 from jprune.tuning.recovery import Full, Lora
 
 SHORT = {"steps": 4, "batch_size": 4, "micro_batch": 4, "warmup": 0}
-
-
-pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture
@@ -189,34 +183,6 @@ def test_without_a_gate(tiny_model, data, tmp_path):
     assert report.trainable_parameters == 3 * 2 * (4 * 64 + 2 * (32 + 56))
 
 
-def test_killed_and_resumed(tiny_model, data, tmp_path):
-    folder = sparse(tiny_model())
-    np.save(tmp_path / "data.npy", data)
-    program = f"""
-import os, signal
-from jprune.tuning.recovery import Lora
-from jprune.pipeline.training.tune import tune_model
-def kill(p):
-    if p.phase == "train" and p.done >= 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-options = {{"checkpoint_every": 2, "progress": kill, "data": {str(tmp_path / "data.npy")!r}}}
-tune_model({str(folder)!r}, {str(tmp_path / "out")!r}, method=Lora(**{SHORT!r}, rank=2), **options)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (tmp_path / "out").exists()
-    options = {"data": str(tmp_path / "data.npy"), "checkpoint_every": 2}
-    with pytest.raises(JpruneError, match="a run that has not finished; go on with --resume"):
-        tune_model(folder, tmp_path / "out", method=Lora(**SHORT, rank=2), **options)
-    again = tune_model(folder, tmp_path / "out", method=Lora(**SHORT, rank=2), resume=True, **options)
-    whole = tune_model(folder, tmp_path / "whole", method=Lora(**SHORT, rank=2), **options)
-    assert again.resumed_from == 2
-    assert again.losses == whole.losses
-    a, b = jprune.load(tmp_path / "out"), jprune.load(tmp_path / "whole")
-    for path in a.shapes:
-        np.testing.assert_array_equal(a.read(path), b.read(path))
-
-
 def test_bad_input(tiny_model, data, tmp_path):
     folder = tiny_model()
 
@@ -241,12 +207,12 @@ def test_bad_input(tiny_model, data, tmp_path):
             kind(**options)
 
 
-def test_epochs_and_devices(tiny_model, data, tmp_path, monkeypatch):
+def test_epochs_and_devices(tiny_model, data, tmp_path, four_devices):
     """Two epochs of three batches; parameters cut up over two of four devices."""
     folder = tiny_model()
     options = {"method": Lora(batch_size=4, micro_batch=4, rank=2, epochs=2, dropout=0.0), "data": data}
     one = tune_model(folder, tmp_path / "one", **options)
     assert one.steps == 6
-    monkeypatch.undo()
-    four = tune_model(folder, tmp_path / "four", fsdp=2, **options)
+    with four_devices():
+        four = tune_model(folder, tmp_path / "four", fsdp=2, **options)
     np.testing.assert_allclose(four.losses, one.losses, rtol=1e-4)
