@@ -1,15 +1,29 @@
-"""What the commands have in common."""
+"""What the commands have in common: dataclasses whose fields are their options, and whose `run` does the job."""
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
-from jax.sharding import Mesh
 
-from jprune import devices
 from jprune.errors import UsageError
-from jprune.runs import processes
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What a command has to say."""
+
+    json: Mapping[str, Any]
+    """The object that `--json` prints."""
+    notices: tuple[str, ...] = ()
+    """What the user should know, for stderr."""
+    show: Callable[[], None] = lambda: None
+    """Prints the result for people."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,25 +41,31 @@ class Command:
         """What must surround `run`."""
         yield
 
+    def run(self) -> Told:
+        """Does the job."""
+        raise NotImplementedError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnDevices(Command):
     """What every command has that runs on several devices, and in several processes."""
 
     model_axis: int = 1
-    """Devices among which the outputs of every kernel are shared out; the windows of text are among the others."""
+    """Devices that share out the outputs of every kernel; the windows of text are shared out among the others."""
     coordinator: str | None = None
     """HOST:PORT of process 0, where several processes run together; each is given the same command."""
     process_id: int | None = None
     """Number of this process, from 0."""
     num_processes: int | None = None
-    """How many there are."""
+    """Number of processes that run together."""
     distributed: bool = False
-    """Instead of the three: let JAX find them out, under SLURM, on TPU pods and on GKE."""
+    """Let JAX find coordinator and processes itself, as it can under SLURM, on TPU pods and on GKE."""
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:
         """Joins the other processes; of them only the first prints."""
+        from jprune.runs import processes
+
         cluster = processes.Cluster(
             coordinator=self.coordinator, process_id=self.process_id, num_processes=self.num_processes
         )
@@ -58,6 +78,36 @@ class OnDevices(Command):
         with processes.only_first_speaks():
             yield
 
-    def mesh(self) -> Mesh:
+    def mesh(self) -> "Mesh":
         """The devices of all processes."""
+        from jprune import devices
+
         return devices.make_mesh(self.model_axis)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByRecipe(Command):
+    """What every command has that prunes or trains."""
+
+    recipe: Path | None = None
+    """TOML or JSON file with options, or the jprune.json of an earlier run; the command line counts more."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planning(ByRecipe):
+    """What every command has that can say beforehand what it would do."""
+
+    out: Path | None = None
+    """Folder of the result; it appears when everything is done."""
+    plan: bool = False
+    """Print what would be done and what comes out, and touch nothing."""
+
+    def destination(self) -> Path:
+        """The folder of the result.
+
+        Raises:
+          UsageError: none is given.
+        """
+        if self.out is None:
+            raise UsageError("give --out DIR for the result (or --plan to see what would be done)")
+        return self.out

@@ -1,19 +1,25 @@
-"""What a person sees: progress on stderr, tables on stdout. Nothing moves where stderr is not a terminal."""
+"""What a person sees: progress and notices on stderr, tables and reports on stdout.
+
+Nothing moves where stderr is not a terminal.
+"""
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+if TYPE_CHECKING:
+    from jprune.runs.report import Progress as Step
 
-from jprune.runs.report import Progress as Step
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Callable[[Step], None]]:
+def progress() -> Iterator[Callable[["Step"], None]]:
     """A bar per phase: block and stage, time left, and the last reconstruction loss."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     bars = Progress(
         TextColumn("{task.fields[phase]:>16}"),
@@ -27,7 +33,7 @@ def progress() -> Iterator[Callable[[Step], None]]:
     )
     tasks: dict[str, object] = {}
 
-    def show(step: Step) -> None:
+    def show(step: "Step") -> None:
         if step.phase not in tasks:
             tasks[step.phase] = bars.add_task("", total=step.total, phase=step.phase, text="")
         loss = "" if step.loss is None else f"  loss {step.loss:.3g}"
@@ -39,6 +45,9 @@ def progress() -> Iterator[Callable[[Step], None]]:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Prints a table; the first column is text, the others are aligned to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
     drawn = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
@@ -46,3 +55,43 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         drawn.add_row(*map(str, row))
     # Where stdout is not a terminal, lines are as long as they need to be.
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(drawn)
+
+
+def report(result: Any, first: Iterable[str], last: Iterable[str] = ()) -> None:
+    """Prints the report of a run: its own lines, and between them what all have.
+
+    Args:
+      result: the report of a run, of any kind.
+      first: lines before the perplexity.
+      last: lines between the perplexity and what the run took.
+    """
+    for line in first:
+        print(line)
+    if result.before and result.after:
+        after = result.after
+        print(
+            f"perplexity ({after.windows} windows of {after.sequence_length} tokens): "
+            f"{result.before.value:.3f} before, {after.value:.3f} after"
+        )
+    for line in last:
+        print(line)
+    spent = {name: value for name, value in result.seconds.items() if name != "total" and value >= 0.05}
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in spent.items())
+    print(f"{result.seconds['total']:.1f} s ({parts}); peak memory {result.peak_memory_bytes / 1e9:.2f} GB")
+    print(f"written to {result.out}")
+
+
+def change(before: int, after: int) -> str:
+    """Numbers of parameters before and after, and how many percent are gone."""
+    return f"{before:,} before, {after:,} after ({100 * (1 - after / before):.1f} % less)"
+
+
+def runs(values: Sequence[T]) -> list[tuple[int, int, T]]:
+    """The first and the last place of each run of equal values, and the value."""
+    found: list[tuple[int, int, T]] = []
+    for i, value in enumerate(values):
+        if found and found[-1][2] == value:
+            found[-1] = (found[-1][0], i, value)
+        else:
+            found.append((i, i, value))
+    return found

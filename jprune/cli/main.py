@@ -1,107 +1,99 @@
-"""Entry of the `jprune` command: finds the subcommand, parses its dataclass, runs it, and reports errors in a line.
+"""Entry of the `jprune` command: finds the subcommand, makes it of its words, runs it, and reports errors in a line.
 
 Exit status: 0 when the job is done, 1 when it failed, 2 for bad usage, 130 when interrupted.
+
+What is not needed is not imported: the overview knows methods by name, and a command's help only its own options.
 """
 
-import dataclasses
 import json
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import tyro
-
-from jprune.cli import commands, recipes
-from jprune.cli.loraprune import PruneWithLoRA
-from jprune.cli.prune import Prune
-from jprune.cli.prune_and_tune import PruneAndTune
-from jprune.cli.shear import Shear
-from jprune.cli.shrink import GroupsOf, LLMPrunerOptions, Shrink, ShrinkTo
-from jprune.cli.tune import Tune
 from jprune.errors import JpruneError, UsageError
-from jprune.methods import METHODS
-from jprune.paths import compiled_folder
-from jprune.runs import processes
-from jprune.structured import DropLayers
-from jprune.tuning.loraprune import LoRAPrune
-from jprune.tuning.recovery import TUNINGS
-from jprune.tuning.shearing import Shearing
+from jprune.pipeline.registry import IN_ROUNDS, ONE_SHOT, PRUNERS, STRUCTURED, TRAINED, TUNERS, Methods
+
+if TYPE_CHECKING:
+    from jprune.cli.command import Told
+    from jprune.cli.flags import Form
+
+COMMANDS = Methods(
+    {
+        "eval perplexity": "jprune.cli.evaluate:EvalPerplexity",
+        "generate": "jprune.cli.generate:Generate",
+        "convert": "jprune.cli.convert:Convert",
+        "info": "jprune.cli.info:Info",
+        "groups": "jprune.cli.info:Groups",
+    }
+)
+"""The commands that have no method."""
+RUNNERS = Methods(
+    {
+        "one-shot": "jprune.cli.prune:Prune",
+        "rounds": "jprune.cli.rounds:PruneAndTune",
+        "shrink": "jprune.cli.shrink:Shrink",
+        "shrink to": "jprune.cli.shrink:ShrinkTo",
+        "shrink while training": "jprune.cli.shrink:ShrinkWhileTraining",
+        "tune": "jprune.cli.tune:Tune",
+    }
+)
+"""The commands that run methods."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `jprune` with the given words (by default those of the process) and returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    _keep_compiled_programs()
+    form: Form | None = None
     try:
         name, rest = _find(words)
-        command = _parse(name, rest)
+        recipe = _recipe(rest)
+        form = _form(name, rest, recipe)
+        command = _made(form, name, rest, recipe)
+        _keep_compiled_programs()
         with command.begun():
-            result = command.run()
-            if command.json:
-                print(json.dumps(result), flush=True)
-    except UsageError as error:
-        return _fail(error, 2)
+            _tell(command.run(), form, as_json=command.json)
     except JpruneError as error:
-        return _fail(error, 1)
+        return _fail(error, 2 if isinstance(error, UsageError) else 1, form)
     except KeyboardInterrupt as error:
-        return _fail(f"interrupted; {error or 'nothing was written'}", 130)
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if (gone := processes.lost(error)) is not None:
-            return _fail(gone, 1)
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        return _fail(f"interrupted; {error or 'nothing was written'}", 130, form)
+    except (MemoryError, RuntimeError) as error:
+        message = _explained(error)
+        if message is None:
             raise
-        return _fail("out of memory: use fewer --samples, a shorter --sequence-length, or --dtype bfloat16", 1)
+        return _fail(message, 1, form)
     return 0
 
 
-def _commands() -> dict[str, type]:
-    """Every command by its words."""
-    prune = {f"prune {name}": _by_method(Prune, method) for name, method in METHODS.items()}
-    return prune | {
-        "prune prune-and-tune": PruneAndTune,
-        "prune llm-pruner": _by_method(ShrinkTo, LLMPrunerOptions),
-        "prune layers": _by_method(Shrink, DropLayers),
-        "prune loraprune": _by_method(PruneWithLoRA, LoRAPrune),
-        "prune shearing": _by_method(Shear, Shearing),
-        **{f"tune {name}": _by_method(Tune, kind) for name, kind in TUNINGS.items()},
-        "eval perplexity": commands.EvalPerplexity,
-        "generate": commands.Generate,
-        "convert": commands.Convert,
-        "info": commands.Info,
-        "groups": GroupsOf,
+def _tell(told: "Told", form: "Form", *, as_json: bool) -> None:
+    """Prints what a command has to say."""
+    for notice in told.notices:
+        print(form.spelled(notice), file=sys.stderr)
+    if as_json:
+        print(json.dumps(told.json), flush=True)
+    else:
+        told.show()
+
+
+def _commands() -> dict[str, str]:
+    """Every command by its words, and the first line of what it says of itself."""
+    return {
+        **{f"prune {n}": RUNNERS.summary("rounds") if n in IN_ROUNDS else PRUNERS.summary(n) for n in PRUNERS},
+        **{f"tune {name}": TUNERS.summary(name) for name in TUNERS},
+        **{name: COMMANDS.summary(name) for name in COMMANDS},
     }
-
-
-def _with_options(command: type, doc: str | None = None, **parts: type) -> type:
-    """The command with the options of its parts, by field, among its own; the help begins with `doc`."""
-    made = dataclasses.make_dataclass(
-        f"{command.__name__}{''.join(part.__name__ for part in parts.values())}",
-        [(name, Annotated[part, tyro.conf.arg(name="")], dataclasses.field()) for name, part in parts.items()],
-        bases=(command,),
-        frozen=True,
-        kw_only=True,
-    )
-    made.__doc__ = doc
-    return made
-
-
-def _by_method(command: type, method: type) -> type:
-    """A command whose help says what its method does."""
-    return _with_options(command, method.__doc__, method=method)
 
 
 def _find(words: list[str]) -> tuple[str, list[str]]:
     """The command that the first words name, and the words after them."""
-    known = _commands()
+    known = [*(f"prune {name}" for name in PRUNERS), *(f"tune {name}" for name in TUNERS), *COMMANDS]
     for count in (2, 1):
         if (name := " ".join(words[:count])) in known:
             return name, words[count:]
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview(known))
+        print(_overview(""))
         raise SystemExit(0 if words else 2)
     first = words[0]
     below = [name.split()[1] for name in known if name.startswith(f"{first} ")]
@@ -110,35 +102,80 @@ def _find(words: list[str]) -> tuple[str, list[str]]:
     if len(words) > 1 and words[1] not in ("-h", "--help"):
         what = "method" if first == "prune" else "task"
         raise UsageError(f"unknown {what} {words[1]!r}; `jprune {first}` has: {', '.join(below)}")
-    print(_overview({name: kind for name, kind in known.items() if name.startswith(f"{first} ")}))
+    print(_overview(f"{first} "))
     raise SystemExit(0 if len(words) > 1 else 2)
 
 
-def _overview(known: dict[str, type]) -> str:
+def _overview(start: str) -> str:
+    known = {name: summary for name, summary in _commands().items() if name.startswith(start)}
     width = max(map(len, known)) + 2
-    lines = [f"  {name:{width}}{(kind.__doc__ or '').splitlines()[0]}" for name, kind in known.items()]
+    lines = [f"  {name:{width}}{summary}" for name, summary in known.items()]
     return "\n".join(["usage: jprune COMMAND ... (each has --help)", "", *lines])
 
 
-def _parse(name: str, words: list[str]) -> Any:
-    """The command's dataclass, filled in from a recipe file, if one is named, and then from the words."""
-    recipe = _value_of("--recipe", words)
+def _form(name: str, words: Sequence[str] = (), recipe: dict[str, Any] | None = None) -> "Form":
+    """The flags of a command; of prune-and-tune, which has those of its two parts, for the parts that are named."""
+    from jprune.cli.flags import Form
+
+    if name in COMMANDS:
+        return Form(COMMANDS[name], {})
+    from jprune.cli.words import WORDS
+
+    group, method = name.split()
+    if method in IN_ROUNDS:
+        kind = RUNNERS["rounds"]
+        pruner = _named("pruner", words, recipe, ONE_SHOT) or kind.pruner
+        tuning = _named("tuning", words, recipe, TUNERS) or kind.tuning
+        return Form(kind, WORDS, parts={"pruner_options": ONE_SHOT[pruner], "tuning_options": TUNERS[tuning]})
+    if group == "tune":
+        runner, methods = "tune", TUNERS
+    elif method in ONE_SHOT:
+        runner, methods = "one-shot", ONE_SHOT
+    elif method in TRAINED:
+        runner, methods = "shrink while training", TRAINED
+    else:
+        runner, methods = "shrink" if method == "layers" else "shrink to", STRUCTURED
+    return Form(RUNNERS[runner], WORDS, methods[method].__doc__, {"method": methods[method]})
+
+
+def _made(form: "Form", name: str, words: list[str], recipe: dict[str, Any] | None) -> Any:
+    """The command that words make, and a recipe file, if one is named."""
+    values = None
     if recipe is not None:
-        words = recipes.as_words(Path(recipe), name.split()[-1], words) + words
-    kind = _commands()[name]
-    if kind is PruneAndTune:  # what the words say of its parts decides which options there are
-        pruner = METHODS.get(_value_of("--pruner", words) or "", METHODS[PruneAndTune.pruner])
-        tuning = TUNINGS.get(_value_of("--tuning", words) or "", TUNINGS[PruneAndTune.tuning])
-        kind = _with_options(kind, kind.__doc__, pruner_options=pruner, tuning_options=tuning)
-    return tyro.cli(
-        kind,
-        args=words,
-        prog=f"jprune {name}",
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-    )
+        from jprune.cli import recipes
+
+        path = Path(_value_of("--recipe", words) or "")
+        values = recipes.values(recipe, path, name, form, form.given(words), _command_with)
+    return form.parse(words, prog=f"jprune {name}", recipe=values)
 
 
-def _value_of(flag: str, words: list[str]) -> str | None:
+def _parse(name: str, words: list[str]) -> Any:
+    """The command that words make."""
+    recipe = _recipe(words)
+    return _made(_form(name, words, recipe), name, words, recipe)
+
+
+def _recipe(words: Sequence[str]) -> dict[str, Any] | None:
+    """What stands in the recipe file, if words name one."""
+    if (path := _value_of("--recipe", words)) is None:
+        return None
+    from jprune.cli import recipes
+
+    return recipes.read(Path(path))
+
+
+def _command_with(option: str) -> str | None:
+    """The first command that has an option."""
+    return next((name for name in _commands() if (_form(name)).find(option) is not None), None)
+
+
+def _named(option: str, words: Sequence[str], recipe: dict[str, Any] | None, methods: Methods) -> str | None:
+    """The method that an option names, if it is there and names one."""
+    value = _value_of(f"--{option}", words) or (recipe or {}).get(option)
+    return value if value in methods else None
+
+
+def _value_of(flag: str, words: Sequence[str]) -> str | None:
     for i, word in enumerate(words):
         if word == flag and i + 1 < len(words):
             return words[i + 1]
@@ -149,11 +186,34 @@ def _value_of(flag: str, words: list[str]) -> str | None:
 
 def _keep_compiled_programs() -> None:
     """Compiled programs are kept in the user's cache, unless the user has said where; a second run compiles nothing."""
+    import jax
+
+    from jprune.paths import compiled_folder
+
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(compiled_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
-def _fail(error: object, status: int) -> int:
-    print(f"jprune: {error}", file=sys.stderr)
+def _explained(error: Exception) -> str | None:
+    """What to tell of an error of the machine; None if it is none."""
+    import jax
+
+    from jprune.runs import processes
+
+    if (gone := processes.lost(error)) is not None:
+        return gone
+    full = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    if full or isinstance(error, MemoryError):
+        return "out of memory: use fewer --samples, a shorter --sequence-length, or --dtype bfloat16"
+    return None
+
+
+def _fail(error: object, status: int, form: "Form | None") -> int:
+    """Tells an error in the words of the command line."""
+    print(f"jprune: {error if form is None else form.spelled(str(error))}", file=sys.stderr)
+    if "jprune.runs.processes" not in sys.modules:
+        return status
+    from jprune.runs import processes
+
     return processes.exit_now(status)

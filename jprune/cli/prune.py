@@ -1,133 +1,101 @@
-"""`jprune prune METHOD`: the options of a run, whatever the method; `main` adds the method's own."""
+"""`jprune prune METHOD` for methods that prune one kernel at a time; the method's own options are a part."""
 
 import dataclasses
-import sys
-from pathlib import Path
-from typing import Annotated, Any
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
-
-from jprune import patterns
-from jprune.checkpoints.formats import Format
 from jprune.cli import display
-from jprune.cli.command import OnDevices
-from jprune.cli.pruning import Pruning
-from jprune.errors import JpruneError, UsageError
+from jprune.cli.command import OnDevices, Planning, Told
+from jprune.cli.flags import Flags, Word, keywords
+from jprune.cli.words import PatternWords
 from jprune.methods import Method
-from jprune.patterns import NM, Pattern, Unstructured
-from jprune.pipeline import plan_run, prune_model
-from jprune.pipeline.forecast.forecast import Plan
-from jprune.pipeline.oneshot.report import Report
+from jprune.pipeline.options import Calibration, Choice, Evaluation, Machine, Result
+from jprune.pipeline.recipe import Recipe
 from jprune.pipeline.registry import name_of
+
+if TYPE_CHECKING:
+    from jprune.pipeline.forecast.forecast import Plan
+    from jprune.pipeline.oneshot.report import Report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prune(Pruning, OnDevices):
+class Prune(Planning, OnDevices):
     """Prune a model."""
 
+    pattern: PatternWords
     method: Method
-    sparsity: float | None = None
-    """Share of zeros, in [0, 1)."""
-    pattern: str | None = None
-    """N:M, such as 2:4, keeps N of every M consecutive inputs; instead of --sparsity."""
-    override: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """REGEX=PATTERN: another sparsity or N:M for what the expression finds; the last that finds a kernel counts."""
-    seed: int = 0
-    """Of the choice of calibration windows."""
-    keep_zeros: bool = False
-    """Prune a model further that is pruned already: what is zero stays zero, and counts among the zeros asked for."""
-    format: Format = "hf"
-    """Of the result: hf (safetensors, for every Hugging Face loader), jprune (where layers differ in size), decilm (for
-    vLLM) or orbax."""
-    evaluate: str | None = None
-    """Text whose perplexity is measured before and after, named as for --calibration."""
-    run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
-    """Folder of what the run needs to be resumed, and of what does not fit into memory. By default OUT.run."""
+    calibration: Calibration
+    choice: Choice
+    details: Annotated[Mapping[str, Any], Flags(of=Recipe, only=("dtype", "expert_tokens", "keep_zeros"))]
+    evaluation: Annotated[Evaluation, Flags(only=("evaluate",))]
+    result: Annotated[Result, Flags(words={"format": Word(default="hf")})]
+    machine: Annotated[Machine, Flags(only=("memory", "run"))]
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Told:
         """Prunes, or prints the plan."""
-        options: dict[str, Any] = {
-            **self.pruning(),
+        from jprune.pipeline.oneshot.run import plan_run, prune_model
+
+        options = {
+            **keywords(self, "calibration", "choice", "details"),
             "method": self.method,
-            "pattern": self._pattern(),
-            "overrides": dict(_override(text) for text in self.override),
-            "seed": self.seed,
-            "keep_zeros": self.keep_zeros,
+            "pattern": self.pattern.made(),
+            "memory": self.machine.memory,
             "mesh": self.mesh(),
         }
         if self.plan:
-            return self._show_plan(plan_run(self.model, out=self.run_folder or self.out or ".", **options))
-        if self.out is None:
-            raise UsageError("give --out DIR for the result (or --plan to see what would be done)")
+            plan = plan_run(self.model, out=self.machine.run or self.out or ".", **options)
+            return Told(_plan_json(self.method, plan), show=functools.partial(_print_plan, plan))
+        out = self.destination()
         with display.progress() as progress:
             report = prune_model(
                 self.model,
-                self.out,
-                format=self.format,
-                evaluate=self.evaluate,
-                overwrite=self.overwrite,
-                resume=self.resume,
-                run=self.run_folder,
-                progress=progress,
+                out,
                 **options,
+                **keywords(self, "evaluation", "result"),
+                run=self.machine.run,
+                progress=progress,
             )
-        for notice in report.notices:
-            print(notice, file=sys.stderr)
-        if not self.json:
-            _print_report(report)
-        return report.json()
-
-    def _pattern(self) -> Pattern:
-        if (self.sparsity is None) == (self.pattern is None):
-            raise UsageError("give either --sparsity S, such as 0.5, or --pattern N:M, such as 2:4")
-        if self.sparsity is not None:
-            return Unstructured(self.sparsity, self.per)
-        pattern = patterns.parse(self.pattern or "")
-        if not isinstance(pattern, NM):
-            raise JpruneError(f"--pattern is N:M, such as 2:4; for a share of zeros give --sparsity {self.pattern}")
-        if self.per is not None:
-            raise UsageError(f"--per {self.per} goes with --sparsity; the pattern {pattern} is per output")
-        return pattern
-
-    def _show_plan(self, plan: Plan) -> dict[str, Any]:
-        result = {
-            "method": name_of(self.method),
-            "kernels": [
-                {"path": k.path, "shape": k.shape, "pattern": str(k.pattern), "zeros": k.zeros} for k in plan.kernels
-            ],
-            "sparsity": {"expected": plan.sparsity.achieved, **dataclasses.asdict(plan.sparsity)},
-            "calibration_tokens": plan.tokens,
-            "units": [dataclasses.asdict(unit) for unit in plan.units],
-            "flops": plan.flops,
-            "seconds": plan.seconds,
-            "time_class": plan.time_class,
-            "micro_batch_windows": plan.layout.windows,
-            "activations": plan.activations,
-            "intermediates": plan.intermediates,
-            "disk_bytes": plan.disk_bytes,
-            "peak_memory_bytes": plan.peak_memory_bytes,
-            "peak_device_memory_bytes": plan.peak_device_memory_bytes,
-            "memory_limit_bytes": plan.memory_limit,
-            "fits": plan.fits,
-            "advice": plan.advice,
-        }
-        if not self.json:
-            rows = [(k.path, k.shape, str(k.pattern), k.zeros) for k in plan.kernels]
-            display.table(["kernel", "shape", "pattern", "zeros"], rows)
-            print(f"\n{len(plan.kernels)} kernels, expected sparsity {plan.sparsity}\n")
-            _print_costs(plan)
-            print("nothing was touched")
-        return result
+        return Told(report.json(), report.notices, functools.partial(_print_report, report))
 
 
-def _override(text: str) -> tuple[str, Pattern]:
-    regex, equals, pattern = text.rpartition("=")
-    if not equals or not regex:
-        raise UsageError(f"--override {text!r} is not REGEX=PATTERN, such as 'mlp/down=0.3' or 'blocks/0/=2:4'")
-    return regex, patterns.parse(pattern)
+def _print_report(report: "Report") -> None:
+    display.report(report, [f"{report.method} {report.pattern}: sparsity {report.sparsity}"])
 
 
-def _print_costs(plan: Plan) -> None:
+def _plan_json(method: Method, plan: "Plan") -> dict[str, Any]:
+    return {
+        "method": name_of(method),
+        "kernels": [
+            {"path": k.path, "shape": k.shape, "pattern": str(k.pattern), "zeros": k.zeros} for k in plan.kernels
+        ],
+        "sparsity": {"expected": plan.sparsity.achieved, **dataclasses.asdict(plan.sparsity)},
+        "calibration_tokens": plan.tokens,
+        "units": [dataclasses.asdict(unit) for unit in plan.units],
+        "flops": plan.flops,
+        "seconds": plan.seconds,
+        "time_class": plan.time_class,
+        "micro_batch_windows": plan.layout.windows,
+        "activations": plan.activations,
+        "intermediates": plan.intermediates,
+        "disk_bytes": plan.disk_bytes,
+        "peak_memory_bytes": plan.peak_memory_bytes,
+        "peak_device_memory_bytes": plan.peak_device_memory_bytes,
+        "memory_limit_bytes": plan.memory_limit,
+        "fits": plan.fits,
+        "advice": plan.advice,
+    }
+
+
+def _print_plan(plan: "Plan") -> None:
+    rows = [(k.path, k.shape, str(k.pattern), k.zeros) for k in plan.kernels]
+    display.table(["kernel", "shape", "pattern", "zeros"], rows)
+    print(f"\n{len(plan.kernels)} kernels, expected sparsity {plan.sparsity}\n")
+    _print_costs(plan)
+    print("nothing was touched")
+
+
+def _print_costs(plan: "Plan") -> None:
     on_device = plan.peak_device_memory_bytes is not None
     columns = ["", "read MB", "TFLOP", "seconds", "peak GB", *(["device GB"] if on_device else [])]
     rows = []
@@ -152,18 +120,3 @@ def _print_costs(plan: Plan) -> None:
         print("this does not fit; what helps:")
         for line in plan.advice:
             print(f"- {line}")
-
-
-def _print_report(report: Report) -> None:
-    print(f"{report.method} {report.pattern}: sparsity {report.sparsity}")
-    if report.before and report.after:
-        after = report.after
-        print(
-            f"perplexity ({after.windows} windows of {after.sequence_length} tokens): "
-            f"{report.before.value:.3f} before, {after.value:.3f} after"
-        )
-    parts = ", ".join(
-        f"{name} {value:.1f}" for name, value in report.seconds.items() if name != "total" and value >= 0.05
-    )
-    print(f"{report.seconds['total']:.1f} s ({parts}); peak memory {report.peak_memory_bytes / 1e9:.2f} GB")
-    print(f"written to {report.out}")

@@ -50,4 +50,4 @@ def test_commands_of_the_docs_parse(tmp_path, monkeypatch):
         name, words = main._find(shlex.split(line, comments=True))
         command = main._parse(name, words)
         if isinstance(command, Prune) and "--recipe" not in words:
-            assert command._pattern()
+            assert command.pattern.made()

@@ -1,0 +1,165 @@
+"""`jprune info` and `jprune groups`: what a model is, and what of it goes together."""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jprune.cli import display
+from jprune.cli.command import Command, Told
+
+if TYPE_CHECKING:
+    from jprune.trace import Group
+    from jprune.trees import Sparsity
+
+_SIZES = ("vocab", "d_model", "layers", "heads", "kv_heads", "head_dim", "d_ff", "context", "tied")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Info(Command):
+    """What a model is: family, sizes, parameters, zeros, and the patterns that its zeros satisfy."""
+
+    def run(self) -> Told:
+        """Reads every kernel of the blocks once."""
+        from jprune import trees
+        from jprune.anatomy.kernels import matmul_kernels, prunable
+        from jprune.checkpoints import load
+        from jprune.models.config import describe
+        from jprune.pipeline.oneshot.journal import count_zeros
+
+        checkpoint = load(self.model)
+        found = matmul_kernels(checkpoint)
+        rows = []
+        for path in prunable(checkpoint):
+            matrix = _matrix(checkpoint.read(path), found[path][1].in_axes)
+            rows.append(
+                {
+                    "path": path,
+                    "shape": checkpoint.shapes[path].shape,
+                    "parameters": matrix.size,
+                    "zeros": count_zeros(matrix),
+                    "patterns": satisfied(matrix),
+                }
+            )
+        sparsity = trees.Sparsity(
+            zeros=sum(row["zeros"] for row in rows),
+            prunable_parameters=sum(row["parameters"] for row in rows),
+            total_parameters=checkpoint.parameters,
+        )
+        config = dataclasses.asdict(checkpoint.config)
+        result = {
+            "family": checkpoint.hf_config.get("model_type", checkpoint.config.architecture),
+            "architecture": checkpoint.config.architecture,
+            "parameters": sparsity.total_parameters,
+            "prunable_parameters": sparsity.prunable_parameters,
+            "zeros": sparsity.zeros,
+            "sparsity": sparsity.achieved,
+            "config": {name: config[name] for name in _SIZES},
+            "layers": describe(checkpoint.config)["layers"],
+            "dtypes": sorted({s.dtype.name for s in checkpoint.shapes.values()}),
+            "kernels": rows,
+        }
+        return Told(result, show=functools.partial(_show, result, sparsity))
+
+
+def _show(result: dict[str, Any], sparsity: "Sparsity") -> None:
+    from jprune.models.config import LAYER_SIZES
+
+    print(f"{result['architecture']} ({result['family']}), {', '.join(result['dtypes'])}")
+    differ = LAYER_SIZES if any(layer != result["layers"][0] for layer in result["layers"]) else ()
+    print(", ".join(f"{name} {value}" for name, value in result["config"].items() if name not in differ))
+    if differ:
+        for first, last, layer in display.runs(result["layers"]):
+            here = f"layers {first} to {last}" if last > first else f"layer {first}"
+            print(f"{here}: {', '.join(f'{name} {value}' for name, value in layer.items())}")
+    print(f"{sparsity.total_parameters:,} parameters, {sparsity.prunable_parameters:,} prunable")
+    print(f"zeros: {sparsity}\n")
+    kinds = collections.defaultdict(list)
+    for row in result["kernels"]:
+        kinds[row["path"].split("/", 2)[2], row["shape"]].append(row)
+    display.table(
+        ["kernel", "shape", "blocks", "zeros %", "in every block"],
+        [
+            (
+                name,
+                shape,
+                len(rows),
+                f"{100 * sum(r['zeros'] for r in rows) / sum(r['parameters'] for r in rows):.2f}",
+                ", ".join(sorted(set.intersection(*(set(r["patterns"]) for r in rows)))) or "-",
+            )
+            for (name, shape), rows in kinds.items()
+        ],
+    )
+
+
+def _matrix(kernel: np.ndarray, in_axes: tuple[int, ...]) -> np.ndarray:
+    """`trees.to_matrix` without a device."""
+    out_axes = [axis for axis in range(kernel.ndim) if axis not in in_axes]
+    return kernel.transpose(*in_axes, *out_axes).reshape(math.prod(kernel.shape[axis] for axis in in_axes), -1)
+
+
+def satisfied(matrix: np.ndarray) -> list[str]:
+    """The N:M patterns among 1:2, 1:4, 2:4, 4:8 that the zeros of ``[d_in, d_out]`` satisfy."""
+    if matrix.all():
+        return []
+    fits = []
+    for n, m in ((1, 2), (1, 4), (2, 4), (4, 8)):
+        if len(matrix) % m == 0 and (np.count_nonzero(matrix.reshape(-1, m, matrix.shape[1]), axis=1) <= n).all():
+            fits.append(f"{n}:{m}")
+    return fits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Groups(Command):
+    """The coupled axes of a model: what can only be removed together, and what cannot be removed and why."""
+
+    def run(self) -> Told:
+        """Traces the model; reads no weight."""
+        from jprune.anatomy.units import model_groups
+        from jprune.checkpoints import load
+
+        groups = model_groups(load(self.model, weights=False))
+        rows = [
+            {
+                "name": group.name,
+                "size": group.size,
+                "members": [dataclasses.asdict(member) for member in group.members],
+                "frozen": group.frozen,
+                "renormalised": group.renormalised,
+            }
+            for group in groups
+        ]
+        return Told({"groups": rows}, show=lambda: _show_groups(list(groups)))
+
+
+def _show_groups(groups: "list[Group]") -> None:
+    alike: "dict[tuple, list[Group]]" = {}
+    for group in groups:
+        key = (_anywhere(group.name), group.size, len(group.members), _anywhere(group.frozen or ""))
+        alike.setdefault(key, []).append(group)
+    rows = []
+    for same in alike.values():
+        group = same[0]
+        name = _anywhere(group.name) if len(same) > 1 else group.name
+        prunable = f"no: {group.frozen}" if group.frozen else "renormalised" if group.renormalised else "yes"
+        rows.append((name, len(same), group.size, _members(group), prunable))
+    display.table(["group", "times", "size", "members", "prunable"], rows)
+
+
+def _anywhere(text: str) -> str:
+    """A path or a reason with the number of the block left open."""
+    return re.sub(r"blocks/\d+", "blocks/*", text)
+
+
+def _members(group: "Group") -> str:
+    """Where a group lies, the blocks' numbers left open where there are several."""
+    places = dict.fromkeys(f"{m.path}[{m.axis}]" for m in group.members)
+    if len({re.findall(r"blocks/(\d+)", place)[0] for place in places if "blocks/" in place}) > 1:
+        places = dict.fromkeys(_anywhere(place) for place in places)
+    else:
+        places = dict.fromkeys(re.sub(r"blocks/\d+/", "", place) for place in places)
+    return ", ".join(places)
