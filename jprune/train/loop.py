@@ -1,8 +1,8 @@
 """The training loop: whatever is trained here is trained by this.
 
-A step takes one batch from the iterator, in micro-batches of rows as large as memory (or a CPU's cache) allows. Losses
-come as (sum, weight) and their gradients are added up in float32, so the mean gradient is that of the whole batch
-exactly as its tokens weigh, whatever the micro-batches. Then Optax makes the update.
+A step takes one batch from the iterator, in micro-batches of rows as large as memory (or a CPU's cache) allows.
+Losses come as (sum, weight) and their gradients are added up in float32, so the mean gradient is that of the whole
+batch exactly as its tokens weigh, whatever the micro-batches. Then Optax makes the update.
 
 The loop knows functions, pytrees and iterators: no model, no file format. Trainable and frozen parameters and the
 optimizer's state may lie sharded on a mesh (`jprune.train.sharding`). All randomness follows from the seed, the number
@@ -12,28 +12,25 @@ bit for bit as if nothing had happened.
 
 import contextlib
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array
 
 from jprune.errors import JpruneError
 from jprune.train import metrics, sharding
+from jprune.train.clock import Clock, Progress
 from jprune.train.state import StateFolder
+from jprune.train.step import Batch as Batch
+from jprune.train.step import Functions, Loss, micro_batches
 
 PyTree = Any
-Batch = Mapping[str, Any]
-"""Arrays [B, ...]; rows whose "weights" are all zero count for nothing."""
-Loss = Callable[[PyTree, PyTree, Batch, Key[Array, ""]], tuple[Float[Array, ""], Float[Array, ""]]]
-"""(trainable, frozen, batch, key) -> (sum of weighted losses, sum of weights)."""
 
 
 @runtime_checkable
@@ -64,27 +61,13 @@ class Schedule:
     checkpoint_every: int | None = None
     """Steps between two checkpoints; there is one at the end in any case."""
     seed: int = 0
-    """Of dropout and the like."""
+    """Seed of dropout and the like."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batch", "evaluate_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise JpruneError(f"{name} must be at least 1, got {value}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far the training is."""
-
-    step: float
-    """Steps done; the fraction counts micro-batches."""
-    steps: int
-    loss: float | None
-    """Of the last step, in nats."""
-    tokens_per_second: float | None
-    """Since the first micro-batch, which compiles."""
-    seconds_left: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +79,7 @@ class Trained:
     step: int
     """After how many steps that was."""
     evaluation_loss: float | None
-    """Of it, in nats."""
+    """Evaluation loss of the returned state, in nats."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """The metrics of every step, those before a resume included."""
     tokens_per_second: float | None = None
@@ -154,195 +137,134 @@ def train(
         the folder holds another run.
       Interrupted: `stop` said so; the state was saved.
     """
-    settings = {**(settings or {}), "steps": schedule.steps, "seed": schedule.seed}
-    run = None if folder is None else StateFolder(folder, settings, resume=resume)
+    run = None
+    if folder is not None:
+        run = StateFolder(folder, {**(settings or {}), "steps": schedule.steps, "seed": schedule.seed}, resume=resume)
     trainable, frozen = sharding.put(trainable, mesh, copy=True), sharding.put(frozen, mesh)  # updates overwrite
-    functions = _Functions(loss, optimizer, trainable, mesh)
-    state = (trainable, functions.init(trainable))
-    first, best = 0, None
-    if run is not None and run.steps():
-        first = run.steps()[-1]
-        state, about = run.restore(first, state)
-        batches.set_state(about["data"])
-        best = about["best"]
-    log = None if run is None else metrics.Metrics(run.path, after=first)
+    loop = _Loop(Functions(loss, optimizer, trainable, mesh), trainable, frozen, batches, schedule, run, mesh)
+    log = None if run is None else metrics.Metrics(run.path, after=loop.first)
     history = [] if run is None else metrics.read(run.path / metrics.NAME)
-    best_kept: PyTree = None  # where there is no folder
-    clock = _Clock(schedule.steps, first)
-    base = jax.random.key(schedule.seed)
-
-    def save(step: int, place: Any) -> None:
-        if run is not None:
-            run.save(step, state, {"data": place, "best": best})
-
     with contextlib.closing(log) if log else contextlib.nullcontext():
-        for step in range(first, schedule.steps):
-            place = batches.get_state()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                raise JpruneError(
-                    f"the data ended after {step} of {schedule.steps} steps; give more data, more epochs or fewer steps"
-                ) from None
-            total = functions.zeros()
-            parts = list(micro_batches(batch, schedule.micro_batch, mesh))
-            for i, part in enumerate(parts):
-                key = jax.random.fold_in(jax.random.fold_in(base, step), i)
-                total = jax.block_until_ready(functions.add(total, state[0], frozen, part, key))
-                progress(clock.tick(step + (i + 1) / len(parts), part["tokens"].size))
-                if stop():
-                    save(step, place)
-                    where = "nothing was saved" if run is None else f"its state is in {run.path}; go on with --resume"
-                    raise Interrupted(f"after {step} of {schedule.steps} steps; {where}")
-            value, norm, weight = (float(x) for x in functions.measure(total))
-            if not (math.isfinite(value) and math.isfinite(norm)):
-                save(step, place)
-                kept = "" if run is None else f" The parameters before it, after {step} steps, are kept in {run.path}."
-                raise JpruneError(
-                    f"at step {step + 1} the loss is {value:.4g} and the norm of its gradient {norm:.4g}: training has "
-                    f"diverged. Lower --learning-rate, or look at the data.{kept}"
-                )
-            if weight:  # else the batch has nothing to learn
-                with clock.stopped() if step == first else contextlib.nullcontext():  # it compiles
-                    state = jax.block_until_ready(functions.update(*state, total, frozen))
-            clock.loss = value
-            line = {"loss": value, "gradient_norm": norm, "tokens_per_second": round(clock.speed or 0.0, 1)}
+        for step in range(loop.first, schedule.steps):
+            line = loop.step(step, progress, stop)
             if rate is not None:
                 line["learning_rate"] = float(rate(step))
             done = step + 1
             if evaluate is not None and (_due(schedule.evaluate_every, done) or done == schedule.steps):
-                with clock.stopped():
-                    line["evaluation_loss"] = now = float(evaluate(state[0], frozen))
-                if not keep_best:
-                    best = {"step": done, "loss": now}  # in the end the last: its step is evaluated
-                elif best is None or now < best["loss"]:
-                    best = {"step": done, "loss": now}
-                    if run is None:
-                        best_kept = jax.tree.map(np.asarray, state[0])
-                    else:
-                        run.save_best(done, state[0], best)
+                line["evaluation_loss"] = loop.evaluate(done, evaluate, keep_best=keep_best)
             if watch is not None:
-                line.update(watch(*state))
+                line.update(watch(*loop.state))
             history.append({"step": done, **line})
             if log is not None:
                 log.write(done, **line)
             if _due(schedule.checkpoint_every, done) or done == schedule.steps:
-                with clock.stopped():
-                    save(done, batches.get_state())
-            progress(clock.tick(float(done), 0))
-    result, at = state[0], schedule.steps
-    if best is not None and best["step"] != schedule.steps:
-        result = best_kept if run is None else run.restore_best(state[0])[0]
-        at = best["step"]
+                with loop.clock.stopped():
+                    loop.save(done, batches.get_state())
+            progress(loop.clock.tick(float(done), 0))
+    best = loop.best or {"step": schedule.steps, "loss": None}
     return Trained(
-        trainable=result,
-        step=at,
-        evaluation_loss=None if best is None else best["loss"],
+        trainable=loop.result(),
+        step=best["step"],
+        evaluation_loss=best["loss"],
         history=history,
-        tokens_per_second=clock.speed,
-        resumed_from=first,
+        tokens_per_second=loop.clock.speed,
+        resumed_from=loop.first,
     )
 
 
-class _Functions:
-    """The jitted parts of a step."""
+class _Loop:
+    """What a training run has in its hands: the state, the place in the data, the best so far."""
 
-    def __init__(self, loss: Loss, optimizer: optax.GradientTransformation, trainable: PyTree, mesh: Mesh | None):
-        optimizer = optax.with_extra_args_support(optimizer)
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), _floats(trainable))
-        whole = None if mesh is None else sharding.state(mesh, jnp.zeros(()))
-        place = sharding.state_tree(mesh, like)
-        totals = None if mesh is None else (place, whole, whole)
+    def __init__(
+        self,
+        functions: Functions,
+        trainable: PyTree,
+        frozen: PyTree,
+        batches: Batches,
+        schedule: Schedule,
+        run: StateFolder | None,
+        mesh: Mesh | None,
+    ):
+        self.functions, self.frozen, self.batches, self.schedule = functions, frozen, batches, schedule
+        self.run, self.mesh = run, mesh
+        self.state = (trainable, functions.init(trainable))
+        self.first = 0
+        self.best: dict[str, Any] | None = None
+        self.best_kept: PyTree = None  # where there is no folder
+        if run is not None and run.steps():
+            self.first = run.steps()[-1]
+            self.state, about = run.restore(self.first, self.state)
+            batches.set_state(about["data"])
+            self.best = about["best"]
+        self.clock = Clock(schedule.steps, self.first)
+        self.base = jax.random.key(schedule.seed)
 
-        def zeros() -> tuple[PyTree, Array, Array]:
-            gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-            return gradients, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
-
-        def add(total: tuple, trainable: PyTree, frozen: PyTree, batch: Batch, key: Array) -> tuple:
-            def weighted(floats: PyTree) -> tuple[Array, Array]:
-                whole = jax.tree.map(
-                    lambda x, own: x if own is None else own, trainable, floats, is_leaf=lambda x: x is None
-                )
-                return loss(whole, frozen, batch, key)
-
-            (value, weight), gradients = jax.value_and_grad(weighted, has_aux=True)(_floats(trainable))
-            sums = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total[0], gradients)
-            return sums, total[1] + value.astype(jnp.float32), total[2] + weight.astype(jnp.float32)
-
-        def measure(total: tuple) -> tuple[Array, Array, Array]:
-            gradients, value, weight = total
-            count = jnp.maximum(weight, 1e-20)
-            return value / count, optax.tree.norm(gradients) / count, weight
-
-        def update(trainable: PyTree, optimizer_state: PyTree, total: tuple, frozen: PyTree) -> tuple[PyTree, PyTree]:
-            gradients = jax.tree.map(lambda g, p: (g / total[2]).astype(p.dtype), total[0], _floats(trainable))
-            with jax.numpy_dtype_promotion("standard"):  # optax raises floats to whole numbers
-                updates, optimizer_state = optimizer.update(gradients, optimizer_state, trainable, frozen=frozen)
-                return optax.apply_updates(trainable, updates), optimizer_state
-
-        states = None
-        if mesh is not None:
-            states = (
-                sharding.state_tree(mesh, trainable),
-                sharding.state_tree(mesh, jax.eval_shape(optimizer.init, trainable)),
+    def step(self, step: int, progress: Callable[[Progress], None], stop: Callable[[], bool]) -> dict[str, Any]:
+        """One update of the state; what the metrics say of it."""
+        place = self.batches.get_state()
+        total = self._gradients(step, place, progress, stop)
+        value, norm, weight = (float(x) for x in self.functions.measure(total))
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            self.save(step, place)
+            kept = f" The parameters before it, after {step} steps, are kept in {self.run.path}." if self.run else ""
+            raise JpruneError(
+                f"at step {step + 1} the loss is {value:.4g} and the norm of its gradient {norm:.4g}: training has "
+                f"diverged. Lower --learning-rate, or look at the data.{kept}"
             )
-        self.zeros = jax.jit(zeros, out_shardings=totals)
-        self.add = jax.jit(add, out_shardings=totals, donate_argnums=0)
-        self.measure = jax.jit(measure)
-        self.update = jax.jit(update, out_shardings=states, donate_argnums=(0, 1))
-        self.init = jax.jit(optimizer.init, out_shardings=None if states is None else states[1])
+        if weight:  # else the batch has nothing to learn
+            with self.clock.stopped() if step == self.first else contextlib.nullcontext():  # it compiles
+                self.state = jax.block_until_ready(self.functions.update(*self.state, total, self.frozen))
+        self.clock.loss = value
+        return {"loss": value, "gradient_norm": norm, "tokens_per_second": round(self.clock.speed or 0.0, 1)}
 
+    def _gradients(
+        self, step: int, place: Any, progress: Callable[[Progress], None], stop: Callable[[], bool]
+    ) -> tuple[PyTree, Array, Array]:
+        """Gradients, losses and weights of the next batch, summed up."""
+        steps = self.schedule.steps
+        try:
+            batch = next(self.batches)
+        except StopIteration:
+            raise JpruneError(
+                f"the data ended after {step} of {steps} steps; give more data, more epochs or fewer steps"
+            ) from None
+        total = self.functions.zeros()
+        parts = list(micro_batches(batch, self.schedule.micro_batch, self.mesh))
+        for i, part in enumerate(parts):
+            key = jax.random.fold_in(jax.random.fold_in(self.base, step), i)
+            total = jax.block_until_ready(self.functions.add(total, self.state[0], self.frozen, part, key))
+            progress(self.clock.tick(step + (i + 1) / len(parts), part["tokens"].size))
+            if stop():
+                self.save(step, place)
+                where = f"its state is in {self.run.path}; go on with --resume" if self.run else "nothing was saved"
+                raise Interrupted(f"after {step} of {steps} steps; {where}")
+        return total
 
-def _floats(tree: PyTree) -> PyTree:
-    """The tree with None instead of leaves that no gradient can be taken by."""
-    return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, tree)
+    def evaluate(self, done: int, evaluate: Callable[[PyTree, PyTree], float], *, keep_best: bool) -> float:
+        """The loss of the state, which is kept if it is the best so far."""
+        with self.clock.stopped():
+            now = float(evaluate(self.state[0], self.frozen))
+        if not keep_best:
+            self.best = {"step": done, "loss": now}  # in the end the last: its step is evaluated
+        elif self.best is None or now < self.best["loss"]:
+            self.best = {"step": done, "loss": now}
+            if self.run is None:
+                self.best_kept = jax.tree.map(np.asarray, self.state[0])
+            else:
+                self.run.save_best(done, self.state[0], self.best)
+        return now
 
+    def save(self, step: int, place: Any) -> None:
+        """Keeps the state after a number of steps, if there is a folder for it."""
+        if self.run is not None:
+            self.run.save(step, self.state, {"data": place, "best": self.best})
 
-def micro_batches(batch: Batch, rows: int | None, mesh: Mesh | None) -> Iterator[dict[str, Array]]:
-    """The batch in parts of equal shape; what the last one lacks is filled with rows of weight zero."""
-    size = len(next(iter(batch.values())))
-    shares = sharding.batch_shares(mesh)
-    rows = -(-min(rows or size, size) // shares) * shares
-    for start in range(0, size, rows):
-        part = {name: np.asarray(x[start : start + rows]) for name, x in batch.items()}
-        lacking = rows - len(next(iter(part.values())))
-        if lacking:
-            part = {n: np.concatenate([x, np.zeros((lacking, *x.shape[1:]), x.dtype)]) for n, x in part.items()}
-        where = None if mesh is None else sharding.batch(mesh)
-        yield {name: jax.device_put(x, where) for name, x in part.items()}
+    def result(self) -> PyTree:
+        """The trainable parameters that come back: those of the best step, or of the last."""
+        if self.best is None or self.best["step"] == self.schedule.steps:
+            return self.state[0]
+        return self.best_kept if self.run is None else self.run.restore_best(self.state[0])[0]
 
 
 def _due(every: int | None, done: int) -> bool:
     return every is not None and done % every == 0
-
-
-class _Clock:
-    """Tokens a second and time left; compiling, evaluating and saving do not count."""
-
-    def __init__(self, steps: int, first: int):
-        self.steps = steps
-        self.loss: float | None = None
-        self._begin: float | None = None
-        self._begin_step, self._tokens = float(first), 0
-        self.speed: float | None = None
-
-    def tick(self, step: float, tokens: int) -> Progress:
-        now = time.perf_counter()
-        left = None
-        if self._begin is None:
-            self._begin, self._begin_step = now, step
-        else:
-            self._tokens += tokens
-            if tokens and now > self._begin:
-                self.speed = self._tokens / (now - self._begin)
-            if step > self._begin_step:
-                left = (now - self._begin) / (step - self._begin_step) * (self.steps - step)
-        return Progress(step=step, steps=self.steps, loss=self.loss, tokens_per_second=self.speed, seconds_left=left)
-
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Time inside does not count."""
-        start = time.perf_counter()
-        yield
-        if self._begin is not None:
-            self._begin += time.perf_counter() - start
