@@ -6,6 +6,7 @@ checkers only, because what may not be known may not be known there either.
 
 import ast
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -168,6 +169,18 @@ def test_files_and_functions_are_short(name):
             if len(taken) > PARAMETERS:
                 wrong.append(f"line {node.lineno}: {node.name} takes {len(taken)} parameters; at most {PARAMETERS}")
     assert not wrong, f"{JPRUNE[name].relative_to(ROOT)}\n" + "\n".join(wrong)
+
+
+def test_no_module_waits_for_a_device():
+    """Finding the devices takes seconds and fixes their number: never while importing."""
+    names = [name for name in JPRUNE if not name.endswith(("__main__", "configuration_decilm"))]
+    program = (
+        f"import importlib; [importlib.import_module(name) for name in {names!r}]; "
+        "from jax._src import xla_bridge; print(list(xla_bridge._backends))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
 
 
 KERNELS = modules("pallas_kernels")

@@ -2,6 +2,8 @@ import dataclasses
 import errno
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from jprune import trees
 from jprune.checkpoints import Checkpoint, huggingface, load, writing
 from jprune.errors import JpruneError
 
@@ -392,3 +395,41 @@ def test_hub_failures(monkeypatch, kind, words):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     fails("someone/model", "someone/model", words)
+
+
+def test_opening_a_folder_is_light(folder):
+    heavy = (
+        "flax",
+        "orbax",
+        "grain",
+        "transformers",
+        "huggingface_hub",
+        "gguf",
+        "tokenizers",
+        "optax",
+        "scipy",
+        "torch",
+    )
+    program = (
+        f"import sys; from jprune.checkpoints import load; checkpoint = load({str(folder)!r}); "
+        f"checkpoint.parameters, checkpoint.sizes, checkpoint.described(), checkpoint.params('blocks/0'); "
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_facts(folder):
+    checkpoint = load(folder)
+    assert checkpoint.parameters == sum(x.size for x in trees.flatten(checkpoint.params()).values())
+    assert checkpoint.nbytes == sum(x.nbytes for x in trees.flatten(checkpoint.params()).values())
+    config = checkpoint.config
+    each = {"d_model": config.d_model, "heads": config.heads, "kv_heads": config.kv_heads, "d_ff": config.d_ff}
+    assert checkpoint.sizes == (each,) * config.layers
+    assert set(vars(checkpoint.suggested).values()) == {None}
+    assert checkpoint.described() == {
+        "source": str(folder),
+        "architecture": config.architecture,
+        "fingerprint": checkpoint.fingerprint(),
+    }
