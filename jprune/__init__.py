@@ -34,7 +34,11 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune.pipeline.rounds.run import prune_and_tune as prune_and_tune
     from jprune.pipeline.shrink.run import plan_shrink as plan_shrink
     from jprune.pipeline.shrink.run import shrink_model as shrink_model
-    from jprune.pipeline.training.tune import tune_model as tune_model
+    from jprune.pipeline.training.calls import loraprune_model as loraprune_model
+    from jprune.pipeline.training.calls import plan_loraprune as plan_loraprune
+    from jprune.pipeline.training.calls import plan_shearing as plan_shearing
+    from jprune.pipeline.training.calls import shear_model as shear_model
+    from jprune.pipeline.training.calls import tune_model as tune_model
     from jprune.solvers import Pruned as Pruned
     from jprune.statistics import Gram as Gram
     from jprune.statistics import Moments as Moments
@@ -55,14 +59,10 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune.train.shearing.dynamic_loading import Reweighing as Reweighing
     from jprune.trees import apply_masks as apply_masks
     from jprune.trees import sparsity as sparsity
+    from jprune.tuning.full import Full as Full
+    from jprune.tuning.lora import Lora as Lora
     from jprune.tuning.loraprune import LoRAPrune as LoRAPrune
-    from jprune.tuning.loraprune import loraprune_model as loraprune_model
-    from jprune.tuning.loraprune import plan_loraprune as plan_loraprune
-    from jprune.tuning.recovery import Full as Full
-    from jprune.tuning.recovery import Lora as Lora
     from jprune.tuning.shearing import Shearing as Shearing
-    from jprune.tuning.shearing import plan_shearing as plan_shearing
-    from jprune.tuning.shearing import shear_model as shear_model
 
 _NAMES = {
     "jprune.checkpoints": ("load",),
@@ -75,7 +75,13 @@ _NAMES = {
     "jprune.pipeline.rounds.plan": ("plan_prune_and_tune",),
     "jprune.pipeline.rounds.run": ("prune_and_tune",),
     "jprune.pipeline.shrink.run": ("plan_shrink", "shrink_model"),
-    "jprune.pipeline.training.tune": ("tune_model",),
+    "jprune.pipeline.training.calls": (
+        "loraprune_model",
+        "plan_loraprune",
+        "plan_shearing",
+        "shear_model",
+        "tune_model",
+    ),
     "jprune.solvers": ("Pruned",),
     "jprune.statistics": ("Gram", "Moments", "SquaredNorm"),
     "jprune.structured": ("DropLayers", "LLMPruner", "shrink"),
@@ -89,9 +95,10 @@ _NAMES = {
     "jprune.train.loraprune": ("loraprune",),
     "jprune.train.shearing.dynamic_loading": ("Reweighing",),
     "jprune.trees": ("apply_masks", "sparsity"),
-    "jprune.tuning.loraprune": ("LoRAPrune", "loraprune_model", "plan_loraprune"),
-    "jprune.tuning.recovery": ("Full", "Lora"),
-    "jprune.tuning.shearing": ("Shearing", "plan_shearing", "shear_model"),
+    "jprune.tuning.full": ("Full",),
+    "jprune.tuning.lora": ("Lora",),
+    "jprune.tuning.loraprune": ("LoRAPrune",),
+    "jprune.tuning.shearing": ("Shearing",),
 }
 """Functions and classes, by the module that has them."""
 _MODULES = {

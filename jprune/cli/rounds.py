@@ -18,7 +18,7 @@ from jprune.pipeline.registry import ONE_SHOT, TUNERS
 from jprune.pipeline.rounds.plan import PruneAndTunePlan, plan_prune_and_tune
 from jprune.pipeline.rounds.run import prune_and_tune
 from jprune.pipeline.rounds.schedule import PruneAndTuneReport
-from jprune.tuning.recovery import Tuning
+from jprune.tuning.base import Tuning
 
 PRUNER, TUNING = "sparsegpt", "full"
 """Unless said otherwise."""

@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 from jprune.cli import display
 from jprune.cli.command import Planning, Told
@@ -12,10 +11,10 @@ from jprune.cli.tune import Training, print_report
 from jprune.cli.words import TargetWords
 from jprune.pipeline.options import Calibration, Evaluation, Result
 from jprune.pipeline.shrink.run import ShrinkPlan, ShrinkReport, StructuredMethod, plan_shrink, shrink_model
+from jprune.pipeline.training import TrainingPlan, plan_training, tune_model
 from jprune.structured import DropLayers
 from jprune.structured.selection import Target
-from jprune.tuning.loraprune import LoRAPrune, LoRAPruneReport, loraprune_model, plan_loraprune
-from jprune.tuning.shearing import Shearing, ShearingReport, plan_shearing, shear_model
+from jprune.tuning.report import PrunedReport
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,43 +67,26 @@ class ShrinkWhileTraining(Training, Planning):
 
     def run(self) -> Told:
         """Prunes, or prints the plan."""
-        model, plan, went = _TRAINED[type(self.method)]
         if self.plan:
-            return _planned(plan(self.model, method=self.method))
+            return _planned(plan_training(self.model, method=self.method))
         out = self.destination()
         with display.progress() as progress:
-            report = model(self.model, out, method=self.method, progress=progress, **self.options())
-        return Told(report.json(), report.notices, lambda: print_report(report, *went(report)))
+            report = tune_model(self.model, out, method=self.method, progress=progress, **self.options())
+        return Told(report.json(), report.notices, functools.partial(_print_pruned, cast(PrunedReport, report)))
 
 
-def _adapters_went(report: LoRAPruneReport) -> list[str]:
-    gone, of = report.pruned
-    what = "weights" if report.parameters == report.parameters_after else "heads and channels"
-    return [f"{gone:,} of {of:,} {what} went; parameters: {display.change(report.parameters, report.parameters_after)}"]
+def _print_pruned(report: PrunedReport) -> None:
+    print_report(report, *report.lines(display.change(report.parameters, report.parameters_after)))
 
 
-def _sheared(report: ShearingReport) -> list[str]:
-    return [
-        f"expected sizes {report.expected}; of the result {report.target}",
-        f"parameters: {display.change(report.parameters, report.parameters_after)}",
-    ]
-
-
-_TRAINED: dict[type, tuple[Callable[..., Any], Callable[..., ShrinkPlan], Callable[[Any], list[str]]]] = {
-    LoRAPrune: (loraprune_model, plan_loraprune, _adapters_went),
-    Shearing: (shear_model, plan_shearing, _sheared),
-}
-"""How a method runs and plans, and what it says of its result."""
-
-
-def _planned(plan: ShrinkPlan) -> Told:
+def _planned(plan: ShrinkPlan | TrainingPlan) -> Told:
     before, after = plan.parameters
     sizes = plan.sizes and list(plan.sizes)
     json = {"parameters": {"before": before, "after": after}, "sizes": sizes}
     return Told(json, show=functools.partial(_print_plan, plan))
 
 
-def _print_plan(plan: ShrinkPlan) -> None:
+def _print_plan(plan: ShrinkPlan | TrainingPlan) -> None:
     before, after = plan.parameters
     if plan.sizes is not None and after is not None:
         rows = [

@@ -12,17 +12,17 @@ from jprune.cli.flags import Flags, keywords
 from jprune.cli.words import EVALUATE_DOMAINS
 from jprune.errors import UsageError
 from jprune.pipeline.options import DynamicLoading, Evaluation, Result, Schedule, TrainingData
-from jprune.pipeline.training.run import TuneReport
-from jprune.pipeline.training.tune import tune_model
+from jprune.pipeline.training import tune_model
 from jprune.train.shearing.dynamic_loading import Reweighing
-from jprune.tuning.recovery import Tuning
+from jprune.tuning import TrainedMethod
+from jprune.tuning.report import TuneReport
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training(ByRecipe):
     """What all commands have that train."""
 
-    method: Tuning
+    method: TrainedMethod
     data: Annotated[TrainingData, Flags(without=("dynamic_loading",))]
     dynamic_loading: bool = False
     """Draw more from domains whose losses lag behind their references, as LLM-Shearing does."""
@@ -61,7 +61,7 @@ class Tune(Training):
     def run(self) -> Told:
         """Tunes."""
         with display.progress() as progress:
-            report = tune_model(self.model, self.out, method=self.method, progress=progress, **self.options())  # type: ignore[arg-type]
+            report = tune_model(self.model, self.out, method=self.method, progress=progress, **self.options())
         return Told(report.json(), report.notices, functools.partial(print_report, report))
 
 

@@ -144,6 +144,26 @@ class Machine:
     """Folder of what the run needs to be resumed, and of what does not fit into memory. By default OUT.run."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """All options of a run that trains, besides its method."""
+
+    data: TrainingData
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    result: Result = dataclasses.field(default_factory=Result)
+
+    @classmethod
+    def of(cls, **keywords: Any) -> "TrainOptions":
+        """The options from the keywords of a call, which are the names of the parts' fields.
+
+        Raises:
+          JpruneError: a keyword that none of them has.
+        """
+        data, evaluation, schedule, result = sorted_into(keywords, TrainingData, Evaluation, Schedule, Result)
+        return cls(data=data, evaluation=evaluation, schedule=schedule, result=result)
+
+
 def sorted_into(keywords: Mapping[str, Any], *kinds: type) -> tuple[Any, ...]:
     """The keywords of a call as one object of each class, by the names of its fields.
 

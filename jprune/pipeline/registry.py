@@ -91,8 +91,8 @@ PRUNERS = ONE_SHOT | IN_ROUNDS | STRUCTURED | TRAINED
 
 TUNERS = Methods(
     {
-        "lora": "jprune.tuning.recovery:Lora",
-        "full": "jprune.tuning.recovery:Full",
+        "lora": "jprune.tuning.lora:Lora",
+        "full": "jprune.tuning.full:Full",
     }
 )
 """All of `jprune tune`: train what pruning left, as it is."""

@@ -1,14 +1,22 @@
 """What LoRAPrune trains: adapters beside frozen kernels, and masks over what both compute together.
 
 The masks lie beside the adapters, ``{"adapters": tree, "keep": tree}``, stacked along with them, so that they are
-saved, sharded and resumed with the rest. Two kinds of masks, of units and of weights, differ in what a block computes
-and in what is written in the end; the model with masks computes what the written one does.
+saved, sharded and resumed with the rest. The model with masks computes what the written one does.
+
+There are two kinds of masks. A kind is a pair of classes, which alone know the form of its leaves: here what a block
+computes under them and what is written in the end, in `jprune.train.loraprune`, which knows arrays only, how they are
+chosen. Each `Masks` makes the `Criterion` that fits it.
+
+    of         leaves below "keep"                     here          chosen by
+    units      blocks/3/mlp ``[count]``, 1 = keep      UnitMasks     UnitCriterion
+    weights    a kernel's path, bits (`keep_masked`)   WeightMasks   WeightCriterion
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,14 +42,14 @@ KINDS: tuple[Kind, ...] = ("attention", "mlp")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapted:
-    """What both kinds know of the adapters."""
+    """The adapters, as both kinds of masks know them."""
 
     checkpoint: Checkpoint
     in_axes: Mapping[str, tuple[int, ...]]
-    """Of every kernel with an adapter, by path."""
+    """Input axes of every kernel with an adapter, by path."""
     alpha: float
     dtype: Any
-    """Of the activations."""
+    """The dtype of the activations."""
 
     @functools.cached_property
     def in_block(self) -> dict[str, tuple[int, ...]]:
@@ -57,37 +65,69 @@ class Adapted:
         return merge_adapter(self.checkpoint.read(path), adapters, path, self.alpha, self.in_axes)
 
 
-@runtime_checkable
-class Masks(Protocol):
-    """What is masked, and how it goes in the end."""
+class Masks(abc.ABC):
+    """Masks over a model with adapters: how they begin, what they do to a block, and how they go in the end.
 
+    Paths are the model's, but for those of `criterion`, whose trees are stacked. A choice is a row of units or weights
+    of which equally many go: the units of a layer, or the inputs of an output.
+    """
+
+    @abc.abstractmethod
     def start(self) -> PyTree:
-        """Masks that keep everything, by the model's paths."""
-        ...
+        """Masks that keep everything."""
 
+    @abc.abstractmethod
     def around(self, block: Callable, dropout: float) -> Callable:
         """f(params, ({"adapters", "keep"}, key or None), x) of a block f(params, x), as `blockwise_loss` wants it."""
-        ...
 
+    @abc.abstractmethod
     def criterion(self, runs: stacked.Runs) -> Criterion:
         """How masks are chosen, for stacked trees."""
-        ...
 
+    @abc.abstractmethod
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """Of every mask, by the model's paths: among how many one number is chosen, and how many such choices it has;
-        none where it may not lose anything."""
-        ...
+        """Length and number of the choices of every mask; none where a mask may not lose anything."""
 
+    @abc.abstractmethod
     def gone(self, keep: PyTree, path: str) -> np.ndarray:
-        """How many are gone, of each choice of the mask at a model's path."""
-        ...
+        """Numbers of units or weights that are gone, of each choice of the mask at a path."""
 
+    @abc.abstractmethod
+    def planned(self, share: float) -> Checkpoint:
+        """A model with the shapes of the result if a share of every choice goes."""
+
+    @abc.abstractmethod
     def result(self, trainable: PyTree) -> tuple[Checkpoint, Callable[[str], np.ndarray]]:
         """A checkpoint with the shapes of the result, and its parameters by path."""
-        ...
+
+    def described(self, keep: PyTree) -> dict[str, Any]:
+        """What the record of a result says of the masks."""
+        del keep
+        return {}
+
+    def prunable(self) -> int:
+        """The number of units or weights in all choices."""
+        return sum(count * times for count, times in self.sizes().values())
+
+    def pruned(self, keep: PyTree, share: float) -> tuple[int, int]:
+        """Numbers of units or weights that are gone, and that there were, in all choices.
+
+        Raises:
+          JpruneError: a share of a choice should be gone, and is not.
+        """
+        gone = of = 0
+        for path, (count, times) in self.sizes().items():
+            expected = int(count * share)
+            if times and not np.all(self.gone(keep, path) == expected):
+                raise JpruneError(
+                    f"{path}: {expected} of {count} should have gone by the end of the training, and have not: there "
+                    "were too many batches without a token to learn"
+                )
+            gone, of = gone + times * expected, of + times * count
+        return gone, of
 
 
-class UnitMasks:
+class UnitMasks(Masks):
     """Masks of heads and feed-forward channels: ``blocks/3/attention`` ``[count]``, 1 = keep.
 
     A unit acts only through the kernels that read it (o, and down), so it is enough to hide it from them, and from
@@ -95,8 +135,8 @@ class UnitMasks:
 
     Args:
       adapted: the adapters.
-      first: how many of the first layers are left alone; likewise
-      last: of the last.
+      first: number of the first layers that are left alone.
+      last: number of the last layers that are left alone.
 
     Raises:
       JpruneError: there are no such units, or all layers are protected.
@@ -160,15 +200,24 @@ class UnitMasks:
         return {name: (units.count, int(name in self._prunable)) for name, units in self._units.items()}
 
     def gone(self, keep: PyTree, path: str) -> np.ndarray:
-        """Of the layer."""
+        """The number of the layer's units."""
         return np.array([np.count_nonzero(np.asarray(leaf(keep, path)) == 0)])
 
     def kept(self, keep: PyTree) -> dict[str, np.ndarray]:
-        """The units that stay, by name; of those that may go."""
+        """The units that stay, by name, where units may go."""
         return {name: np.flatnonzero(np.asarray(leaf(keep, name))) for name in self._units if name in self._prunable}
 
+    def described(self, keep: PyTree) -> dict[str, Any]:
+        """The numbers of the units that stay."""
+        return {"kept": {name: stay.tolist() for name, stay in self.kept(keep).items()}}
+
+    def planned(self, share: float) -> Checkpoint:
+        """The model without the first units of each layer: its shapes do not depend on which they are."""
+        kept = {name: np.arange(int(count * share), count) for name, (count, times) in self.sizes().items() if times}
+        return self._adapted.checkpoint.select(positions(self._units.values(), kept))
+
     def result(self, trainable: PyTree) -> tuple[Checkpoint, Callable[[str], np.ndarray]]:
-        """Merged, and cut to the units that stay."""
+        """The adapters merged, and all cut to the units that stay."""
         cuts = positions(self._units.values(), self.kept(trainable["keep"]))
 
         def read(path: str) -> np.ndarray:
@@ -178,7 +227,7 @@ class UnitMasks:
         return self._adapted.checkpoint.select(cuts), read
 
 
-class WeightMasks:
+class WeightMasks(Masks):
     """Masks of single weights, packed, at the paths of their kernels.
 
     A mask goes over kernel and adapter as a whole, ``(W + s A B) * mask``, as it will in the result. The product A B of
@@ -239,11 +288,16 @@ class WeightMasks:
         return np.asarray(unpack(jnp.asarray(leaf(keep, path)), self._shape(path)))
 
     def gone(self, keep: PyTree, path: str) -> np.ndarray:
-        """Of each output."""
+        """The numbers of each output's inputs."""
         return np.count_nonzero(~self._mask(keep, path), axis=self._adapted.in_axes[path]).reshape(-1)
 
+    def planned(self, share: float) -> Checkpoint:
+        """The model itself: zeros have their places."""
+        del share
+        return self._adapted.checkpoint
+
     def result(self, trainable: PyTree) -> tuple[Checkpoint, Callable[[str], np.ndarray]]:
-        """Merged, with zeros."""
+        """The adapters merged, with zeros."""
 
         def read(path: str) -> np.ndarray:
             merged = self._adapted.merged(trainable["adapters"], path)

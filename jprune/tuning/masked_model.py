@@ -27,6 +27,7 @@ from jprune.anatomy.units import reading_axes, units_of_blocks, units_of_hidden
 from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.models import stacked
+from jprune.models.config import DecoderConfig
 from jprune.structured import masking
 from jprune.structured import shape as shapes
 from jprune.structured.shape import Shape
@@ -218,6 +219,11 @@ def shape_of(checkpoint: Checkpoint) -> Shape:
         raise JpruneError(
             f"{checkpoint.source}: its layers differ in size, and a target shape is for models whose layers are equal"
         )
+    return shape_in(config)
+
+
+def shape_in(config: DecoderConfig) -> Shape:
+    """The sizes in a config, which are those of all layers if they are equal."""
     return Shape(
         layers=config.layers,
         hidden=config.d_model,

@@ -43,9 +43,7 @@ PIPELINE = {
 """Whom each room of the pipeline may know, beside `options` and `registry`."""
 BLIND = {"runs": {"methods", "solvers", "structured", "patterns", "masks", "scores", "statistics", "train", "trace"}}
 """Rooms that must not know others though these lie below: a run knows no method and no pattern."""
-COMING = {
-    ("jprune.tuning", "jprune.pipeline"): "methods that train are being parted from their runs",
-}
+COMING: dict[tuple[str, str], str] = {}
 """Imports that are still there, by the packages they lead from and to, and why."""
 
 LINES, BODY, PARAMETERS = 350, 60, 12
@@ -57,9 +55,6 @@ LONG = {
 """Files that may be longer, and why."""
 WIDE = {
     "jprune.pipeline.rounds.run.prune_and_tune": "being rebuilt",
-    "jprune.pipeline.training.domains.read": "being rebuilt",
-    "jprune.pipeline.training.session.__init__": "being rebuilt",
-    "jprune.pipeline.training.tune.tune_model": "being rebuilt",
     "jprune.solvers.sparsegpt._sweep": "being rebuilt",
     "jprune.train.loop.train": "a loop is given functions one by one; who calls it has dataclasses of options",
 }

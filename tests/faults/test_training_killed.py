@@ -13,9 +13,8 @@ import pytest
 import jprune
 from jprune.errors import JpruneError
 from jprune.pipeline import prune_and_tune
-from jprune.pipeline.training.tune import tune_model
-from jprune.tuning.loraprune import LoRAPrune, loraprune_model
-from jprune.tuning.recovery import Full, Lora
+from jprune.pipeline.training import loraprune_model, tune_model
+from jprune.tuning import Full, Lora, LoRAPrune
 
 
 @pytest.fixture
@@ -57,8 +56,7 @@ def test_tuning(tiny_model, data, tmp_path):
     np.save(tmp_path / "data.npy", data)
     program = f"""
 import os, signal
-from jprune.tuning.recovery import Lora
-from jprune.pipeline.training.tune import tune_model
+from jprune import Lora, tune_model
 def kill(p):
     if p.phase == "train" and p.done >= 3:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -86,7 +84,7 @@ def test_loraprune(tiny_model, data, tmp_path):
     np.save(tmp_path / "data.npy", data)
     program = f"""
 import os, signal
-from jprune.tuning.loraprune import LoRAPrune, loraprune_model
+from jprune import LoRAPrune, loraprune_model
 def kill(p):
     if p.phase == "train" and p.done >= 4:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -114,7 +112,7 @@ PROGRAM = """
 import os, signal, sys
 import jprune
 from jprune.pipeline import prune_and_tune
-from jprune.tuning.recovery import Full
+from jprune.tuning import Full
 phase, done = sys.argv[1], float(sys.argv[2])
 def kill(p):
     if p.phase == phase and p.done >= done:

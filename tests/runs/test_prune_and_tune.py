@@ -17,8 +17,8 @@ from jprune.errors import JpruneError
 from jprune.pipeline import prune_and_tune, prune_model
 from jprune.pipeline.rounds.plan import plan_prune_and_tune
 from jprune.pipeline.rounds.schedule import schedule
-from jprune.pipeline.training.tune import tune_model
-from jprune.tuning.recovery import Full, Lora
+from jprune.pipeline.training import tune_model
+from jprune.tuning import Full, Lora
 
 SHORT = {"steps": 3, "batch_size": 4, "micro_batch": 4, "learning_rate": 0.01}
 

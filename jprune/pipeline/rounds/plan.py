@@ -16,7 +16,7 @@ from jprune.pipeline.forecast.forecast import Plan
 from jprune.pipeline.oneshot.run import plan_run
 from jprune.pipeline.recipe import Recipe, chosen_kernels
 from jprune.pipeline.rounds.schedule import schedule, tuning_of_a_round, zeros_present
-from jprune.tuning.recovery import Full, Lora
+from jprune.tuning import Full, Lora
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -46,14 +46,14 @@ from jprune.pipeline.rounds.schedule import (
     tuning_of_a_round,
     zeros_present,
 )
-from jprune.pipeline.training.tune import EPOCHS, method_name, tune_model
+from jprune.pipeline.training import tune_model
 from jprune.runs import output
 from jprune.runs.folder import default_folder, remove, state_folder
 from jprune.runs.memory import trim
 from jprune.runs.report import Progress, perplexity_of
 from jprune.runs.stopwatch import peak_memory_bytes
 from jprune.settings import begin_or_resume
-from jprune.tuning.recovery import Full, Lora
+from jprune.tuning import Full, Lora
 
 
 def prune_and_tune(
@@ -134,7 +134,7 @@ def prune_and_tune(
         batch_size=tuning.batch_size,
         length=tune_length,
         windows_at_most=windows_at_most,
-        epochs=None if tuning.steps is not None else tuning.epochs or EPOCHS[method_name(tuning)],
+        epochs=tuning.passes,
         seed=tuning.seed,
     )
     evaluation = None
@@ -144,7 +144,7 @@ def prune_and_tune(
     described = {
         **{"sparsity": sparsity, "rounds": sparsities, "per": per},
         **{"pruner": name_of(method), **dataclasses.asdict(method)},
-        **{"tuning": method_name(tuning), **dataclasses.asdict(tuning), "tune_length": batches.length},
+        **{"tuning": name_of(tuning), **dataclasses.asdict(tuning), "tune_length": batches.length},
         **_fields(recipe, leave_out=("pattern", "keep_zeros", "seed", "calibration", "overrides")),
         "calibration": str(recipe.calibration) if isinstance(recipe.calibration, str | Path) else None,
         "overrides": {regex: recipes.pattern_text(pattern) for regex, pattern in recipe.overrides.items()},
@@ -295,7 +295,7 @@ class _Rounds:
         return PruneAndTuneReport(
             out=out,
             pruner=name_of(self.method),
-            tuning=method_name(self.tuning),
+            tuning=name_of(self.tuning),
             sparsity=trees.Sparsity(zeros, sum(sizes[path] for path in counted), sum(sizes.values())),
             rounds=tuple(done),
             before=perplexity_of(all_records[0], "before"),

@@ -20,7 +20,7 @@ from jprune.patterns import Unstructured
 from jprune.pipeline.oneshot.journal import count_zeros
 from jprune.pipeline.recipe import Recipe, chosen_kernels
 from jprune.runs.report import RunReport
-from jprune.tuning.recovery import Full, Lora
+from jprune.tuning import Full, Lora
 
 SPARSITIES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8)
 """Of the authors' rounds, who speak of densities: 1, 0.9, 0.7, 0.5, 0.3, 0.2."""

@@ -13,39 +13,31 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jprune.checkpoints import Checkpoint, load
-from jprune.checkpoints.dtypes import activation_dtype
-from jprune.data import mixture, windows
+from jprune.checkpoints import Checkpoint
 from jprune.data.batches import Batches
-from jprune.data.held_out import overlap
 from jprune.data.mixture import Mixture
-from jprune.data.training import evaluation_batches, training_batches
-from jprune.errors import JpruneError
-from jprune.models import loss, stacked
-from jprune.models.batching import windows_at_once
 from jprune.pipeline.options import DynamicLoading as DynamicLoading
-from jprune.train import loop, sharding
-from jprune.tuning.recovery import read_stacked
+from jprune.train import loop
 
 PyTree = Any
-Evaluation = Callable[[PyTree, PyTree, loop.Batch], tuple[jax.Array, jax.Array]]
+Measure = Callable[[PyTree, PyTree, loop.Batch], tuple[jax.Array, jax.Array]]
 """(trainable, frozen, batch) -> sum of weighted losses, and of the weights."""
 Watch = Callable[[PyTree, PyTree], Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Domains:
-    """The data of a run."""
+    """The data of a run, by domain."""
 
     mixture: Mixture
     held_out: Mapping[str, Batches]
-    """By domain, what its loss is measured on."""
+    """What the loss of each domain is measured on."""
     loading: DynamicLoading | None
-    """None leaves the weights as they are."""
+    """How the weights follow the losses; None leaves them as they are."""
     references: Mapping[str, float]
     """The reference loss of every domain, where there is dynamic loading."""
     reference: Checkpoint | None
-    """Of which they were measured."""
+    """The model of which they were measured."""
     notices: tuple[str, ...]
 
     @property
@@ -84,113 +76,7 @@ class Domains:
         )
 
 
-def read(
-    data: Mapping[str, windows.Spec],
-    checkpoint: Checkpoint,
-    *,
-    batch_size: int,
-    proportions: Mapping[str, int | float] | None = None,
-    length: int | None = None,
-    windows_at_most: int | None = None,
-    seed: int = 0,
-    train_on_prompt: bool = False,
-    loading: DynamicLoading | None = None,
-    evaluate: Mapping[str, windows.Spec] | None = None,
-    evaluate_windows: int | None = None,
-    evaluate_length: int | None = None,
-    mesh: Mesh | None = None,
-) -> Domains:
-    """Reads the domains.
-
-    Args:
-      data: the source of each, by name.
-      checkpoint: the model: its tokenizer, its vocabulary and its context.
-      batch_size: windows a batch.
-      proportions: see `Mixture`.
-      length: tokens a window; see `training_batches`, also for `train_on_prompt`.
-      windows_at_most: take only the first so many of each domain.
-      seed: of the order.
-      train_on_prompt: of instructions.
-      loading: the references are looked up, or measured on the windows held out.
-      evaluate: sources to measure them on; of a domain that is not named there, windows are held out.
-      evaluate_windows: of each domain; by default one in 20 is held out, at most 256, and of sources all are taken.
-      evaluate_length: tokens a window of `evaluate`; by default as many as in training.
-      mesh: where a reference model's parameters lie.
-
-    Raises:
-      JpruneError: a source that cannot be used, an empty domain, or names that do not fit together.
-    """
-    evaluate = evaluate or {}
-    mixture.check_known("--evaluate", evaluate, data)
-    reference_losses = None if loading is None else loading.reference_losses
-    for what, values in [("proportions", proportions), ("reference losses", reference_losses)]:
-        if values is not None:  # before anything is tokenised
-            mixture.check_names(what, values, data)
-    domains: dict[str, Batches] = {}
-    held_out: dict[str, Batches] = {}
-    notices: list[str] = []
-    for name, spec in data.items():
-        try:
-            domains[name] = training_batches(
-                spec,
-                checkpoint,
-                batch_size=1,  # a domain may have fewer windows than a batch
-                length=length,
-                windows_at_most=windows_at_most,
-                train_on_prompt=train_on_prompt,
-            )
-            rows = windows_at_once(domains[name].length)
-            if name in evaluate:
-                held_out[name] = evaluation_batches(
-                    evaluate[name],
-                    checkpoint,
-                    batch_size=rows,
-                    length=None if windows.is_rows(evaluate[name]) else evaluate_length or domains[name].length,
-                    windows_at_most=evaluate_windows,
-                    train_on_prompt=train_on_prompt,
-                )
-            else:
-                domains[name], held_out[name] = mixture.hold_out(domains[name], evaluate_windows, batch_size=rows)
-        except JpruneError as error:
-            raise JpruneError(f"domain {name!r}: {error}") from error
-        notices += [*domains[name].notices, *held_out[name].notices]
-        if shared := overlap(domains[name], held_out[name]):
-            notices.append(
-                f"domain {name!r}: {100 * shared:.0f} % of the windows that its loss is measured on share text with "
-                "its training data"
-            )
-    mix = Mixture(domains=domains, batch_size=batch_size, proportions=proportions, seed=seed)
-    reference = None if loading is None or loading.reference is None else load(loading.reference)
-    references = {name: float(value) for name, value in (reference_losses or {}).items()}
-    if reference is not None:
-        references = _measured(reference, checkpoint, held_out, mesh)
-    return Domains(
-        mixture=mix,
-        held_out=held_out,
-        loading=loading,
-        references=references,
-        reference=reference,
-        notices=tuple(dict.fromkeys(notices)),
-    )
-
-
-def _measured(
-    model: Checkpoint, checkpoint: Checkpoint, held_out: Mapping[str, Batches], mesh: Mesh | None
-) -> dict[str, float]:
-    """The losses of a reference model."""
-    if model.config.vocab != checkpoint.config.vocab:
-        raise JpruneError(
-            f"the vocabulary of the reference model {model.source} has {model.config.vocab} tokens and the model's "
-            f"{checkpoint.config.vocab}: their losses cannot be compared; give --reference-loss"
-        )
-    language_model = loss.causal_lm(model.config)
-    dtype = activation_dtype(model, None)
-    params = sharding.put(read_stacked(model, stacked.runs(model.config, model.shapes), dtype=dtype), mesh)
-    measure = mean_loss(lambda trainable, frozen, batch: language_model(trainable, batch), mesh)
-    return {name: measure(batches, params, {}) for name, batches in held_out.items()}
-
-
-def mean_loss(evaluation: Evaluation, mesh: Mesh | None) -> Callable[[Batches, PyTree, PyTree], float]:
+def mean_loss(evaluation: Measure, mesh: Mesh | None) -> Callable[[Batches, PyTree, PyTree], float]:
     """(batches, trainable, frozen) -> mean loss in nats over all their windows; compiled once for equal shapes."""
     f = jax.jit(evaluation)
 
@@ -212,13 +98,13 @@ class Balance:
     place.
 
     Args:
-      domains: see `read`.
+      domains: the data (`jprune.pipeline.training.data.read`).
       evaluation: the model's loss.
       mesh: where the parameters lie.
       watch: what else the metrics say.
     """
 
-    def __init__(self, domains: Domains, evaluation: Evaluation, mesh: Mesh | None, watch: Watch | None = None):
+    def __init__(self, domains: Domains, evaluation: Measure, mesh: Mesh | None, watch: Watch | None = None):
         self._domains, self._watch = domains, watch
         self.stream = iter(domains.mixture)
         self._mean = mean_loss(evaluation, mesh)

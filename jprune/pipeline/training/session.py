@@ -1,4 +1,4 @@
-"""A training run over a checkpoint, whatever is trained: its data, its state on disk, and what it is measured on.
+"""The training of a run, whatever is trained: the loop over its data, its state on disk, and what it is measured on.
 
 OUT.run      the state of the run while it lasts: checkpoints of everything, for --resume
 """
@@ -11,50 +11,40 @@ from typing import Any
 import numpy as np
 
 from jprune.checkpoints import Checkpoint, load, record
-from jprune.data import windows
 from jprune.data.batches import Batches, Rows
-from jprune.data.held_out import overlap
 from jprune.data.mixture import Mixture
-from jprune.data.training import evaluation_batches, training_batches
 from jprune.errors import JpruneError
 from jprune.evaluate.perplexity import Perplexity, perplexity
-from jprune.models.batching import windows_at_once
 from jprune.models.weights import Weights
-from jprune.pipeline.training import domains
-from jprune.pipeline.training.domains import Balance, Domains, DynamicLoading, mean_loss
+from jprune.pipeline.options import TrainOptions
+from jprune.pipeline.training import data
+from jprune.pipeline.training.domains import Balance, mean_loss
 from jprune.runs import interrupt
 from jprune.runs.folder import state_folder
 from jprune.runs.report import Progress, environment
 from jprune.runs.stopwatch import Stopwatch
 from jprune.train import loop, sharding
-from jprune.train.loop import Schedule, Trained, train
-from jprune.tuning.recovery import Task, Tuning
+from jprune.train.loop import Trained, train
+from jprune.tuning.base import Task, TrainedMethod
 
 PyTree = Any
-DEMO_LENGTH = 256
-"""Tokens a window of text for the demo model: steps of a minute on two cores."""
-DEMO_EVALUATION_LENGTH = 512
 REWEIGHINGS = 20
 """How often dynamic loading sets the domains' weights in a run, unless said otherwise."""
 
 
-class Training:
-    """One run, from the options that all kinds of training share.
+class Session:
+    """A model, its data and the devices that it is trained on.
 
     Args:
       checkpoint: the model.
-      method: how long to train, and in what batches.
+      method: how long is trained, and in which batches.
+      options: the data, and how the run goes.
       stopwatch: counts the phases.
       progress: called often.
-      epochs: how often the data is gone through if `method` says neither that nor how many steps.
-      fsdp: over how many devices parameters and optimizer state are cut up; the others share out the data.
-      data: as the rest, as `tune_model` describes it.
 
     Attributes:
-      checkpoint: the model.
-      stopwatch: the phases.
-      steps: updates.
-      notices: what the user should know of the data.
+      data: what is trained and measured on.
+      notices: what the user should know of the data and of its use.
 
     Raises:
       JpruneError: data that there is not, or too little of, or devices that do not fit.
@@ -63,83 +53,32 @@ class Training:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        method: Tuning,
+        method: TrainedMethod,
+        options: TrainOptions,
         stopwatch: Stopwatch,
         progress: Callable[[Progress], None],
-        *,
-        epochs: int,
-        data: windows.Spec | Mapping[str, windows.Spec],
-        proportions: Mapping[str, int | float] | None = None,
-        dynamic_loading: DynamicLoading | None = None,
-        sequence_length: int | None = None,
-        windows_at_most: int | None = None,
-        train_on_prompt: bool = False,
-        evaluate: windows.Spec | Mapping[str, windows.Spec] | None = None,
-        evaluate_length: int | None = None,
-        evaluate_windows: int | None = None,
-        fsdp: int = 1,
     ):
-        self.checkpoint, self.stopwatch = checkpoint, stopwatch
-        self._method, self._progress = method, progress
-        self._mesh = sharding.make_mesh(fsdp=fsdp)
-        demo = checkpoint.source == "demo"
+        self._checkpoint, self._method, self._options = checkpoint, method, options
+        self._stopwatch, self._progress = stopwatch, progress
+        self._mesh = sharding.make_mesh(fsdp=options.schedule.fsdp)
         with stopwatch.phase("data"):
-            passes = None if method.steps is not None else method.epochs or epochs
-            short = demo and sequence_length is None and not _all_rows(data)
-            options: dict[str, Any] = {
-                "batch_size": method.batch_size,
-                "length": DEMO_LENGTH if short else sequence_length,
-                "windows_at_most": windows_at_most,
-                "seed": method.seed,
-                "train_on_prompt": train_on_prompt,
-            }
-            self._batches: Batches | Mixture
-            self._domains: Domains | None = None
-            by_domain = evaluate if isinstance(evaluate, Mapping) else None
-            if isinstance(data, Mapping):
-                self._domains = domains.read(
-                    data,
-                    checkpoint,
-                    **options,
-                    proportions=proportions,
-                    loading=dynamic_loading,
-                    evaluate=by_domain,
-                    evaluate_windows=evaluate_windows,
-                    evaluate_length=evaluate_length,
-                    mesh=self._mesh,
-                )
-                self._batches = self._domains.mixture
-            elif proportions is not None or dynamic_loading is not None or by_domain is not None:
-                raise JpruneError(
-                    "proportions, dynamic loading and --evaluate NAME=SOURCE are about domains; give --data NAME=SOURCE"
-                )
-            else:
-                self._batches = training_batches(data, checkpoint, epochs=passes, **options)
-            self.steps = method.steps or self._batches.per_epoch * (passes or 1)
-            self._rows = method.micro_batch or windows_at_once(self._batches.length)
-            self._held_out: Batches | None = None
-            if evaluate is not None and not isinstance(evaluate, Mapping):
-                if demo and evaluate_length is None:
-                    evaluate_length = DEMO_EVALUATION_LENGTH
-                self._held_out = evaluation_batches(
-                    evaluate,
-                    checkpoint,
-                    batch_size=self._rows,
-                    length=None if windows.is_rows(evaluate) else evaluate_length,
-                    windows_at_most=evaluate_windows,
-                    train_on_prompt=train_on_prompt,
-                )
-        self.notices = _notices(self._batches, self._held_out)
-        if self._domains is not None:
-            self.notices = (*self._domains.notices, *self.notices)
+            self.data = data.read(checkpoint, method, options.data, options.evaluation, self._mesh)
+        self.notices = self.data.notices
+
+    @property
+    def _evaluate_every(self) -> int | None:
+        domains, given = self.data.domains, self._options.schedule.evaluate_every
+        if given is None and domains is not None and domains.loading is not None:
+            return max(1, self.data.steps // REWEIGHINGS)
+        return given
 
     def perplexity(self, weights: Weights, dtype: Any, phase: str) -> Perplexity | None:
-        """By the standard protocol, of a text; None for instructions, or where there is nothing to measure on."""
-        batches = self._held_out
+        """The perplexity on a text, by the standard protocol; None for instructions, or with nothing to measure on."""
+        batches = self.data.held_out
         if batches is None or not isinstance(batches.examples, Rows):
             return None
         tokens = batches.examples.take(np.arange(batches.windows))["tokens"]
-        with self.stopwatch.phase("evaluation"):
+        with self._stopwatch.phase("evaluation"):
             return perplexity(
                 weights,
                 tokens,
@@ -148,76 +87,32 @@ class Training:
             )
 
     def perplexity_after(self, result: Path | Weights, dtype: Any) -> tuple[Perplexity | None, tuple[str, ...]]:
-        """Of the result, and a notice if that fails: hours of work are not thrown away for it."""
+        """The perplexity of the result, and a notice if that fails: hours of work are not thrown away for it."""
         try:
             weights = load(result) if isinstance(result, Path) else result
             return self.perplexity(weights, dtype, "evaluate after"), ()
         except JpruneError as error:
             return None, (f"the perplexity after training could not be measured: {error}",)
 
-    def train(
-        self,
-        task: Task,
-        folder: Path,
-        *,
-        recipe: Mapping[str, Any],
-        evaluate_every: int | None = None,
-        checkpoint_every: int | None = None,
-        keep_best: bool = True,
-        watch: Callable[[PyTree, PyTree], Mapping[str, Any]] | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
-    ) -> Trained:
+    def train(self, task: Task, folder: Path, recipe: Mapping[str, Any]) -> Trained:
         """Trains, with the state in `folder`, which stays there until whoever wrote the result removes it.
 
         Args:
           task: what is trained, and how.
           folder: made if it is not there.
           recipe: what the result depends on, besides model and data; a run begun with another is not resumed.
-          evaluate_every: steps between two measurements of the loss on the evaluation data, or of the domains' losses;
-            by default one at the end; with dynamic loading, a twentieth of all.
-          checkpoint_every: steps between two checkpoints; by default a tenth of all.
-          keep_best: whether the best state by these measurements comes back, or the last; see `loop.train`.
-          watch: see `loop.train`.
-          resume: go on with the run in the folder, if there is one.
-          overwrite: forget a run that is there; not if it is to be resumed.
 
         Raises:
           JpruneError: see `loop.train`.
           jprune.train.loop.Interrupted: Ctrl-C, after the state was saved.
         """
-        mixed, held_out = self._domains, self._held_out
-        if mixed is not None and mixed.loading is not None and evaluate_every is None:
-            evaluate_every = max(1, self.steps // REWEIGHINGS)
-        settings = {
-            **recipe,
-            "model": self.checkpoint.fingerprint(),
-            "data": self._batches.fingerprint,
-            "evaluation": held_out and held_out.sha256,
-            "evaluate_every": evaluate_every,
-            "domains": mixed and mixed.settings,
-        }
-        schedule = Schedule(
-            steps=self.steps,
-            micro_batch=self._rows,
-            evaluate_every=evaluate_every,
-            checkpoint_every=checkpoint_every or max(1, self.steps // 10),
-            seed=self._method.seed,
-        )
-        self._progress(Progress(0.0, self.steps, "compiling", "train"))
-        stream: loop.Batches
-        evaluate: Callable[[PyTree, PyTree], float] | None = None
-        if mixed is not None:
-            balance = Balance(mixed, task.evaluation, self._mesh, watch)
-            stream, evaluate, watch = balance.stream, balance.evaluate, balance.watch
-        else:
-            stream = self._batches.__iter__()  # of a union, iter() is less to mypy
-            if held_out is not None and evaluate_every is not None:
-                evaluate = functools.partial(mean_loss(task.evaluation, self._mesh), held_out)
+        mixed, result = self.data.domains, self._options.result
+        self._progress(Progress(0.0, self.data.steps, "compiling", "train"))
+        stream, evaluate, watch = self._followed(task)
         with (
-            state_folder(folder, forget=overwrite and not resume),
+            state_folder(folder, forget=result.overwrite and not result.resume),
             interrupt.deferred() as ctrl_c,
-            self.stopwatch.phase("train"),
+            self._stopwatch.phase("train"),
         ):
             trained = train(
                 task.loss,
@@ -225,14 +120,14 @@ class Training:
                 task.frozen,
                 stream,
                 task.optimizer,
-                schedule,
+                self._schedule(),
                 evaluate=evaluate,
-                keep_best=keep_best,
-                rate=self._method.adamw().rate(self.steps),
+                keep_best=self._method.keep_best,
+                rate=self._method.adamw().rate(self.data.steps),
                 watch=watch,
                 folder=folder,
-                settings=settings,
-                resume=resume,
+                settings=self._settings(recipe),
+                resume=result.resume,
                 mesh=self._mesh,
                 progress=lambda p: self._progress(_shown(p)),
                 stop=lambda: ctrl_c.pressed,
@@ -241,9 +136,43 @@ class Training:
             self.notices += mixed.repeated(trained.history)
         return trained
 
+    def _followed(
+        self, task: Task
+    ) -> tuple[loop.Batches, Callable[[PyTree, PyTree], float] | None, Callable[[PyTree, PyTree], Any] | None]:
+        """The stream of batches, what is measured on the way, and what the metrics say besides."""
+        data = self.data
+        if data.domains is not None:
+            balance = Balance(data.domains, task.evaluation, self._mesh, task.watch)
+            return balance.stream, balance.evaluate, balance.watch
+        stream = data.batches.__iter__()  # of a union, iter() is less to mypy
+        if data.held_out is None or self._evaluate_every is None:
+            return stream, None, task.watch
+        return stream, functools.partial(mean_loss(task.evaluation, self._mesh), data.held_out), task.watch
+
+    def _schedule(self) -> loop.Schedule:
+        return loop.Schedule(
+            steps=self.data.steps,
+            micro_batch=self.data.micro_batch,
+            evaluate_every=self._evaluate_every,
+            checkpoint_every=self._options.schedule.checkpoint_every or max(1, self.data.steps // 10),
+            seed=self._method.seed,
+        )
+
+    def _settings(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """What the trained numbers depend on, as JSON."""
+        mixed, held_out = self.data.domains, self.data.held_out
+        return {
+            **recipe,
+            "model": self._checkpoint.fingerprint(),
+            "data": self.data.batches.fingerprint,
+            "evaluation": held_out and held_out.sha256,
+            "evaluate_every": self._evaluate_every,
+            "domains": mixed and mixed.settings,
+        }
+
     def domains(self, trained: Trained) -> dict[str, dict[str, Any]]:
         """What is known of every domain after training; empty if the data has none."""
-        return {} if self._domains is None else self._domains.described(trained.history)
+        return {} if self.data.domains is None else self.data.domains.described(trained.history)
 
     def record(self, trained: Trained, dtype: Any) -> dict[str, Any]:
         """What jprune.json says of the model before, of the data, and of the losses."""
@@ -251,15 +180,15 @@ class Training:
         def described(b: Batches | Mixture) -> dict[str, Any]:
             return {"source": b.source, "windows": b.windows, "sequence_length": b.length, "sha256": b.sha256}
 
-        checkpoint = self.checkpoint
+        checkpoint = self._checkpoint
         earlier = Path(checkpoint.source) / record.NAME
         return {
             "model": {
                 **checkpoint.described(),
                 "record": record.read(earlier.parent) if earlier.exists() else None,
             },
-            "data": described(self._batches),
-            "evaluation": self._held_out and described(self._held_out),
+            "data": described(self.data.batches),
+            "evaluation": self.data.held_out and described(self.data.held_out),
             "losses": [round(line["loss"], 6) for line in trained.history],
             "evaluation_losses": evaluation_losses(trained),
             **environment(dtype),
@@ -267,26 +196,8 @@ class Training:
 
 
 def evaluation_losses(trained: Trained) -> dict[int, float]:
-    """By step, where they were measured."""
+    """The losses on the evaluation data by step, where they were measured."""
     return {line["step"]: line["evaluation_loss"] for line in trained.history if "evaluation_loss" in line}
-
-
-def _all_rows(data: windows.Spec | Mapping[str, windows.Spec]) -> bool:
-    """Whether all of the data has window lengths of its own."""
-    return all(map(windows.is_rows, data.values())) if isinstance(data, Mapping) else windows.is_rows(data)
-
-
-def _notices(batches: Batches | Mixture, held_out: Batches | None) -> tuple[str, ...]:
-    notices = [*batches.notices, *(held_out.notices if held_out else ())]
-    if held_out is not None:
-        if shared := overlap(batches, held_out):
-            notices.append(
-                f"{100 * shared:.0f} % of the evaluation windows share text with the training data: what is measured "
-                "on them is no evidence"
-            )
-        if not isinstance(held_out.examples, Rows):
-            notices.append(f"{held_out.source} is instruction data: its loss is measured, and no perplexity of text")
-    return tuple(dict.fromkeys(notices))
 
 
 def _shown(p: loop.Progress) -> Progress:

@@ -9,7 +9,7 @@ import pytest
 
 from jprune.cli import main
 from jprune.errors import UsageError
-from jprune.pipeline.training.domains import DynamicLoading
+from jprune.pipeline.options import DynamicLoading
 from jprune.train.shearing.dynamic_loading import Reweighing
 
 parse = importlib.import_module("jprune.cli.main")._parse

@@ -7,10 +7,10 @@ import pytest
 
 import jprune
 from jprune.errors import JpruneError
-from jprune.pipeline.training.domains import DynamicLoading
-from jprune.pipeline.training.tune import tune_model
+from jprune.pipeline.options import DynamicLoading
+from jprune.pipeline.training import tune_model
 from jprune.train.shearing.dynamic_loading import Reweighing
-from jprune.tuning.recovery import Full
+from jprune.tuning import Full
 
 
 def counting(first, step, n=40, length=12):

@@ -12,11 +12,12 @@ from jprune import trees
 from jprune.anatomy.units import units_of_blocks
 from jprune.errors import JpruneError
 from jprune.models import decoder, stacked
+from jprune.pipeline.training import loraprune_model, plan_loraprune
 from jprune.structured import shrink
 from jprune.structured.units import positions
 from jprune.train import lora
 from jprune.train.quantise import dequantise_tree
-from jprune.tuning.loraprune import LoRAPrune, loraprune_model, plan_loraprune
+from jprune.tuning import LoRAPrune
 from jprune.tuning.weights import block_kernels
 
 SHORT = {"steps": 6, "every": 2, "batch_size": 4, "micro_batch": 4, "warmup": 0, "rank": 2, "learning_rate": 0.02}

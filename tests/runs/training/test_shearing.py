@@ -13,12 +13,14 @@ from jprune import trees
 from jprune.checkpoints import load
 from jprune.errors import JpruneError
 from jprune.models import decoder
+from jprune.pipeline.training import plan_shearing, shear_model
 from jprune.structured.shape import Shape
 from jprune.train.loop import Interrupted
 from jprune.train.shearing import hard_concrete
+from jprune.tuning import Shearing
 from jprune.tuning.masked_model import MaskedModel, shape_of
 from jprune.tuning.masked_training import masked_loss, rounded
-from jprune.tuning.shearing import Shearing, count, plan_shearing, shear_model
+from jprune.tuning.shearing import count
 
 TARGET = "layers=2,hidden=24,heads=2,kv_heads=1,intermediate=40"
 QUICK = {"batch_size": 4, "micro_batch": 2, "warmup": 0, "mask_momentum": 0.0}
@@ -108,7 +110,7 @@ def test_training_sees_the_masked_model(checkpoint, data):
     want = -np.take_along_axis(np.asarray(scores), data[:4, 1:, None], axis=-1).sum()
     same = jax.jit(masked_loss(masked, jnp.float32))(task.trainable["model"], masks, batch)[0]
     np.testing.assert_allclose(same, want, rtol=1e-5)
-    read = task.read({**trainable, "model": task.trainable["model"]}, "blocks/1/mlp/down/kernel")
+    read = dict(task.result(trainable).leaves)["blocks/1/mlp/down/kernel"]
     np.testing.assert_array_equal(read, params["blocks"]["1"]["mlp"]["down"]["kernel"])
     assert np.isfinite(got)
     drawn = [float(jax.jit(task.loss)(trainable, {}, batch, jax.random.key(i))[0]) for i in (0, 0, 1)]

@@ -12,8 +12,8 @@ from jprune import trees
 from jprune.data import windows
 from jprune.errors import JpruneError
 from jprune.models import decoder
-from jprune.pipeline.training.tune import tune_model
-from jprune.tuning.recovery import Full, Lora
+from jprune.pipeline.training import tune_model
+from jprune.tuning import Full, Lora
 
 SHORT = {"steps": 4, "batch_size": 4, "micro_batch": 4, "warmup": 0}
 
@@ -90,7 +90,7 @@ def test_merged_is_adapted(tiny_model, data, base):
     trained = jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape).astype(np.float32), task.trainable)
     batch = {"tokens": jnp.asarray(data[:4]), "weights": jnp.ones((4, 12), jnp.float32)}
     got, weight = jax.jit(task.evaluation)(trained, task.frozen, batch)
-    merged = trees.unflatten({path: task.read(trained, path) for path in checkpoint.shapes})
+    merged = trees.unflatten(dict(task.result(trained).leaves))
     scores = jax.nn.log_softmax(logits(checkpoint.config, merged, data[:4])[:, :-1])
     want = -np.take_along_axis(np.asarray(scores), data[:4, 1:, None], axis=-1).sum()
     np.testing.assert_allclose(got, want, rtol=1e-5 if base == "float32" else 0.03)
