@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune.pipeline.recipe import Recipe as Recipe
     from jprune.pipeline.rounds.plan import plan_prune_and_tune as plan_prune_and_tune
     from jprune.pipeline.rounds.run import prune_and_tune as prune_and_tune
-    from jprune.pipeline.shrink.run import plan_shrink as plan_shrink
+    from jprune.pipeline.shrink.plan import plan_shrink as plan_shrink
     from jprune.pipeline.shrink.run import shrink_model as shrink_model
     from jprune.pipeline.training.calls import loraprune_model as loraprune_model
     from jprune.pipeline.training.calls import plan_loraprune as plan_loraprune
@@ -74,7 +74,8 @@ _NAMES = {
     "jprune.pipeline.options": ("DynamicLoading",),
     "jprune.pipeline.rounds.plan": ("plan_prune_and_tune",),
     "jprune.pipeline.rounds.run": ("prune_and_tune",),
-    "jprune.pipeline.shrink.run": ("plan_shrink", "shrink_model"),
+    "jprune.pipeline.shrink.plan": ("plan_shrink",),
+    "jprune.pipeline.shrink.run": ("shrink_model",),
     "jprune.pipeline.training.calls": (
         "loraprune_model",
         "plan_loraprune",

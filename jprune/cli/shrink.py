@@ -10,9 +10,12 @@ from jprune.cli.flags import Flags, keywords
 from jprune.cli.tune import Training, print_report
 from jprune.cli.words import TargetWords
 from jprune.pipeline.options import Calibration, Evaluation, Result
-from jprune.pipeline.shrink.run import ShrinkPlan, ShrinkReport, StructuredMethod, plan_shrink, shrink_model
+from jprune.pipeline.shrink.plan import ShrinkPlan, plan_shrink
+from jprune.pipeline.shrink.report import ShrinkReport
+from jprune.pipeline.shrink.run import shrink_model
 from jprune.pipeline.training import TrainingPlan, plan_training, tune_model
 from jprune.structured import DropLayers
+from jprune.structured.base import UnitMethod
 from jprune.structured.selection import Target
 from jprune.tuning.report import PrunedReport
 
@@ -21,7 +24,7 @@ from jprune.tuning.report import PrunedReport
 class Shrink(Planning):
     """Remove parts of a model, so that it really becomes smaller."""
 
-    method: StructuredMethod
+    method: UnitMethod
     calibration: Annotated[Calibration, Flags(only=("calibration",))]
     dtype: str | None = None
     """Dtype of the activations: float32, bfloat16 or float16. By default float32 on CPU, else that of the weights."""

@@ -1,6 +1,7 @@
 """Structured runs: the units that go are those a whole-model calculation would choose, and the result is the masked
 model."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,8 +14,10 @@ from jprune.anatomy.units import model_groups
 from jprune.checkpoints import load
 from jprune.errors import JpruneError
 from jprune.models import decoder
-from jprune.pipeline.shrink.run import plan_shrink, shrink_model
-from jprune.structured import DropLayers, LLMPruner
+from jprune.pipeline.shrink.plan import plan_shrink
+from jprune.pipeline.shrink.run import shrink_model
+from jprune.structured import DropLayers, LLMPruner, selection
+from jprune.structured.base import UnitMethod
 from jprune.structured.selection import Target
 
 OPEN = {"protect_first": 0, "protect_last": 0}
@@ -209,3 +212,47 @@ def test_plan_of_a_config_alone(tiny_config, tmp_path):
     everything = plan_shrink(tmp_path, method=LLMPruner(globally=True, **OPEN), target=Target(units=0.5))
     assert everything.parameters == (before, None)
     assert everything.sizes is None
+
+
+def test_a_home_of_ones_own(checkpoint, tmp_path, monkeypatch):
+    """What `~` is, is asked before anything is looked at; afterwards the report names the folder that is there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    method = LLMPruner(mode="layer", layers=2)
+    report = shrink_model(checkpoint, "~/smaller", method=method)
+    assert report.out == tmp_path / "smaller"
+    assert (tmp_path / "smaller" / "jprune.json").exists()
+    with pytest.raises(JpruneError, match="exists; give another folder"):
+        shrink_model(checkpoint, "~/smaller", method=method)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LargestWeight(UnitMethod):
+    """Remove the channels whose largest weight is the smallest: an importance of a user's own, in one place."""
+
+    kinds = ("mlp",)
+    needs = "weights"
+
+    def vectors(self, units, params, gradients, squares, *, prefix):
+        leaves = {f"{prefix}/{path}": x for path, x in trees.flatten(params).items()}
+        return {
+            i: np.abs(trees.to_matrix(jnp.asarray(leaves[member.path]), member.side)).max(1)[member.channels]
+            for i, member in enumerate(units.members)
+            if member.counted
+        }
+
+    def score(self, units, vectors=None, step=1):
+        return np.max([vectors[i].max(1) for i in vectors], axis=0)
+
+    def select(self, units, scores, ratio, *, initial=None):
+        return selection.select(units, scores, ratio, initial=initial)
+
+
+def test_an_importance_of_the_users_own(checkpoint, tmp_path):
+    report = shrink_model(checkpoint, tmp_path / "out", method=LargestWeight(), target=Target(units=0.25))
+    smaller = load(tmp_path / "out")
+    assert report.own_json()["method"] == "LargestWeight"
+    for i in range(3):
+        w = {name: np.asarray(checkpoint.read(f"blocks/{i}/mlp/{name}/kernel")) for name in ("gate", "up", "down")}
+        largest = np.maximum(np.abs(np.stack([w["gate"], w["up"]])).max((0, 1)), np.abs(w["down"]).max(1))
+        stay = np.sort(np.argsort(largest, kind="stable")[14:])
+        np.testing.assert_array_equal(smaller.read(f"blocks/{i}/mlp/up/kernel"), w["up"][:, stay])

@@ -4,12 +4,9 @@ Structured pruning changes no weight that stays. So the smaller model is a view 
 on (`Checkpoint.select`): it is measured, pruned further and written as any checkpoint is, a block at a time.
 """
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from jprune.checkpoints import Checkpoint, formats, load, record
 from jprune.checkpoints.dtypes import activation_dtype
@@ -18,38 +15,16 @@ from jprune.data import windows
 from jprune.data.for_model import evaluation_windows, suggested_evaluation_length
 from jprune.errors import JpruneError
 from jprune.evaluate.perplexity import Perplexity, perplexity
+from jprune.pipeline.options import Evaluation, Result, sorted_into
 from jprune.pipeline.registry import name_of
-from jprune.pipeline.shrink.scores import chosen, smaller_model, units_of
+from jprune.pipeline.shrink.plan import check_target, planned
+from jprune.pipeline.shrink.report import ShrinkReport
+from jprune.pipeline.shrink.scores import smaller_model
 from jprune.runs import output
-from jprune.runs.report import Progress, RunReport, environment
+from jprune.runs.report import Progress, environment
 from jprune.runs.stopwatch import Stopwatch, peak_memory_bytes
 from jprune.structured.base import UnitMethod
 from jprune.structured.selection import Target
-from jprune.structured.units import Units, positions
-
-StructuredMethod = UnitMethod
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShrinkReport(RunReport):
-    """The result of a structured run."""
-
-    method: UnitMethod
-    parameters: tuple[int, int]
-    """Numbers of parameters before and after."""
-    sizes: tuple[dict[str, int], ...]
-    """The sizes of every layer of the result."""
-    layers: tuple[int, ...]
-    """Which layers of the original these are."""
-
-    def own_json(self) -> dict[str, Any]:
-        """The fields of ``--json`` that only structured runs have."""
-        return {
-            "method": name_of(self.method),
-            "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
-            "layers": list(self.layers),
-            "sizes": list(self.sizes),
-        }
 
 
 def shrink_model(
@@ -59,12 +34,9 @@ def shrink_model(
     method: UnitMethod,
     target: Target | None = None,
     calibration: windows.Spec = "pydoc",
-    evaluate: windows.Spec | None = None,
-    evaluate_length: int | None = None,
-    format: Format | None = None,
     dtype: str | None = None,
-    overwrite: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
+    **options: Any,
 ) -> ShrinkReport:
     """Removes heads, channels, hidden dimensions or layers of a model and writes the smaller one.
 
@@ -74,28 +46,28 @@ def shrink_model(
       method: e.g. `LLMPruner()`.
       target: how small; methods that say themselves which layers stay need none.
       calibration: source of the text that importance is read from, or token windows [n, length].
-      evaluate: source of a text, or token windows, whose perplexity is measured before and after.
-      evaluate_length: tokens a window of it; by default 2048 or the model's context (512 for the demo model).
-      format: see `jprune.checkpoints.formats`; by default "hf" if all layers end up equal, else "jprune".
       dtype: of the activations; float32 on CPU, elsewhere what the weights have. Gradients are float32.
-      overwrite: replace an `out` that an earlier run wrote.
       progress: called often.
+      **options: the fields of `Evaluation` and `Result` in `jprune.pipeline.options`: evaluate, evaluate_length,
+        evaluate_windows, format (by default "hf" if all layers end up equal, else "jprune"), overwrite. There is
+        nothing to resume: what is interrupted leaves nothing behind.
 
     Raises:
       JpruneError: anything that does not fit; `out` is then untouched.
     """
+    measured, result = sorted_into(options, Evaluation, Result)
     stopwatch = Stopwatch()
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     out = Path(out).expanduser()
-    output.check(out, overwrite=overwrite, source=checkpoint.source)
+    output.check(out, overwrite=result.overwrite, source=checkpoint.source)
     check_target(method, target)
-    _refuse_early(checkpoint, method, target, format)
+    expected = planned(checkpoint, method, target)
+    if expected is not None and result.format is not None:
+        formats.check(expected, result.format)  # what is certain to be refused after the work is refused before
     activations = activation_dtype(checkpoint, dtype)
     with stopwatch.phase("data"):
-        examples = calibration_examples(checkpoint, method, calibration)
-        if evaluate_length is None and evaluate is not None:
-            evaluate_length = suggested_evaluation_length(checkpoint, evaluate)
-        evaluation = None if evaluate is None else evaluation_windows(checkpoint, evaluate, length=evaluate_length)
+        examples = _examples(checkpoint, method, calibration)
+        evaluation = _evaluation(checkpoint, measured)
 
     def measure(weights: Checkpoint, phase: str) -> Perplexity | None:
         if evaluation is None:
@@ -108,13 +80,13 @@ def shrink_model(
                 progress=lambda done, total: progress(Progress(float(done), total, evaluation.source, phase)),
             )
 
-    with output.new_folder(out, overwrite=overwrite, source=checkpoint.source) as folder:
+    with output.new_folder(out, overwrite=result.overwrite, source=checkpoint.source) as folder:
         before = measure(checkpoint, "evaluate before")
         with stopwatch.phase("importance"):
             smaller, layers = smaller_model(checkpoint, method, target, examples, activations, progress)
-        chosen = format or ("hf" if smaller.config.uniform else "jprune")
+        format: Format = result.format or ("hf" if smaller.config.uniform else "jprune")
         with stopwatch.phase("io"):
-            told = formats.write(folder, smaller, format=chosen)
+            told = formats.write(folder, smaller, format=format)
         try:
             after = measure(load(folder), "evaluate after")
         except JpruneError as error:  # the work is not thrown away for it
@@ -131,66 +103,12 @@ def shrink_model(
             peak_memory_bytes=peak_memory_bytes(),
             notices=tuple(dict.fromkeys(n for w in (examples, evaluation) if w for n in w.notices)) + told,
         )
-        recipe = {**method.described(), **(target.described() if target else {})}
-        contents = {
-            **report.json(),
-            "recipe": {"method": name_of(method), **recipe, "calibration": examples.source if examples else None},
-            "model": checkpoint.described(),
-            "calibration": examples and examples.described(),
-            "evaluation": evaluation and evaluation.described(),
-            "format": chosen,
-            "notices": list(report.notices),
-            **environment(activations),
-        }
-        record.write(folder, contents)
+        about = {"model": checkpoint.described(), "format": format, **environment(activations)}
+        record.write(folder, about | _contents(report, method, target, examples, evaluation))
     return report
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShrinkPlan:
-    """What a structured run would do, as far as shapes tell."""
-
-    parameters: tuple[int, int | None]
-    """Before and after; None where only importance can tell."""
-    sizes: tuple[dict[str, int], ...] | None
-    """Of every layer of the result; None where only importance can tell."""
-    units: tuple[Units, ...]
-    """What could be removed."""
-
-
-def plan_shrink(
-    model: Checkpoint | str | Path, *, method: UnitMethod, target: Target | None = None, **options: Any
-) -> ShrinkPlan:
-    """What `shrink_model` would do, without a weight or a text; a folder with a config.json is enough.
-
-    Raises:
-      JpruneError: as `shrink_model`, for what can be known from shapes.
-    """
-    del options
-    checkpoint = model if isinstance(model, Checkpoint) else load(model, weights=False)
-    check_target(method, target)
-    units = units_of(checkpoint, method) if target else ()
-    smaller = planned(checkpoint, method, target)
-    return ShrinkPlan(
-        parameters=(checkpoint.parameters, smaller.parameters if smaller else None),
-        sizes=smaller.sizes if smaller else None,
-        units=units,
-    )
-
-
-def check_target(method: UnitMethod, target: Target | None) -> None:
-    """Raises `JpruneError` if a method lacks a target, or is given one that it has no use for."""
-    wanted = bool(method.kinds)  # else the method says itself which layers stay
-    if wanted and target is None:
-        raise JpruneError(
-            "say how small the model is to be: a share of units (--ratio), a share of parameters (--parameter-ratio) "
-            "or a number of parameters (--parameters)"
-        )
-    if target is not None and not wanted:
-        raise JpruneError(f"{name_of(method)}: the number of layers is its target; leave out the ratio")
-
-
-def calibration_examples(checkpoint: Checkpoint, method: UnitMethod, source: windows.Spec) -> windows.Windows | None:
+def _examples(checkpoint: Checkpoint, method: UnitMethod, source: windows.Spec) -> windows.Windows | None:
     """The texts that importance is read from; None for methods that read only weights."""
     if method.needs in ("nothing", "weights"):
         return None
@@ -206,24 +124,30 @@ def calibration_examples(checkpoint: Checkpoint, method: UnitMethod, source: win
     )
 
 
-def planned(checkpoint: Checkpoint, method: UnitMethod, target: Target | None) -> Checkpoint | None:
-    """The sizes of the result as a view; None where only importance can tell.
-
-    Which units stay does not matter for sizes; how many do depends on importance only where all are ranked together.
-    """
-    if not method.kinds:
-        return checkpoint.select({}, method.layers_left(checkpoint.config.layers))
-    if method.counts_follow_scores:
+def _evaluation(checkpoint: Checkpoint, measured: Evaluation) -> windows.Windows | None:
+    """The windows to measure on; None if nothing is to be measured."""
+    source, length = measured.evaluate, measured.evaluate_length
+    if source is None:
         return None
-    assert target is not None  # check_target
-    units = units_of(checkpoint, method)
-    alike = {u.name: np.zeros(u.count) for u in units}
-    kept = chosen(checkpoint, units, alike, method, target, checkpoint.parameters, None)
-    return checkpoint.select(positions(units, kept))
+    if isinstance(source, Mapping):
+        raise JpruneError(f"a smaller model is measured on one text, not on {len(source)} domains; give one source")
+    length = suggested_evaluation_length(checkpoint, source) if length is None else length
+    return evaluation_windows(checkpoint, source, length=length, count=measured.evaluate_windows)
 
 
-def _refuse_early(checkpoint: Checkpoint, method: UnitMethod, target: Target | None, format: Format | None) -> None:
-    """Raises, before the work, what is certain to be raised after it."""
-    smaller = planned(checkpoint, method, target)
-    if smaller is not None and format is not None:
-        formats.check(smaller, format)
+def _contents(
+    report: ShrinkReport,
+    method: UnitMethod,
+    target: Target | None,
+    examples: windows.Windows | None,
+    evaluation: windows.Windows | None,
+) -> dict[str, Any]:
+    """The part of jprune.json that says what was asked for and what came out."""
+    recipe = {**method.described(), **(target.described() if target else {})}
+    return {
+        **report.json(),
+        "recipe": {"method": name_of(method), **recipe, "calibration": examples.source if examples else None},
+        "calibration": examples and examples.described(),
+        "evaluation": evaluation and evaluation.described(),
+        "notices": list(report.notices),
+    }
