@@ -31,7 +31,7 @@ class Kernel:
     stage: int
     pattern: Pattern
     batch_axes: tuple[int, ...] = ()
-    """Of a stack of kernels, such as experts, each with inputs of its own."""
+    """The axes that number the kernels of a stack, such as experts, each with inputs of its own."""
 
     @property
     def d_in(self) -> int:

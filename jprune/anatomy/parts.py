@@ -22,7 +22,7 @@ class Part:
     """What is in memory at one time: a block, or at last the final norm and head."""
 
     prefix: str
-    """Of the paths of its parameters; "" for the head, whose parameters have no common one."""
+    """What the paths of its parameters begin with; "" for the head, whose parameters have nothing in common."""
     function: Callable[[PyTree, jax.Array], jax.Array]
     """f(params, x): the hidden states [batch, length, d_model] after it (logits, for the head)."""
     shapes: tuple[tuple[str, tuple[int, ...], Any], ...]
@@ -47,11 +47,11 @@ class Part:
         return {path: devices.kernel(mesh, shape, found.get(path, ())) for path, shape, _ in self.shapes}
 
     def abstract(self) -> PyTree:
-        """Its parameters as ShapeDtypeStructs."""
+        """The parameters of this part as ShapeDtypeStructs."""
         return trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in self.shapes})
 
     def matmuls(self, d_model: int) -> tuple[ParamMatmul, ...]:
-        """Its matmuls against parameters, by paths below the prefix; equal parts are traced once."""
+        """The matmuls of this part against parameters, by paths below the prefix; equal parts are traced once."""
         return _matmuls(self.function, self.shapes, d_model)
 
 

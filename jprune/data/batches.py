@@ -120,7 +120,7 @@ class Batches(Stream):
 
     @property
     def sha256(self) -> str:
-        """Of the windows: equal when, and only when, their tokens (and weights) are."""
+        """Hash of the windows: equal when, and only when, their tokens (and weights) are."""
         return self.examples.sha256
 
     @property
@@ -202,7 +202,7 @@ def token_batches(
         tokenizer: needed for text; a `.npy` works without.
         batch_size: windows a batch, over all processes.
         length: tokens a window; by default 2048 cut to `context`, or what the rows of a `.npy` have.
-        windows_at_most: take the first so many windows only, and tokenise no more than they need.
+        windows_at_most: the number of windows to take, from the first on; no more is tokenised than they need.
         epochs: how often to go through the windows; None for ever.
         seed: of the order, from 0 to 2**32 - 1.
         vocab_size: ids from here on are refused.

@@ -24,7 +24,7 @@ from jprune.data.stream import Batch, Stream, check_place
 from jprune.errors import JpruneError
 
 HELD_OUT_SHARE = 20
-"""One window in so many is held out of a domain, by default."""
+"""By default one window in this many is held out of a domain."""
 HELD_OUT_AT_MOST = 256
 
 
@@ -128,12 +128,12 @@ class Mixture(Stream):
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """Those of all domains."""
+        """The notices of all domains."""
         return tuple(notice for domain in self.domains.values() for notice in domain.notices)
 
     @property
     def sha256(self) -> str:
-        """Of the names and windows of the domains."""
+        """Hash of the names and windows of the domains."""
         content = [[name, domain.sha256] for name, domain in self.domains.items()]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -60,7 +60,7 @@ def training_batches(
         batch_size: windows a batch, over all processes.
         length: tokens a window. By default, of text 2048, of instruction data 256, both cut to the model's context;
             of token ids, what the rows have.
-        windows_at_most: take only the first so many windows (of instruction data: records).
+        windows_at_most: the number of windows (of instruction data: records) to take, from the first on.
         epochs: how often to go through the data; None for ever.
         seed: of the order, from 0 to 2**32 - 1.
         train_on_prompt: of instruction data, take the loss on the prompts too. Text has no prompts.

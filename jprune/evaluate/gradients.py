@@ -26,10 +26,10 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """What is known of the parameters of one unit (a block, or the ends of the model) after the backward pass."""
+    """What is known of the parameters of one part (a block, or the ends of the model) after the backward pass."""
 
     prefix: str
-    """Of their paths in the model; "" for the ends: embedding, final norm and head."""
+    """What their paths in the model begin with; "" for the ends: embedding, final norm and head."""
     params: PyTree
     """The parameters, float32."""
     mean: PyTree
@@ -156,7 +156,7 @@ def _backward(block: Callable, squares: bool) -> Callable:
 
 @functools.lru_cache(maxsize=8)
 def _ends_backward(embed: Callable, head: Callable, squares: bool) -> Callable:
-    """As `_backward`, for embedding, final norm and head; a tied embedding's two gradients are added per example."""
+    """The backward pass of embedding, final norm and head; a tied embedding's gradients are added per example."""
 
     @jax.jit
     def run(params: PyTree, x: Array, tokens: Array, dy: Array) -> tuple[PyTree, PyTree | None]:

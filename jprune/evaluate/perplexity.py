@@ -193,7 +193,7 @@ def _nll(
     x: Float[Array, "batch length d_model"],
     tokens: Int[Array, "batch length"],
 ) -> Float[Array, " batch"]:
-    """Mean cross-entropy of each window from the last block's output, of so many shares of the windows side by side."""
+    """Mean cross-entropy of each window from the last block's output, the windows in `shares` side by side."""
     batch, length, d_model = x.shape
     rows = batch // shares * (length - 1)
     vocab = jax.eval_shape(head, params, x).shape[-1]

@@ -64,7 +64,7 @@ def stream(
 
     Args:
       params: the whole model; it computes in the dtype of its embedding.
-      max_tokens: stop after so many.
+      max_tokens: the number of tokens to stop after.
       temperature: 0 takes the likeliest token, else logits are divided by it before sampling.
       top_p: sample among the likeliest tokens whose probabilities first reach this sum (Holtzman et al.,
         arXiv:1904.09751).

@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormOptions:
-    """Of all norms of a model; see `DecoderConfig`."""
+    """What all norms of a model have in common; see `DecoderConfig`."""
 
     kind: str
     eps: float

@@ -29,7 +29,7 @@ class Rope:
 
     kind: str = "default"
     theta: float = 10_000.0
-    dims: int | None = None  # the first so many dimensions of a head are turned, the others are not; None: all
+    dims: int | None = None  # first dimensions of a head that are turned, the others are not; None: all
     interleaved: bool = False  # neighbouring dimensions are paired
     factor: float = 1.0  # new context / original context: linear, dynamic, yarn, llama3
     context: int = 2048  # dynamic, longrope: the length up to which nothing grows; yarn, llama3: that of pretraining

@@ -18,9 +18,9 @@ class DropLayers(UnitMethod):
     examples: int = 10
     """Calibration texts."""
     sequence_length: int = 512
-    """Tokens of each."""
+    """Tokens of each calibration text."""
     seed: int = 0
-    """Of the choice of texts."""
+    """Seed of the choice of texts."""
 
     def __post_init__(self):
         for name in ("drop", "examples", "sequence_length"):

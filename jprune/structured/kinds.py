@@ -121,12 +121,12 @@ class _Placed:
         return all(channels <= other.places.get(place, frozenset()) for place, channels in self.places.items())
 
     def inside(self, other: "_Placed") -> bool:
-        """The same, and more than these."""
+        """Whether the other takes all channels that this one takes, and more."""
         return self.within(other) and not other.within(self)
 
     @property
     def widths(self) -> list[int]:
-        """Of a unit, in each kernel."""
+        """Channels of a unit in each kernel."""
         return [member.channels.shape[1] for member in self.kernels]
 
 

@@ -46,19 +46,19 @@ class LLMPruner(UnitMethod):
     round_to: int = 1
     """Feed-forward channels and hidden dimensions that stay are a multiple of this; heads are as wide as they are."""
     steps: int = 1
-    """Prune in so many equal steps, with new gradients for each."""
+    """Number of equal steps to prune in, with new gradients for each."""
     protect_first: int | None = None
     """First layers that are left alone, of mode block. By default 4, or none with --uniform."""
     protect_last: int | None = None
     """Last layers that are left alone, of mode block. By default 2, or none with --uniform."""
     layers: int | None = None
-    """Of mode layer: how many layers stay, the first ones."""
+    """Number of first layers that stay, in mode layer."""
     examples: int = 10
     """Calibration texts for gradients."""
     sequence_length: int = 64
-    """Tokens of each."""
+    """Tokens of each calibration text."""
     seed: int = 42
-    """Of the choice of texts, and of random importance."""
+    """Seed of the choice of texts, and of random importance."""
 
     def __post_init__(self):
         for name in ("round_to", "steps", "examples"):

@@ -54,7 +54,7 @@ class Target:
         return Target(parameters=whole - (whole - self.most(whole)) * step // steps)
 
     def most(self, whole: int) -> int:
-        """Parameters to stay at most, of so many; for targets that are not shares of units."""
+        """The most parameters to stay of a model with `whole`; for targets that are not shares of units."""
         return self.parameters if self.parameters is not None else int(whole * (1 - (self.share or 0)))
 
     def reach(self, choose: Callable[[float], Kept], count: Callable[[Kept], int], whole: int) -> Kept:
@@ -133,12 +133,12 @@ def select(
 
 
 def fit(choose: Callable[[float], Kept], count: Callable[[Kept], int], parameters: int) -> Kept:
-    """What stays at the lowest ratio that leaves at most so many parameters.
+    """What stays at the lowest ratio that leaves at most `parameters`.
 
     Args:
       choose: from a ratio of units to what stays; a higher ratio never leaves more.
       count: the parameters of the whole model with only these units.
-      parameters: at most so many; what comes back is the closest below, by steps of whole units.
+      parameters: the most that may stay; what comes back is the closest below, by steps of whole units.
 
     Raises:
       JpruneError: the model already is that small, or no ratio makes it so small.

@@ -1,5 +1,5 @@
-"""The shape of a decoder whose layers are equal: how it is written, when one fits into another, and which has so many
-parameters.
+"""The shape of a decoder whose layers are equal: how it is written, when one fits into another, and which has a
+number of parameters.
 
     layers=24,hidden=2048,heads=16,kv_heads=4,intermediate=5504
 """
@@ -82,7 +82,7 @@ def check(target: Shape, source: Shape) -> None:
 
 
 def solve(source: Shape, parameters: int, count: Count) -> Shape:
-    """The shape with at most so many parameters that is most like the source: all sizes smaller by one factor, nearly.
+    """The shape with at most `parameters` that is most like the source: all sizes smaller by one factor, nearly.
 
     Layers, heads and the hidden size are nearest to a common share of the source's (a KV head with all of its query
     heads; the hidden size in steps of up to 64), and the intermediate size makes up the count, in the same steps. Of

@@ -24,7 +24,7 @@ class UnitMember:
     path: str
     axis: int
     shape: tuple[int, ...]
-    """Of the leaf."""
+    """Shape of the leaf."""
     side: tuple[int, ...]
     """The axes on the unit's side of the kernel, `axis` among them; `axis` alone where the leaf is no plain kernel."""
     units: Int[np.ndarray, " length"]
@@ -58,7 +58,7 @@ class Units:
     kind: Kind
     name: str
     layer: int | None = None
-    """Of the model; None for units of a block that was not placed (see `at`), and of the whole model."""
+    """Layer of the model; None for units of a block that was not placed (see `at`), and of the whole model."""
     count: int
     members: tuple[UnitMember, ...]
     """In the order of the matmuls; what is in no matmul comes last."""

@@ -35,7 +35,7 @@ class Stages:
     """
 
     matmuls: tuple[tuple[ParamMatmul, ...], ...]
-    """Of each stage, in the order in which they are written."""
+    """The matmuls of each stage, in the order in which they are written."""
     segments: tuple[Callable[[PyTree, Carry], Carry], ...]
     """Pure functions to be jitted; their carry may be donated. In a shard_map, give it ``check_vma=False``."""
     trace: Trace

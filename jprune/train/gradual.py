@@ -1,6 +1,6 @@
 """Gradual pruning: masks that are chosen anew as training goes on, along a sparsity schedule.
 
-Zhu and Gupta 2017 (https://arxiv.org/abs/1710.01878). Every so many steps the lowest scores are pruned, as many as the
+Zhu and Gupta 2017 (https://arxiv.org/abs/1710.01878). Every few steps the lowest scores are pruned, as many as the
 schedule says by then; in between, and after the schedule's end, masks stay as they are. Chained last, as `keep_masked`
 is, it turns the updates of pruned parameters into what makes them exactly zero.
 

@@ -45,7 +45,7 @@ from jprune.train.schedules import SparsitySchedule
 
 PyTree = Any
 DECAY = 0.9
-"""Of what was important before, at every step."""
+"""Share of earlier importance that is left after a step."""
 
 
 def salience(
@@ -85,7 +85,7 @@ class Kernel:
     path: str
     """In the trees of frozen parameters and of adapters."""
     in_axes: tuple[int, ...]
-    """Of a single kernel."""
+    """Input axes of a single kernel."""
     stacked: bool
 
 
@@ -97,7 +97,7 @@ class Part:
     side: tuple[int, ...]
     """The axes of a single kernel that number its channels."""
     channels: Int[np.ndarray, "count width"]
-    """Of every unit, in the flattened axes of `side`."""
+    """The channels of every unit, in the flattened axes of `side`."""
 
 
 @runtime_checkable
@@ -117,7 +117,7 @@ class Criterion(Protocol):
     def choose(
         self, path: str, importance: Float[Array, "..."], keep: UInt8[Array, "..."], count: Callable[[int], Array]
     ) -> UInt8[Array, "..."]:
-        """The masks without the least important; `count` says how many of so many go."""
+        """The masks without the least important; `count` says how many of a number of units or weights go."""
         ...
 
 
@@ -153,7 +153,7 @@ class UnitCriterion:
     def choose(
         self, path: str, importance: Float[Array, "..."], keep: UInt8[Array, "..."], count: Callable[[int], Array]
     ) -> UInt8[Array, "..."]:
-        """The same number from each layer that may lose units."""
+        """The masks without the least important units: the same number from each layer that may lose units."""
         units = keep.shape[-1]
         columns = jnp.where(keep == 1, importance, -jnp.inf).reshape(-1, units).T
         gone = masks.smallest(columns, count(units)).T & self.prunable[path][:, None]
@@ -169,7 +169,7 @@ class WeightCriterion:
 
     kernels: Mapping[str, Kernel]
     shapes: Mapping[str, tuple[int, ...]]
-    """Of the single kernels."""
+    """Shapes of the single kernels, by path."""
     prunable: Mapping[str, Bool[np.ndarray, " layers"]]
     """Which of the layers of a kernel may lose weights."""
     alpha: int | float

@@ -24,7 +24,7 @@ class AdamW:
     warmup: int | None = None
     """Steps over which the learning rate rises to its highest; by default 100, but at most a tenth of all."""
     weight_decay: float = 0.0
-    """Of every trained parameter, times the learning rate."""
+    """Share of every trained parameter that is taken off at each step, times the learning rate."""
     b1: float = 0.9
     """Decay of the mean of the gradients."""
     b2: float = 0.999
@@ -74,7 +74,7 @@ class AdamW:
         return optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
 
     def rule(self, steps: int) -> optax.GradientTransformation:
-        """AdamW itself, for so many steps."""
+        """AdamW itself, for a run of `steps`."""
         return optax.adamw(self.rate(steps), b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay)
 
     def transformation(self, steps: int, *last: optax.GradientTransformation) -> optax.GradientTransformation:

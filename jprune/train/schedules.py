@@ -34,7 +34,7 @@ class SparsitySchedule:
     end: int
     """The step at which `final` is reached."""
     power: int = 3
-    """Of what is missing of the time: 1 linear, 3 cubic."""
+    """Power of the time that is left: 1 linear, 3 cubic."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.initial <= self.final < 1:
@@ -66,7 +66,7 @@ class SparsitySchedule:
         return jnp.where(progress >= 1, last, first + between).astype(jnp.int32)
 
     def due(self, step: Step, every: int) -> Bool[Array, ""]:
-        """Whether masks are to be chosen anew at a step: every so many from `begin` on, and for the last time at `end`.
+        """Whether masks are to be chosen anew at a step: once in `every` steps from `begin`, and last at `end`.
 
         A last time of its own, because `end` may lie between two others, and the final sparsity must be reached.
         """
@@ -80,7 +80,7 @@ def constant(sparsity: float, *, begin: int = 0) -> SparsitySchedule:
 
 
 def linear(final: float, *, end: int, initial: float = 0.0, begin: int = 0) -> SparsitySchedule:
-    """As many more zeros in every step from `begin` to `end`."""
+    """The same number of new zeros in every step from `begin` to `end`."""
     return SparsitySchedule(final=final, initial=initial, begin=begin, end=end, power=1)
 
 

@@ -40,14 +40,14 @@ def batch_shares(mesh: Mesh | None) -> int:
 
 
 def batch(mesh: Mesh) -> NamedSharding:
-    """Of arrays [B, ...]: rows are shared out."""
+    """The sharding of arrays [B, ...]: rows are shared out."""
     return NamedSharding(mesh, PartitionSpec(tuple(a for a in BATCH_AXES if a in mesh.shape)))
 
 
 def state(mesh: Mesh, leaf: Any) -> NamedSharding:
-    """Of a parameter or a part of the optimizer's state: its longest axis that can be cut evenly is; else it is whole.
+    """The sharding of a parameter or a part of the optimizer's state: along its longest axis that can be cut evenly.
 
-    It follows from the shape alone, so a parameter and its moments lie alike.
+    Where no axis can be cut it is whole. It follows from the shape alone, so a parameter and its moments lie alike.
     """
     axes = [a for a in STATE_AXES if mesh.shape.get(a, 1) > 1]
     pieces = int(np.prod([mesh.shape[a] for a in axes], dtype=int))

@@ -10,7 +10,7 @@ from jprune.models.rope import Rope
 
 
 def _ropes(hf: Mapping[str, Any]) -> tuple[Rope, Rope]:
-    """Of layers that see everything, and of those with a window: nested in newer files, two bases in older ones."""
+    """The ropes of layers that see everything and of those with a window: nested in newer files, else two bases."""
     given = hf.get("rope_parameters") or {}
     whole = {"rope_theta": hf["rope_theta"]} | (given.get("full_attention") or {}) | (hf.get("rope_scaling") or {})
     local = {"rope_theta": hf["rope_local_base_freq"]} | (given.get("sliding_attention") or {})

@@ -53,7 +53,7 @@ def config(architecture: str, hf: Mapping[str, Any], **options: Any) -> DecoderC
 
 
 def head_dim(hf: Mapping[str, Any]) -> int:
-    """As config.json says, or else the hidden size over the number of heads."""
+    """Size of a head, as config.json says, or else the hidden size over the number of heads."""
     return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
 
 

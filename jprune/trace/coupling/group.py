@@ -90,7 +90,7 @@ class Groups(Sequence[Group]):
 
     @property
     def prunable(self) -> tuple[Group, ...]:
-        """Those that are not frozen."""
+        """The groups that are not frozen."""
         return tuple(g for g in self._groups if g.frozen is None)
 
     def at(self, path: str, axis: int) -> tuple[Group, ...]:

@@ -26,9 +26,9 @@ class Layout:
     def __init__(self, trace: Trace):
         self.axes: dict[Var, Axes] = {}
         self.made: list[Axis] = []
-        """Those that f makes by itself: of constants and of rows of numbers."""
+        """Axes that f makes by itself: of constants and of rows of numbers."""
         self.bodies: dict[int, Body] = {}
-        """Of every scan, by the identity of its equation."""
+        """The bodies of scans, by the identity of their equations."""
         for var in trace.params.values():
             self.axes[var] = tuple(atom(size) for size in var.aval.shape)
         for var in trace.args:

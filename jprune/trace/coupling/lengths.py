@@ -20,7 +20,7 @@ from jprune.trace.coupling.rules import REDUCTIONS
 from jprune.trace.jaxpr import Atom, Equation, Trace, Var, scan_counts, where_written
 
 POWERS = (0.25, 0.5, 1.0, 1.5, 2.0)
-"""Of a length and of its reciprocal."""
+"""Powers of a length, and of its reciprocal, that are looked for."""
 
 Sums = frozenset[tuple[Axis, ...]]  # the atoms that were summed over together
 

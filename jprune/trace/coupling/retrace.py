@@ -119,7 +119,7 @@ class _Check:
         return changed
 
     def _constants(self, larger: Trace) -> str | None:
-        """As `_compare`, for the arrays that f closes over."""
+        """Compares the arrays that f closes over, as `_compare` does equations."""
         if len(self.flat.constants) != len(larger.constants):
             return None
         for var, (a, b) in zip(self.flat.constants, zip(self.flat.constants.values(), larger.constants.values())):
@@ -132,7 +132,7 @@ class _Check:
         return ""
 
     def _terms(self, a: Equation, b: Equation) -> int:
-        """Of how many equal terms `b`, which is equation `a` with other sizes, makes a sum or a product."""
+        """Number of equal terms that `b`, which is equation `a` with other sizes, adds up or multiplies."""
         name, params = a.primitive.name, a.params
         if name in ("reduce_sum", "reduce_prod", "reduce_xor"):
             axes = [params["axes"]]

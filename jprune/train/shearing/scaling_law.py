@@ -35,7 +35,7 @@ class ScalingLaw:
     beta: float = 0.0
 
     def predict(self, parameters: float, tokens: float | None = None) -> float:
-        """The loss, in nats, of a model with so many parameters after so many tokens.
+        """The loss, in nats a token, of a model of a size after training on a number of tokens.
 
         Raises:
           JpruneError: the law depends on the number of tokens, and it is not given.
