@@ -28,7 +28,7 @@ from jprune.pipeline.forecast import forecast
 from jprune.pipeline.oneshot import stages as stagewise
 from jprune.runs import lock
 
-KILLS, POWER_FAILURES = 8, 4
+KILLS, POWER_FAILURES = 13, 7
 BLOCKS = 6
 KERNELS = ("attn/q", "mlp/up")
 
