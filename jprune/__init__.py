@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune.methods import Method as Method
     from jprune.methods import SparseGPT as SparseGPT
     from jprune.methods import Wanda as Wanda
-    from jprune.methods import prune as prune
+    from jprune.methods.prune import prune as prune
     from jprune.models import decoder as decoder
     from jprune.patterns import NM as NM
     from jprune.patterns import Unstructured as Unstructured
@@ -67,7 +67,8 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
 _NAMES = {
     "jprune.checkpoints": ("load",),
     "jprune.errors": ("JpruneError",),
-    "jprune.methods": ("Magnitude", "Method", "SparseGPT", "Wanda", "prune"),
+    "jprune.methods": ("Magnitude", "Method", "SparseGPT", "Wanda"),
+    "jprune.methods.prune": ("prune",),
     "jprune.patterns": ("NM", "Unstructured"),
     "jprune.pipeline.recipe": ("Recipe",),
     "jprune.pipeline.oneshot.run": ("plan_run", "prune_model"),

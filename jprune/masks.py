@@ -7,10 +7,12 @@ of the scores, and every pass is a compare and a sum, which all backends do fast
 Ties are settled by position: of equal scores, the lowest input index is pruned first (then the lowest output, where
 outputs compete too). The authors' SparseGPT and magnitude code instead prunes everything `<=` the threshold, one
 element too many and all ties with it.
+
+The functions that count are plain, to be called within what is compiled. `select` lets the pattern choose, and patterns
+compile what they run.
 """
 
-import functools
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,19 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jprune.errors import JpruneError
-from jprune.patterns import NM, Pattern, Unstructured
+
+
+@runtime_checkable
+class Selects(Protocol):
+    """What `select` asks of a pattern; all of `jprune.patterns` do it."""
+
+    def select(self, scores: Any, keep: Any = None) -> Any:
+        """The mask that satisfies the pattern and keeps the highest scores, see `select`."""
+        ...
 
 
 def select(
-    scores: Float[Array, "d_in d_out"], pattern: Pattern, *, keep: Bool[Array, "d_in d_out"] | None = None
+    scores: Float[Array, "d_in d_out"], pattern: Selects, *, keep: Bool[Array, "d_in d_out"] | None = None
 ) -> Bool[Array, "d_in d_out"]:
     """The mask that satisfies `pattern` and keeps the highest scores.
 
@@ -36,24 +46,11 @@ def select(
       Mask, True = keep, with exactly `pattern.zeros(d_in, d_out)` zeros (more only if `keep` has more).
 
     Raises:
-      JpruneError: N:M groups do not fill d_in.
+      JpruneError: the pattern does not fit d_in, or is none.
     """
-    d_in, d_out = scores.shape
-    if isinstance(pattern, Unstructured):
-        pattern = pattern.among("output")
-    match pattern:
-        case NM(n, m):
-            pattern.check(d_in)
-            mask = keep_n_of_m(scores if keep is None else jnp.where(keep, scores, -jnp.inf), n, m)
-            return mask if keep is None else mask & keep
-        case Unstructured(per="kernel"):
-            return without_lowest(scores, pattern.zeros(d_in, d_out), per="kernel", keep=keep)
-        case Unstructured(per="block"):
-            raise JpruneError(
-                'per="block" is for SparseGPT, which sees a kernel block by block; use "output" or "kernel"'
-            )
-        case Unstructured():
-            return without_lowest(scores, int(d_in * pattern.sparsity), per="output", keep=keep)
+    if not callable(getattr(pattern, "select", None)):
+        raise JpruneError(f"a pattern is Unstructured(0.5), NM(2, 4) or another of jprune.patterns; got {pattern!r}")
+    return pattern.select(scores, keep)
 
 
 def without_lowest(
@@ -77,7 +74,6 @@ def without_lowest(
     return mask if keep is None else mask & keep
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def keep_n_of_m(scores: Float[Array, "d_in d_out"], n: int, m: int) -> Bool[Array, "d_in d_out"]:
     """Keeps the `n` highest of every `m` consecutive inputs of each output; d_in must be a multiple of m."""
     groups = scores.reshape(-1, m, scores.shape[-1])
@@ -90,7 +86,6 @@ def keep_n_of_m(scores: Float[Array, "d_in d_out"], n: int, m: int) -> Bool[Arra
     return (rank >= m - n).reshape(scores.shape)
 
 
-@jax.jit
 def smallest(scores: Float[Array, "n columns"], count: Int[Array, ""] | int) -> Bool[Array, "n columns"]:
     """Marks exactly `count` smallest entries of every column; of equal ones, those that come first."""
     n, columns = scores.shape
@@ -104,7 +99,6 @@ def smallest(scores: Float[Array, "n columns"], count: Int[Array, ""] | int) -> 
     return jnp.concatenate([jnp.moveaxis(marked, 0, 1).reshape(n, whole), _smallest(scores[:, whole:], count)], axis=1)
 
 
-@jax.jit
 def smallest_of_all(scores: Float[Array, "*shape"], count: Int[Array, ""] | int) -> Bool[Array, "*shape"]:
     """Marks exactly `count` smallest entries of the whole array; of equal ones, those that come first.
 

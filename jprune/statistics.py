@@ -23,7 +23,12 @@ S = TypeVar("S")
 
 @runtime_checkable
 class Statistic(Protocol):
-    """What every statistic can do."""
+    """What every statistic can do.
+
+    A class may also say what it costs, for forecasts: `flops(tokens, d_in)` of seeing so many tokens and `nbytes(d_in)`
+    of one statistic, both class methods. Of one that does not, `flops` and `nbytes` of this module take what follows
+    from its zeros.
+    """
 
     @classmethod
     def zeros(cls: type[S], d_in: int) -> S:
@@ -74,6 +79,16 @@ class SquaredNorm(_Sum):
         """Nothing seen yet."""
         return cls(jnp.zeros(d_in, jnp.float32), jnp.int32(0))
 
+    @classmethod
+    def flops(cls, tokens: int, d_in: int) -> float:
+        """Operations of seeing so many tokens: a square and a sum of each value."""
+        return 2.0 * tokens * d_in
+
+    @classmethod
+    def nbytes(cls, d_in: int) -> int:
+        """Bytes of one statistic: a float32 of each input, and the count."""
+        return 4 * d_in + 4
+
     def update(self, x: Float[Array, "tokens d_in"]) -> "SquaredNorm":
         """Having seen `x` too."""
         return SquaredNorm(self.total + jnp.sum(jnp.square(x.astype(jnp.float32)), axis=0), self.tokens + x.shape[0])
@@ -89,9 +104,19 @@ class Gram(_Sum):
         """Nothing seen yet."""
         return cls(jnp.zeros((d_in, d_in), jnp.float32), jnp.int32(0))
 
+    @classmethod
+    def flops(cls, tokens: int, d_in: int) -> float:
+        """Operations of seeing so many tokens: two thirds of the product's, see `gram`."""
+        return 4 / 3 * tokens * d_in**2
+
+    @classmethod
+    def nbytes(cls, d_in: int) -> int:
+        """Bytes of one statistic: a float32 matrix, and the count."""
+        return 4 * d_in**2 + 4
+
     def update(self, x: Float[Array, "tokens d_in"]) -> "Gram":
         """Having seen `x` too."""
-        return Gram(self.total + gram(x), self.tokens + x.shape[0])
+        return Gram(self.total + _gram(x), self.tokens + x.shape[0])
 
 
 @jax.tree_util.register_dataclass
@@ -110,6 +135,16 @@ class Moments:
     def zeros(cls, d_in: int) -> "Moments":
         """Nothing seen yet."""
         return cls(jnp.zeros(d_in, jnp.float32), jnp.zeros(d_in, jnp.float32), jnp.int32(0))
+
+    @classmethod
+    def flops(cls, tokens: int, d_in: int) -> float:
+        """Operations of seeing so many tokens: a mean, distances from it, their squares and the sum of them."""
+        return 4.0 * tokens * d_in
+
+    @classmethod
+    def nbytes(cls, d_in: int) -> int:
+        """Bytes of one statistic: two float32 of each input, and the count."""
+        return 8 * d_in + 4
 
     def update(self, x: Float[Array, "tokens d_in"]) -> "Moments":
         """Having seen `x` too."""
@@ -192,6 +227,24 @@ def zeros(kind: Any, d_in: int, *stack: int) -> Any:
     return Stacked.zeros(kind, d_in, *stack) if stack else kind.zeros(d_in)
 
 
+def flops(kind: Any, tokens: int, d_in: int) -> float:
+    """Operations of a statistic for so many tokens: what its class says, else two a token and number that it keeps."""
+    if hasattr(kind, "flops"):
+        return kind.flops(tokens, d_in)
+    return 2.0 * tokens * sum(leaf.size for leaf in _leaves(kind, d_in))
+
+
+def nbytes(kind: Any, d_in: int) -> int:
+    """Bytes that one statistic of a class takes: what the class says, else those of the arrays of its zeros."""
+    if hasattr(kind, "nbytes"):
+        return kind.nbytes(d_in)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in _leaves(kind, d_in))
+
+
+def _leaves(kind: Any, d_in: int) -> list[jax.ShapeDtypeStruct]:
+    return jax.tree.leaves(jax.eval_shape(lambda: kind.zeros(d_in)))
+
+
 def update_in_parts(parts: S, x: Float[Array, "*stack tokens d_in"], mesh: Mesh) -> S:
     """Statistics with one more axis in front of every field, having seen one part each of `x`.
 
@@ -218,7 +271,6 @@ def merge_parts(parts: S) -> S:
     return functools.reduce(lambda a, b: a.merge(b), [jax.tree.map(lambda x, i=i: x[i], parts) for i in range(count)])
 
 
-@jax.jit
 def gram(x: Float[Array, "tokens d_in"]) -> Float[Array, "d_in d_in"]:
     """x^T x in float32: three upper block rows, mirrored, which is two thirds of the product's work.
 
@@ -234,3 +286,6 @@ def gram(x: Float[Array, "tokens d_in"]) -> Float[Array, "d_in d_in"]:
         mirrored = [above[:, start - i : start - i + row.shape[0]].T for above, i in zip(upper, starts) if i < start]
         rows.append(jnp.concatenate([*mirrored, row], axis=1))
     return jnp.concatenate(rows)
+
+
+_gram = jax.jit(gram)  # outside of a compiled program the products' pieces would be in memory all at once

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped
 
 from jprune.errors import JpruneError
@@ -167,6 +168,12 @@ def sparsity(params: PyTree, where: Filter | None = "kernel$") -> Sparsity:
         prunable_parameters=sum(int(leaves[p].size) for p in chosen),
         total_parameters=sum(int(x.size) for x in leaves.values()),
     )
+
+
+def count_zeros(values: np.ndarray) -> int:
+    """Number of elements that are exactly zero (or minus zero), counted fast for every float dtype."""
+    bits = values.view(f"u{values.dtype.itemsize}")
+    return int(values.size - np.count_nonzero(bits << 1))
 
 
 def _count(n: int) -> str:

@@ -25,11 +25,10 @@ class Info(Command):
 
     def run(self) -> Told:
         """Reads every kernel of the blocks once."""
-        from jprune import trees
+        from jprune import patterns, trees
         from jprune.anatomy.kernels import matmul_kernels, prunable
         from jprune.checkpoints import load
         from jprune.models.config import describe
-        from jprune.pipeline.oneshot.journal import count_zeros
 
         checkpoint = load(self.model)
         found = matmul_kernels(checkpoint)
@@ -41,8 +40,8 @@ class Info(Command):
                     "path": path,
                     "shape": checkpoint.shapes[path].shape,
                     "parameters": matrix.size,
-                    "zeros": count_zeros(matrix),
-                    "patterns": satisfied(matrix),
+                    "zeros": trees.count_zeros(matrix),
+                    "patterns": patterns.satisfied(matrix),
                 }
             )
         sparsity = trees.Sparsity(
@@ -100,17 +99,6 @@ def _matrix(kernel: np.ndarray, in_axes: tuple[int, ...]) -> np.ndarray:
     """`trees.to_matrix` without a device."""
     out_axes = [axis for axis in range(kernel.ndim) if axis not in in_axes]
     return kernel.transpose(*in_axes, *out_axes).reshape(math.prod(kernel.shape[axis] for axis in in_axes), -1)
-
-
-def satisfied(matrix: np.ndarray) -> list[str]:
-    """The N:M patterns among 1:2, 1:4, 2:4, 4:8 that the zeros of ``[d_in, d_out]`` satisfy."""
-    if matrix.all():
-        return []
-    fits = []
-    for n, m in ((1, 2), (1, 4), (2, 4), (4, 8)):
-        if len(matrix) % m == 0 and (np.count_nonzero(matrix.reshape(-1, m, matrix.shape[1]), axis=1) <= n).all():
-            fits.append(f"{n}:{m}")
-    return fits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from jprune.anatomy.kernels import Kernel, choose_kernels
 from jprune.checkpoints import Checkpoint
 from jprune.data import for_model, windows
 from jprune.errors import JpruneError
-from jprune.patterns import NM, Pattern
+from jprune.patterns import Pattern
 from jprune.pipeline.options import Calibration, Choice
 
 
@@ -58,4 +58,4 @@ def calibration_windows(checkpoint: Checkpoint, recipe: Recipe) -> windows.Windo
 
 def pattern_text(pattern: Pattern) -> str | dict[str, Any]:
     """A pattern as a recipe file has it."""
-    return str(pattern) if isinstance(pattern, NM) else dataclasses.asdict(pattern)
+    return pattern.json()

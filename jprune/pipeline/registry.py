@@ -60,9 +60,9 @@ def _summary(place: str) -> str:
 
 ONE_SHOT = Methods(
     {
-        "magnitude": "jprune.methods:Magnitude",
-        "wanda": "jprune.methods:Wanda",
-        "sparsegpt": "jprune.methods:SparseGPT",
+        "magnitude": "jprune.methods.magnitude:Magnitude",
+        "wanda": "jprune.methods.wanda:Wanda",
+        "sparsegpt": "jprune.methods.sparsegpt:SparseGPT",
     }
 )
 """Set weights to zero, one kernel at a time: each is a `jprune.methods.Method`."""

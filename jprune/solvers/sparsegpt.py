@@ -13,8 +13,8 @@ weights of a block b after all earlier blocks P were pruned are
     W_b = W_old_b + U_bb^T R_Pb^T D_P          with U_bb = R_bb^{-1}, a 128 x 128 inverse.
 
 So one Cholesky factorisation of H is all that is factorised, and the bulk of the work is the matmul R_Pb^T D_P, done
-for `_SUPER` blocks at a time. Within a block the errors are eliminated as in the paper, in groups of rows. Loops are
-`lax` loops of fixed shape: compile time does not grow with d_in.
+for several blocks at a time. Within a block the errors are eliminated as in the paper, in groups of rows. That loop is
+in `jprune.solvers._sweep`.
 
 Deviations from the authors' code (methods that differ only in rounding are not listed):
 - Exact counts. They threshold with `<=` at the k-th score and prune k + 1 elements per block, and all ties.
@@ -25,36 +25,20 @@ Deviations from the authors' code (methods that differ only in rounding are not 
 - d_in need not be a multiple of the block size, also for N:M.
 """
 
-import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from jprune import devices, masks
 from jprune.errors import JpruneError
-from jprune.patterns import NM, Pattern, Unstructured
+from jprune.patterns import Pattern, known
+from jprune.solvers._sweep import Factor, Kind, block_count, pruning_scores, sweep_blocks
 from jprune.solvers.pruned import Pruned
-
-_GROUP = 16
-"""Rows eliminated one by one before the rest of their block is brought up to date with one matmul."""
-_SUPER = (3, 4, 5, 6)
-"""Numbers of blocks that may share one matmul with all earlier blocks; what pads d_in least is taken."""
-
-
-class Factor(NamedTuple):
-    """The factorised, damped Gram matrix of one input. Serves every kernel that reads it."""
-
-    upper: Float[Array, "d_in d_in"]
-    """R, upper triangular, R R^T = H + damping. NaN if H was not finite or not positive definite."""
-    dead: Bool[Array, "d_in"]
-    """Inputs that were zero for every token."""
-    damping: Float[Array, ""]
-    """The damping that was needed, relative to the mean of the diagonal."""
 
 
 def sparsegpt(
@@ -71,8 +55,9 @@ def sparsegpt(
     Args:
       kernel: weights, any float dtype; solved in float32.
       gram: sum over the calibration tokens of x x^T (any positive multiple of it gives the same result).
-      pattern: `Unstructured` (compared per block of `block_size` inputs unless it says otherwise), `NM`, or a mask that
-        is taken as it is (True = keep), so that only the weights are solved for.
+      pattern: `Unstructured` (compared per block of `block_size` inputs unless it says otherwise), `NM`, any other
+        pattern, or a mask that is taken as it is (True = keep), so that only the weights are solved for. A pattern
+        without a schedule gives its mask once, from the weights as they are.
       keep: where False, the element was pruned before and stays zero. Blocks in which more were than their share of
         the pattern get no more, and the others as many fewer, so that the count of the kernel is exact. (Not so with
         `per="output"`, where an output may end with more zeros than asked for.)
@@ -84,8 +69,8 @@ def sparsegpt(
       `Pruned` with loss 1/2 tr(D^T H D), D = new - old weights and H the damped Gram matrix.
 
     Raises:
-      JpruneError: N:M does not divide d_in; the Gram matrix is not finite or cannot be factorised (not raised under
-        `jax.jit`, where the result is NaN instead).
+      JpruneError: the pattern does not fit d_in, or is none; the Gram matrix is not finite or cannot be factorised (not
+        raised under `jax.jit`, where the result is NaN instead).
     """
     factor = factorise(gram, damping)
     check_factor(factor, gram, "kernel")
@@ -137,15 +122,6 @@ def check_factor(factor: Factor, gram: Float[Array, "d_in d_in"], where: str) ->
     )
 
 
-class _Kind(NamedTuple):
-    """How a kernel's mask comes about; static."""
-
-    d_out: int
-    nm: tuple[int, int] | None = None
-    per_output: bool = False
-    given: bool = False
-
-
 def sweep(
     kernels: Sequence[Float[Array, "d_in _"]],
     factor: Factor,
@@ -159,45 +135,64 @@ def sweep(
     Outputs are independent, so the result is that of one call a kernel, in fewer and larger steps.
     """
     keeps = [None] * len(kernels) if keeps is None else keeps
-    groups: dict[NM | None, list[int]] = {}
-    for i, pattern in enumerate(patterns):  # different m need different block boundaries, different n other counts
-        groups.setdefault(pattern if isinstance(pattern, NM) else None, []).append(i)
+    groups: dict[tuple[int, int] | None, list[int]] = {}
+    for i, (kernel, pattern) in enumerate(zip(kernels, patterns, strict=True)):
+        # Different M need different block boundaries, different N other counts.
+        groups.setdefault(_nm(pattern, kernel.shape, block_size), []).append(i)
     results: dict[int, Pruned] = {}
     for nm, members in groups.items():
-        block = block_size if nm is None else max(block_size // nm.m, 1) * nm.m
+        block = block_size if nm is None else max(block_size // nm[1], 1) * nm[1]
         args = [_prepare(kernels[i], factor, patterns[i], keeps[i], block) for i in members]
         kinds, given, quotas = zip(*args)
         matrices = tuple(kernels[i] for i in members)
         pieces = devices.pieces_of_columns(matrices)
-        solved = _sweep(matrices, factor, given, jnp.stack(quotas, 1), kinds, block, pieces)
+        solved = sweep_blocks(matrices, factor, given, jnp.stack(quotas, 1), kinds, block, pieces)
         results |= dict(zip(members, solved, strict=True))
     return [results[i] for i in range(len(kernels))]
 
 
-def _prepare(kernel, factor, pattern, keep, block) -> tuple[_Kind, Array | None, Array | np.ndarray]:
+def _nm(pattern: Pattern | Array, shape: tuple[int, ...], block: int) -> tuple[int, int] | None:
+    """(n, m) of a pattern that keeps n of every m inputs of each output; None of all others, and of masks."""
+    if isinstance(pattern, jax.Array | np.ndarray):
+        return None
+    d_in, d_out = shape
+    schedule = known(pattern).schedule(d_in, d_out, block)
+    if schedule is None or not schedule.grouped:
+        return None
+    return schedule.size - schedule.zeros[0], schedule.size
+
+
+def _prepare(
+    kernel: Float[Array, "d_in d_out"],
+    factor: Factor,
+    pattern: Any,
+    keep: Bool[Array, "d_in d_out"] | None,
+    block: int,
+) -> tuple[Kind, Array | None, Array | np.ndarray]:
     """Static kind, the mask that comes with it (given, or what may be kept), and zeros to choose in each block."""
     d_in, d_out = kernel.shape
-    ends = np.minimum(np.arange(_blocks(d_in, block) + 1) * block, d_in)
-    kind = _Kind(d_out)
-    match pattern:
-        case NM(n, m):
-            pattern.check(d_in)
-            kind, quota = kind._replace(nm=(n, m)), ends * 0
-        case Unstructured(per="kernel"):
-            # Chosen once for the whole kernel, so from the weights as they are; then only solved for.
-            live = jnp.where(factor.dead[:, None], 0.0, kernel.astype(jnp.float32))
-            scores = _scores(live, jnp.diagonal(factor.upper))
-            keep, kind, quota = masks.select(scores, pattern, keep=keep), kind._replace(given=True), ends * 0
-        case Unstructured(sparsity, "output"):
-            kind, quota = kind._replace(per_output=True), [int(e * sparsity) for e in ends]
-        case Unstructured(sparsity):
-            quota = [int(e * d_out * sparsity) for e in ends]
-            if keep is not None:
-                return kind, keep, _quotas_beside(keep, np.diff(quota), block)
-        case _:
-            keep = pattern if keep is None else pattern & keep
-            kind, quota = kind._replace(given=True), ends * 0
-    return kind, keep, np.diff(np.asarray(quota)).astype(np.int32)
+    quotas = np.zeros(block_count(d_in, block), np.int32)
+    if isinstance(pattern, jax.Array | np.ndarray):
+        mask = jnp.asarray(pattern)
+        return Kind(d_out, given=True), mask if keep is None else mask & keep, quotas
+    pattern = known(pattern)
+    schedule = pattern.schedule(d_in, d_out, block)
+    if schedule is None:
+        # Chosen once for the whole kernel, so from the weights as they are; then only solved for.
+        live = jnp.where(factor.dead[:, None], 0.0, kernel.astype(jnp.float32))
+        scores = pruning_scores(live, jnp.diagonal(factor.upper))
+        return Kind(d_out, given=True), masks.select(scores, pattern, keep=keep), quotas
+    if schedule.grouped:
+        return Kind(d_out, nm=(schedule.size - schedule.zeros[0], schedule.size)), keep, quotas
+    if schedule.size != block:
+        raise JpruneError(
+            f"{pattern}: SparseGPT chooses zeros for {block} inputs at once, and the pattern's schedule has slices of "
+            f"{schedule.size}; let it have slices of the size asked for, or groups, or no schedule"
+        )
+    quotas[: len(schedule.zeros)] = schedule.zeros
+    if schedule.per_output or keep is None:
+        return Kind(d_out, per_output=schedule.per_output), keep, quotas
+    return Kind(d_out), keep, _quotas_beside(keep, quotas, block)
 
 
 def _quotas_beside(keep: Bool[Array, "d_in d_out"], quotas: np.ndarray, block: int) -> Int[Array, "blocks"]:
@@ -216,202 +211,3 @@ def _quotas_beside(keep: Bool[Array, "d_in d_out"], quotas: np.ndarray, block: i
     ends = jnp.where(reached == reached[-1], wanted, ends)
     ends = jnp.where(wanted == reached[-1], reached, ends)
     return old + jnp.diff(ends, prepend=jnp.int32(0))
-
-
-def _blocks(d_in: int, block: int) -> int:
-    """Number of blocks d_in is padded to: a multiple of one of `_SUPER`."""
-    blocks = -(-d_in // block)
-    return min(-(-blocks // s) * s for s in _SUPER) if blocks > _SUPER[-1] else blocks
-
-
-def _scores(weights, diagonal):
-    """|w_i| / U_ii, the square root of the loss of pruning w_i."""
-    return jnp.abs(weights) * diagonal[:, None]
-
-
-def _transposed_matmul(a: Float[Array, "k i"], b: Float[Array, "k j"]) -> Float[Array, "i j"]:
-    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
-
-
-def _join(matrices: Sequence[Array], pieces: int) -> Array:
-    """Matrices side by side. Where their columns lie in pieces on devices, those of one device are brought together,
-    and none is moved: the first piece of every matrix, then the second of every matrix, and so on."""
-    cut = [x.reshape(len(x), pieces, -1) for x in matrices]
-    return jnp.concatenate(cut, axis=2).reshape(len(matrices[0]), -1)
-
-
-def _part(joined: Shaped[Array, "*rows d_out"], kinds: Sequence[_Kind], i: int, pieces: int) -> Array:
-    """The columns of one of the matrices that were joined."""
-    start, count = sum(kind.d_out for kind in kinds[:i]) // pieces, kinds[i].d_out
-    rows = joined.shape[:-1]
-    return joined.reshape(*rows, pieces, -1)[..., start : start + count // pieces].reshape(*rows, count)
-
-
-@functools.partial(jax.jit, static_argnames=("kinds", "block", "pieces"))
-def _sweep(
-    kernels: tuple[Float[Array, "d_in _"], ...],
-    factor: Factor,
-    given: tuple[Bool[Array, "d_in _"] | None, ...],
-    quotas: Int[Array, "blocks kernels"],
-    kinds: tuple[_Kind, ...],
-    block: int,
-    pieces: int,
-) -> tuple[Pruned, ...]:
-    d_in = len(factor.upper)
-    blocks = len(quotas)
-    many = max((s for s in _SUPER if blocks % s == 0), default=blocks)
-    padding = blocks * block - d_in
-    super_size = many * block
-
-    weights = _join([k.astype(jnp.float32) for k in kernels], pieces)
-    weights = jnp.where(factor.dead[:, None], 0.0, weights)
-    d_out = weights.shape[1]
-    # Padding inputs are independent of all others (identity in the factor), zero, and never chosen.
-    weights = jnp.pad(weights, ((0, padding), (0, 0))).reshape(-1, super_size, d_out)
-    upper = jnp.pad(factor.upper, (0, padding)) + jnp.diag((jnp.arange(blocks * block) >= d_in).astype(jnp.float32))
-    upper = upper.reshape(-1, super_size, blocks * block)
-    may_keep = None
-    if any(g is not None for g in given):
-        all_given = [jnp.ones(k.shape, bool) if g is None else g for g, k in zip(given, kernels)]
-        may_keep = jnp.pad(_join(all_given, pieces), ((0, padding), (0, 0)), constant_values=True)
-
-    def super_block(changed, s):
-        """`changed` is D, the change of all earlier inputs."""
-        columns = lax.dynamic_slice_in_dim(upper, s * super_size, super_size, axis=2)
-
-        def accumulate(i, total):
-            return total + _transposed_matmul(columns[i], changed[i])
-
-        old = weights[s]
-        pull = lax.fori_loop(0, s, accumulate, jnp.zeros((super_size, d_out), jnp.float32))
-
-        def one_block(changed_here, b):
-            start = b * block
-            rows = lax.dynamic_slice_in_dim(columns[s], start, block, axis=1)
-            diagonal_block = lax.dynamic_slice_in_dim(rows, start, block)
-            before = lax.dynamic_slice_in_dim(pull, start, block) + _transposed_matmul(rows, changed_here)
-            old_here = lax.dynamic_slice_in_dim(old, start, block)
-            inverse = lax.linalg.triangular_solve(
-                diagonal_block, jnp.eye(block, dtype=jnp.float32), left_side=True, lower=False
-            )
-            here = s * super_size + start
-            allowed = None if may_keep is None else lax.dynamic_slice_in_dim(may_keep, here, block)
-            pruned, keep, loss = _eliminate(
-                old_here + _transposed_matmul(inverse, before),
-                inverse,
-                allowed,
-                quotas[s * many + b],
-                jnp.arange(block) + here < d_in,
-                kinds,
-                pieces,
-            )
-            changed_here = lax.dynamic_update_slice_in_dim(changed_here, old_here - pruned, start, axis=0)
-            return changed_here, (pruned, keep, loss)
-
-        changed_here, result = lax.scan(one_block, jnp.zeros_like(old), jnp.arange(many))
-        return lax.dynamic_update_index_in_dim(changed, changed_here, s, axis=0), result
-
-    _, (pruned, keep, loss) = lax.scan(super_block, jnp.zeros_like(weights), jnp.arange(blocks // many))
-    pruned = pruned.reshape(-1, d_out)[:d_in]
-    keep = keep.reshape(-1, d_out)[:d_in]
-    losses = jnp.sum(loss, axis=(0, 1))
-    own = functools.partial(_part, kinds=kinds, pieces=pieces)
-    return tuple(
-        Pruned(own(pruned, i=i).astype(old.dtype), own(keep, i=i), jnp.sum(own(losses, i=i)))
-        for i, old in enumerate(kernels)
-    )
-
-
-def _eliminate(
-    weights: Float[Array, "block d_out"],
-    inverse: Float[Array, "block block"],
-    allowed: Bool[Array, "block d_out"] | None,
-    quotas: Int[Array, "kernels"],
-    real: Bool[Array, "block"],
-    kinds: tuple[_Kind, ...],
-    pieces: int,
-) -> tuple[Float[Array, "block d_out"], Bool[Array, "block d_out"], Float[Array, "d_out"]]:
-    """Chooses the mask of one block and prunes it row by row.
-
-    Args:
-      weights: the block's weights after all earlier blocks.
-      inverse: U_bb, the block of U on the diagonal.
-      allowed: what may be kept, or the mask itself for kernels whose mask is given.
-      quotas: zeros to choose in the block, per output or per kernel.
-      real: False for padding.
-      kinds: how each kernel's mask is chosen.
-      pieces: see `_join`.
-
-    Returns:
-      Pruned weights, mask, and loss of every output.
-    """
-    block, d_out = weights.shape
-    scale = 1 / jnp.diagonal(inverse)
-    nm = kinds[0].nm
-    n, chosen_together = nm or (0, 1)
-    most = max(1, _GROUP // chosen_together)
-    size = chosen_together * next(k for k in range(most, 0, -1) if block // chosen_together % k == 0)
-
-    # N:M is chosen on the way, from weights that make up for all inputs before; else the whole block is chosen here.
-    keep = jnp.ones(weights.shape, bool) if allowed is None else allowed
-    if not nm:
-        keep = _choose(weights, scale, allowed, quotas, real, kinds, pieces)
-
-    def group(errors, j):
-        start = j * size
-
-        def here(x):
-            return lax.dynamic_slice_in_dim(x, start, size)
-
-        columns = lax.dynamic_slice_in_dim(inverse, start, size, axis=1)
-        square = jnp.triu(here(columns), 1)
-        scale_here, real_here = here(scale), here(real)[:, None]
-
-        def row(i, state):
-            rows, errors_here, keep_here = state
-            error = jnp.where(keep_here[i], 0.0, rows[i]) * scale_here[i]
-            rows = rows - square[i][:, None] * error
-            return rows, lax.dynamic_update_index_in_dim(errors_here, error, i, axis=0), keep_here
-
-        def choose_and_eliminate(i, state):
-            rows, errors_here, allowed_here = state
-            first = i * chosen_together
-            scores = jnp.where(allowed_here, _scores(rows, scale_here), -jnp.inf)
-            best = masks.keep_n_of_m(lax.dynamic_slice_in_dim(scores, first, chosen_together), n, chosen_together)
-            best &= lax.dynamic_slice_in_dim(allowed_here, first, chosen_together)
-            best |= ~lax.dynamic_slice_in_dim(real_here, first, chosen_together)
-            keep_here = lax.dynamic_update_slice_in_dim(allowed_here, best, first, axis=0)
-            return lax.fori_loop(first, first + chosen_together, row, (rows, errors_here, keep_here))
-
-        rows = here(weights) - _transposed_matmul(columns, errors)
-        state = rows, jnp.zeros((size, d_out), jnp.float32), here(keep)
-        if nm:
-            state = lax.fori_loop(0, size // chosen_together, choose_and_eliminate, state)
-        else:
-            state = lax.fori_loop(0, size, row, state)
-        rows, errors_here, keep_here = state
-        errors = lax.dynamic_update_slice_in_dim(errors, errors_here, start, axis=0)
-        return errors, (jnp.where(keep_here, rows, 0.0), keep_here)
-
-    errors, (pruned, keep) = lax.scan(group, jnp.zeros_like(weights), jnp.arange(block // size))
-    loss = 0.5 * jnp.sum(jnp.square(errors), axis=0)
-    return pruned.reshape(weights.shape), keep.reshape(weights.shape), loss
-
-
-def _choose(weights, scale, allowed, quotas, real, kinds, pieces):
-    """The mask of a block from its weights, for every kernel that has not been given one."""
-    scores = _scores(weights, scale)
-    if allowed is not None:
-        scores = jnp.where(allowed, scores, -jnp.inf)
-    scores = jnp.where(real[:, None], scores, jnp.inf)
-    keeps = []
-    for i, kind in enumerate(kinds):
-        own = _part(scores, kinds, i, pieces)
-        if kind.given:
-            keeps.append(_part(allowed, kinds, i, pieces))
-        elif kind.per_output:
-            keeps.append(~masks.smallest(own, quotas[i]))
-        else:
-            keeps.append(~masks.smallest_of_all(own, quotas[i]))
-    keep = _join(keeps, pieces)
-    return keep if allowed is None else keep & allowed

@@ -21,10 +21,12 @@ FLOORS = [
     ["anatomy", "data", "runs"],
     ["evaluate", "checkpoints"],
     ["models", "sparse", "bridge"],
-    ["train", "structured", "methods"],
+    ["train", "structured"],
+    ["scores"],
+    ["methods"],
     ["trace", "solvers"],
 ]
-GROUND = ["patterns", "masks", "scores", "statistics", "trees", "devices", "errors", "paths", "settings"]
+GROUND = ["patterns", "masks", "statistics", "trees", "devices", "errors", "paths", "settings"]
 """Modules of one room: they may know each other, but not in a circle."""
 FLOOR = {room: level for level, rooms in enumerate([*FLOORS, GROUND]) for room in rooms}
 

@@ -83,7 +83,7 @@ def test_variance_of_inputs_far_from_zero(rng):
 def test_gram_of_any_width(rng, d_in):
     """It is put together from three block rows; it must be symmetric to the bit and complete."""
     x = rng.normal(size=(20, d_in)).astype(np.float32)
-    result = np.asarray(gram(jnp.asarray(x)))
+    result = np.asarray(jax.jit(gram)(jnp.asarray(x)))
     np.testing.assert_array_equal(result, result.T)
     np.testing.assert_allclose(result, numpy_scores.gram(x), rtol=1e-5, atol=1e-4)
 

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jprune import devices
+from jprune import devices, statistics
 from jprune.anatomy.kernels import Kernel
 from jprune.anatomy.parts import Part
 from jprune.methods import Method
 from jprune.pipeline.forecast.programs import Spec, finish, inputs_of, observe, zero_parts
-from jprune.statistics import Gram, Stacked, Statistic, merge_parts
+from jprune.statistics import Stacked, Statistic
 
 AT_ONCE = 2
 """Micro-batches that are computed side by side."""
@@ -49,13 +49,10 @@ def unit_cost(
     tokens = sum(x.shape[0] * x.shape[1] for x in hidden)
     statistic = solve = 0.0
     for d_in, members in _sharing(kernels):
-        size = sum(k.size for k in members)
-        if method.statistic is Gram:
-            statistic += 4 / 3 * tokens * d_in**2
-            solve += d_in**3 / 3 + d_in * size
-        else:
-            statistic += 2.0 * tokens * d_in
-            solve += 30.0 * size  # scores, and a sort of them
+        count = _count(members)
+        if method.statistic is not None:
+            statistic += count * statistics.flops(method.statistic, tokens, d_in)
+        solve += count * method.flops(d_in, _outputs(members))
     carry = 0
     if hidden and kernels:
         plans = [_spec(unit, kernels, x).stages() for x in hidden]
@@ -72,13 +69,14 @@ def unit_cost(
 def rough_working(unit: Part, kernels: Sequence[Kernel], method: Method, x: jax.ShapeDtypeStruct | None) -> int:
     """Bytes, at most, that a unit takes beside weights and activations; x: one micro-batch of hidden states."""
     elements = sum(math.prod(shape) for _, shape, _ in unit.shapes)
-    gram = 4 * max((k.d_in for k in kernels), default=0) ** 2 if method.statistic is Gram else 0
-    solve = 5 * gram + 7 * 4 * max((sum(k.size for k in members) for _, members in _sharing(kernels)), default=0)
+    groups = _sharing(kernels)
+    seen = max((_count(members) * _seen_bytes(method, d_in) for d_in, members in groups), default=0)
+    solve = seen + max((_solve_bytes(method, d_in, members) for d_in, members in groups), default=0)
     if x is None:
         return solve
     widest = max((math.prod(shape) // x.shape[-1] for _, shape, _ in unit.shapes if len(shape) > 1), default=1)
     values = 4 * math.prod(x.shape[:-1]) * (12 * x.shape[-1] + 4 * widest)
-    return max(solve, AT_ONCE * (3 * gram + values + 4 * elements))
+    return max(solve, AT_ONCE * (3 * seen + values + 4 * elements))
 
 
 def working(unit: Part, kernels: Sequence[Kernel], method: Method, x: jax.ShapeDtypeStruct | None) -> int:
@@ -115,18 +113,18 @@ def _working(function: Callable, shapes: tuple, wanted: tuple[_Wanted, ...], met
     params, plan, most = unit.abstract(), spec.stages(), 0
     for stage, matmuls in enumerate(plan.matmuls):
         inputs = inputs_of(matmuls)
-        statistics = {
+        known = {
             i: jax.eval_shape(zero_parts(method.statistic, 1, spec.sharding, kernels[path].d_in, *kernels[path].stack))
             for path, ids in inputs.items()
             for i in ids
         }
-        all_statistics = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(statistics))
+        all_statistics = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(known))
         carry = _abstract(plan.carries[stage])
-        observing = _taken(observe(spec, stage, stage, True).lower(params, carry, statistics)) - all_statistics
+        observing = _taken(observe(spec, stage, stage, True).lower(params, carry, known)) - all_statistics
         most = max(most, AT_ONCE * (observing + all_statistics))
         for ids in dict.fromkeys(inputs.values()):
             together = {path: kernels[path] for path in inputs if inputs[path] == ids}
-            whole = jax.eval_shape(merge_parts, statistics[ids[0]])
+            whole = jax.eval_shape(statistics.merge_parts, known[ids[0]])
             most = max(most, all_statistics + _solving(method, together, dtypes, whole))
     last = finish(spec, len(plan.matmuls)).lower(params, _abstract(plan.carries[-2]))
     return max(most, AT_ONCE * _taken(last))
@@ -143,8 +141,7 @@ def _solving(method: Method, kernels: dict[str, Kernel], dtypes: dict[str, Any],
     try:
         program = jax.jit(lambda m, s: method.together(m, s, patterns, {})).lower(matrices, statistic)
     except jax.errors.JAXTypeError:  # a method that looks at values cannot be traced
-        gram = 4 * kernels[next(iter(kernels))].d_in ** 2 if method.statistic is Gram else 0
-        return 5 * gram + 7 * 4 * sum(k.size for k in kernels.values())
+        return _solve_bytes(method, next(iter(kernels.values())).d_in, list(kernels.values()))
     return copies + _taken(program)
 
 
@@ -163,10 +160,31 @@ def _spec(unit: Part, kernels: Iterable[Kernel], x: jax.ShapeDtypeStruct) -> Spe
 
 def _sharing(kernels: Iterable[Kernel]) -> list[tuple[int, list[Kernel]]]:
     """Kernels by what they most likely share: the stage, and the number of inputs."""
-    groups: dict[tuple[int, int], list[Kernel]] = {}
+    groups: dict[tuple[int, int, tuple[int, ...]], list[Kernel]] = {}
     for k in kernels:
-        groups.setdefault((k.stage, k.d_in), []).append(k)
-    return [(d_in, members) for (_, d_in), members in groups.items()]
+        groups.setdefault((k.stage, k.d_in, k.stack), []).append(k)
+    return [(d_in, members) for (_, d_in, _), members in groups.items()]
+
+
+def _count(sharing: Sequence[Kernel]) -> int:
+    """The number of statistics, and of solutions, of kernels that share an input: that of a stack, or one."""
+    return math.prod(sharing[0].stack)
+
+
+def _outputs(sharing: Sequence[Kernel]) -> int:
+    """Outputs of kernels that share an input; of one kernel of each, where they are stacks."""
+    return sum(k.size // k.d_in // math.prod(k.stack) for k in sharing)
+
+
+def _seen_bytes(method: Method, d_in: int) -> int:
+    return 0 if method.statistic is None else statistics.nbytes(method.statistic, d_in)
+
+
+def _solve_bytes(method: Method, d_in: int, sharing: Sequence[Kernel]) -> int:
+    """Bytes for solving for kernels that share an input, by the method's formula: one of a stack, and copies of all."""
+    whole = sum(k.size for k in sharing)
+    outputs = _outputs(sharing)
+    return math.ceil(method.nbytes(d_in, outputs)) + 7 * 4 * (whole - outputs * d_in)
 
 
 def _abstract(carry: Iterable[Any]) -> tuple[jax.ShapeDtypeStruct, ...]:

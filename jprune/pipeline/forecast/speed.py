@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jprune import statistics
 from jprune.methods import Method
 from jprune.models.batching import windows_at_once
 from jprune.patterns import NM
 from jprune.pipeline.forecast.costs import UnitCost
-from jprune.statistics import Gram
 
 DISK = 1e9
 """Bytes a second, read or written: assumed, since measuring it would write. Matters only where little is computed."""
@@ -60,12 +60,10 @@ def measure(method: Method, *, d_model: int, d_ff: int, dtype: DTypeLike) -> Spe
         else:
             update = jax.jit(lambda s, x: s.update(x))
             seconds = _time(update, method.statistic.zeros(width), x)
-            flops = 4 / 3 * tokens * width**2 if method.statistic is Gram else 2.0 * tokens * width
-            statistic = flops / seconds
-            known = method.statistic.zeros(solved).update(x[:, :solved])
-        solve_flops = solved**3 / 3 + solved**3 if method.statistic is Gram else 30.0 * kernel.size
+            statistic = statistics.flops(method.statistic, tokens, width) / seconds
+            known = update(method.statistic.zeros(solved), x[:, :solved])
         together = lambda: method.together({"kernel": kernel}, known, {"kernel": NM(1, 2)}, {})  # noqa: E731
-        solve = solve_flops / _time(together)
+        solve = method.flops(solved, solved) / _time(together)
     return Speed(forward=forward, statistic=statistic, solve=solve)
 
 

@@ -21,6 +21,7 @@ from jprune.runs import processes
 from jprune.runs.activations import Batches, Room, Specs
 from jprune.runs.background import Background
 from jprune.runs.folder import RunFolder, read_mark, write_mark
+from jprune.trees import count_zeros
 
 SHARE = 0.1
 """Of the time, that saving activations may take; they are saved after every part as long as it takes less."""
@@ -177,9 +178,3 @@ class Journal:
 
     def _hidden(self, index: int) -> Path:
         return self.run.hidden / f"{index:05}.bin"
-
-
-def count_zeros(values: np.ndarray) -> int:
-    """Elements that are exactly zero (or minus zero), fast for every float dtype."""
-    bits = values.view(f"u{values.dtype.itemsize}")
-    return int(values.size - np.count_nonzero(bits << 1))

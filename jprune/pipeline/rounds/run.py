@@ -34,7 +34,6 @@ from jprune.errors import JpruneError
 from jprune.methods import Method, SparseGPT
 from jprune.patterns import Scope, Unstructured
 from jprune.pipeline import recipe as recipes
-from jprune.pipeline.oneshot.journal import count_zeros
 from jprune.pipeline.oneshot.run import prune_model
 from jprune.pipeline.recipe import Recipe
 from jprune.pipeline.registry import name_of
@@ -53,6 +52,7 @@ from jprune.runs.memory import trim
 from jprune.runs.report import Progress, perplexity_of
 from jprune.runs.stopwatch import peak_memory_bytes
 from jprune.settings import begin_or_resume
+from jprune.trees import count_zeros
 from jprune.tuning import Full, Lora
 
 

@@ -17,9 +17,9 @@ from jprune.checkpoints import Checkpoint, load
 from jprune.errors import JpruneError
 from jprune.models import loss
 from jprune.patterns import Unstructured
-from jprune.pipeline.oneshot.journal import count_zeros
 from jprune.pipeline.recipe import Recipe, chosen_kernels
 from jprune.runs.report import RunReport
+from jprune.trees import count_zeros
 from jprune.tuning import Full, Lora
 
 SPARSITIES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8)

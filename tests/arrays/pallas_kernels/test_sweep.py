@@ -9,7 +9,7 @@ import pytest
 
 import pallas_kernels as pk
 
-solver = importlib.import_module("jprune.solvers.sparsegpt")
+solver = importlib.import_module("jprune.solvers._sweep")
 
 
 def problem(rng, block: int, d_out: int, kept: float):
@@ -62,9 +62,9 @@ def test_against_the_paper(rng, block, d_out, nm):
 def test_against_the_solver(rng, nm):
     """A block of jprune's solver, with its tie rule and its -inf for what may not be kept."""
     weights, inverse, keep = (jnp.asarray(a) for a in problem(rng, 128, 33, 0.5 if nm is None else 0.9))
-    kind = solver._Kind(33, nm=nm, given=nm is None)
+    kind = solver.Kind(33, nm=nm, given=nm is None)
     real = jnp.ones(128, bool)
-    expected = solver._eliminate(weights, inverse, keep, jnp.zeros(1, jnp.int32), real, (kind,), 1)
+    expected = solver.eliminate(weights, inverse, keep, jnp.zeros(1, jnp.int32), real, (kind,), 1)
     for interpret in (False, True):
         found = pk.sparsegpt_sweep(weights, inverse, keep, nm=nm, interpret=interpret)
         np.testing.assert_array_equal(found[1], expected[1])

@@ -1,7 +1,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jprune.pipeline.oneshot.journal import Step, count_zeros, route
+from jprune.pipeline.oneshot.journal import Step, route
+from jprune.trees import count_zeros
 
 UNITS = st.sets(st.integers(0, 9))
 

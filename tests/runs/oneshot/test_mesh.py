@@ -111,7 +111,8 @@ def test_the_sweep_moves_no_weights(pattern):
     kinds, given, quotas = zip(*(module._prepare(k, factor, pattern, None, 128) for k in kernels.values()))
     pieces = devices.pieces_of_columns(list(kernels.values()))
     assert pieces == 4
-    program = module._sweep.lower(tuple(kernels.values()), factor, given, jnp.stack(quotas, 1), kinds, 128, pieces)
+    arrays = tuple(kernels.values()), factor, given, jnp.stack(quotas, 1)
+    program = module.sweep_blocks.lower(*arrays, kinds, 128, pieces)
     moved = re.findall(
         r"= \(?(\w+)\[([\d,]*)\]\S* (?:all-gather|all-reduce|collective-permute|all-to-all)",
         program.compile().as_text(),
