@@ -1,0 +1,100 @@
+"""What users can see stays as it is: flags, keys of JSON, public names, exit statuses, and what every command writes.
+
+Prose is free: of a help text only the flags, what they take and their defaults are compared. Bits are compared where
+they were recorded for the same packages, kind of processor and flags of XLA; everything else is compared always. Runs
+that compile more are in test_more_pins.py.
+
+Where a change is meant, `python tests/pins/collect.py --update` rewrites the snapshots, and the diff is what to review.
+"""
+
+import collect
+import pytest
+from comparing import KNOWN, differences, same, same_bits, same_keys, same_structure, without_new
+from typed import MORE, RUNS, SAYS
+
+
+def test_commands(found):
+    same(KNOWN["help"]["overviews"], found["help"]["overviews"])
+
+
+@pytest.mark.parametrize("command", KNOWN["help"]["commands"])
+def test_flags(found, command):
+    same(KNOWN["help"]["commands"][command], found["help"]["commands"].get(command))
+
+
+def test_every_command_is_pinned(found):
+    commands = found["help"]["overviews"]["jprune --help"]["commands"]
+    assert {f"jprune {name}" for name in commands} <= set(found["help"]["commands"])
+    typed = [*RUNS.values(), *SAYS.values()]
+    planned = [line for line in typed if line.endswith("--plan")]
+    for name in commands:
+        assert any(line.startswith(f"{name} ") for line in typed), f"no run of `jprune {name}` is pinned"
+        flags = dict(found["help"]["commands"][f"jprune {name}"]["options"])
+        if "--plan" in flags:
+            assert any(line.startswith(f"{name} ") for line in planned), f"no plan of `jprune {name}` is pinned"
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN["keys"] if name not in MORE])
+def test_keys_of_json(found, name):
+    same_keys(found, name)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in MORE])
+def test_structure(found, name):
+    same_structure(found, name)
+
+
+@pytest.mark.parametrize("name", [name for name in [*RUNS, "eval perplexity", "generate"] if name not in MORE])
+def test_bits(found, name):
+    same_bits(found, name)
+
+
+def test_every_run_has_a_snapshot():
+    assert list(KNOWN["keys"]) == [*RUNS, *SAYS]
+    assert list(KNOWN["structure"]) == list(RUNS)
+    assert set(KNOWN["keys"]) >= MORE
+
+
+def test_exit_statuses(found):
+    same(KNOWN["statuses"], found["statuses"])
+
+
+@pytest.mark.parametrize("name", KNOWN["names"])
+def test_public_names(found, name):
+    same(KNOWN["names"][name], without_new(KNOWN["names"][name], found["names"].get(name)))
+
+
+@pytest.mark.parametrize("what", KNOWN["python"])
+def test_functions_of_python(found, what):
+    same(KNOWN["python"][what], without_new(KNOWN["python"][what], found["python"].get(what)))
+
+
+def test_help_is_read_without_its_prose():
+    """Of a help text as tyro draws it, where prose has brackets, breaks lines, and looks like flags."""
+    text = (
+        "usage: jprune x [-h] [OPTIONS] STR\n\nProse.\n\n"
+        "╭─ options ──────────────────────────────╮\n"
+        "│ -h, --help     show this (default: no) │\n"
+        "│ --per {None,output}                    │\n"
+        "│                Of a --kernel (as in    │\n"
+        "│                it). (default:          │\n"
+        "│                a (b))                  │\n"
+        "│ --plan         Touch nothing           │\n"
+        "╰────────────────────────────────────────╯\n"
+    )
+    assert collect.parse_help(text) == {
+        "usage": "usage: jprune x",
+        "options": [["--per {None,output}", "(default: a (b))"], ["--plan", None], ["-h, --help", "(default: no)"]],
+    }
+
+
+def test_differences_are_told():
+    known = {"a": [1, {"b": "int"}], "c": 2, "d": 1}
+    assert differences(known, {"a": [1, {"b": "int"}], "c": 2, "d": 1}) == []
+    assert differences(known, {"a": [1, {"b": "str"}], "c": 2.0, "e": 1}) == [
+        "/d: is gone",
+        "/e: is new: 1",
+        "/a[1]/b: was 'int', is 'str'",
+        "/c: was 2, is 2.0",
+    ]
+    assert differences({"a": 1, "b": [[1], [2]]}, {"b": [[2]], "a": 1}) == ["/b: is gone: [1]"]
