@@ -45,8 +45,6 @@ PIPELINE = {
 """Whom each room of the pipeline may know, beside `options` and `registry`."""
 BLIND = {"runs": {"methods", "solvers", "structured", "patterns", "masks", "scores", "statistics", "train", "trace"}}
 """Rooms that must not know others though these lie below: a run knows no method and no pattern."""
-COMING: dict[tuple[str, str], str] = {}
-"""Imports that are still there, by the packages they lead from and to, and why."""
 
 LINES, BODY, PARAMETERS = 350, 60, 12
 """The most that a file, the body of a function and a signature have."""
@@ -93,10 +91,6 @@ def room(module: str) -> str:
     return module.split(".")[1]
 
 
-def coming(name: str, module: str) -> bool:
-    return any(f"{name}.".startswith(f"{a}.") and f"{module}.".startswith(f"{b}.") for a, b in COMING)
-
-
 @pytest.mark.parametrize("name", [name for name in JPRUNE if name != "jprune"])
 def test_imports_point_down(name):
     assert room(name) in FLOOR, f"{name} is in none of the rooms of the design"
@@ -104,7 +98,7 @@ def test_imports_point_down(name):
     for line, module in imported(name, JPRUNE[name], JPRUNE):
         if module == "jprune":
             wrong.append(f"line {line}: imports the public names, and so everything; import the module itself")
-        elif module.startswith("jprune.") and room(module) != room(name) and not coming(name, module):
+        elif module.startswith("jprune.") and room(module) != room(name):
             same_room = room(module) in GROUND and room(name) in GROUND
             blind = room(module) in BLIND.get(room(name), ())
             if blind or (not same_room and FLOOR[room(module)] <= FLOOR[room(name)]):
@@ -125,7 +119,7 @@ def test_rooms_of_the_pipeline(name):
     wrong = [
         f"line {line}: {inner(name)} must not import {module}"
         for line, module in imported(name, JPRUNE[name], JPRUNE)
-        if module.startswith("jprune.pipeline") and inner(module) not in allowed and not coming(name, module)
+        if module.startswith("jprune.pipeline") and inner(module) not in allowed
     ]
     assert not wrong, f"{JPRUNE[name].relative_to(ROOT)}\n" + "\n".join(wrong)
 
@@ -133,8 +127,7 @@ def test_rooms_of_the_pipeline(name):
 def test_modules_do_not_import_in_circles():
     """Wherever the imports stand: also those inside functions and for type checkers only."""
     graph = {
-        name: {m for _, m in imported(name, path, JPRUNE) if m in JPRUNE and m != name and not coming(name, m)}
-        for name, path in JPRUNE.items()
+        name: {m for _, m in imported(name, path, JPRUNE) if m in JPRUNE and m != name} for name, path in JPRUNE.items()
     }
     done: set[str] = set()
 
