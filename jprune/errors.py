@@ -2,7 +2,10 @@
 
 
 class JpruneError(ValueError):
-    """What the user gave does not fit; the message says what was expected, what came, where, and what to do."""
+    """What the user gave does not fit; the message says what was expected, what came, where, and what to do.
+
+    It calls options by their names in Python, in backquotes; the command line makes flags of them.
+    """
 
 
 class UsageError(JpruneError):

@@ -41,7 +41,7 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
         name, was, wanted = difference
         raise JpruneError(
             f"the run in {folder} was begun with {name} = {was} and cannot go on with {wanted}: the result would be "
-            "that of neither; give what was given then, or begin anew with --overwrite"
+            "that of neither; give what was given then, or begin anew with `overwrite`"
         )
 
 
@@ -60,7 +60,7 @@ def begin_or_resume(folder: Path, settings: Mapping[str, Any], *, resume: bool) 
     if known.exists():
         if not resume:
             raise JpruneError(
-                f"{folder} holds a run that has not finished; go on with --resume, or begin anew with --overwrite"
+                f"{folder} holds a run that has not finished; go on with `resume`, or begin anew with `overwrite`"
             )
         check_same(folder, json.loads(known.read_text(encoding="utf-8")), settings)
     else:

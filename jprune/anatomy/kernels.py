@@ -91,7 +91,7 @@ def choose_kernels(
     candidates = [path for path in found if where or not _LEFT_ALONE.search(path)]
     chosen = trees.choose(candidates, list(where) or None, skip)
     if not chosen:
-        raise JpruneError("the filters leave no kernel to prune; widen --where or narrow --skip")
+        raise JpruneError("the filters leave no kernel to prune; widen `where` or narrow `skip`")
     own = {path: p for regex, p in (overrides or {}).items() for path in trees.found(regex, chosen)}
     kernels = []
     for path in chosen:

@@ -99,8 +99,8 @@ def _restated(checkpoint: Checkpoint, format: Format) -> Checkpoint:
     if format == "hf" and not config.uniform:
         raise JpruneError(
             f"a plain Hugging Face folder has one size for all layers, and these differ: {_differences(config)}. "
-            "Prune with --uniform for equal sizes in all layers, or write --format jprune, which jprune loads, or "
-            "--format decilm, which vLLM loads"
+            "Prune with `uniform` for equal sizes in all layers, or write `format` jprune, which jprune loads, or "
+            "`format` decilm, which vLLM loads"
         )
     if format == "hf":
         _check_derived(config)
@@ -114,7 +114,7 @@ def _check_derived(config: DecoderConfig) -> None:
     family = families.ARCHITECTURES[config.architecture]
 
     def refused(why: str) -> JpruneError:
-        return JpruneError(f"transformers' {config.architecture} {why}. Write --format jprune, which jprune loads")
+        return JpruneError(f"transformers' {config.architecture} {why}. Write `format` jprune, which jprune loads")
 
     reads_head_dim = "head_dim" in family.defaults or config.architecture in _HEAD_DIM
     if not reads_head_dim and config.heads * config.head_dim != config.d_model:
@@ -152,7 +152,7 @@ def _as_mistral(hf_config: Mapping[str, Any], config: DecoderConfig) -> dict[str
         raise JpruneError(
             f"transformers wants a Llama's hidden_size ({config.d_model}) to be a multiple of its num_attention_heads "
             f"({config.heads}), and Mistral, which has no such rule, has no biases. Keep a number of heads that "
-            "divides hidden_size, or write --format jprune, which jprune loads"
+            "divides hidden_size, or write `format` jprune, which jprune loads"
         )
     hf = families.explicit(hf_config)
     hf = {key: value for key, value in hf.items() if key not in ("attention_bias", "mlp_bias", "pretraining_tp")}

@@ -41,6 +41,13 @@ class Command:
         """What must surround `run`."""
         yield
 
+    def spelled(self, text: str) -> str:
+        """A text of the library in the words of the command line."""
+        from jprune.cli.flags import Form
+        from jprune.cli.words import WORDS
+
+        return Form(type(self), WORDS).spelled(text)
+
     def run(self) -> Told:
         """Does the job."""
         raise NotImplementedError

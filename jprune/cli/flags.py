@@ -161,13 +161,13 @@ class Form:
         return self.command(**own)
 
     def spelled(self, text: str) -> str:
-        """A text of the library in the words of the command line: the `names` of its options as flags."""
+        """A text of the library in the words of the command line: the `names` of options, also of others, as flags."""
 
         def flag(found: re.Match[str]) -> str:
             named = self.find(found[1])
-            return found[0] if named is None else named.typed
+            return dashed(found[1]) if named is None else named.typed
 
-        return re.sub(r"`(\w+)`", flag, text)
+        return re.sub(r"`([a-z]\w*)`", flag, text)
 
     def _word(self, flag: Flag, recipe: Mapping[str, Any]) -> tuple[str, Any, Any]:
         """The field that tyro sees."""

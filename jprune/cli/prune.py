@@ -45,6 +45,7 @@ class Prune(Planning, OnDevices):
         }
         if self.plan:
             plan = plan_run(self.model, out=self.machine.run or self.out or ".", **options)
+            plan = dataclasses.replace(plan, advice=tuple(map(self.spelled, plan.advice)))
             return Told(_plan_json(self.method, plan), show=functools.partial(_print_plan, plan))
         out = self.destination()
         with display.progress() as progress:

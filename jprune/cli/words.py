@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from jprune import patterns
 from jprune.cli.flags import Repeated, Word
@@ -55,13 +55,13 @@ class PatternWords:
 class TargetWords:
     """How small a model is to become, for methods that are told so."""
 
-    ratio: float | None = None
+    units: Annotated[float | None, Word(flag="ratio")] = None
     """Share of the units (heads, feed-forward channels or hidden dimensions) to remove, of each layer that is pruned,
     or with `globally` of all together."""
-    parameter_ratio: float | None = None
-    """Share of all parameters of the model to remove, at least; instead of `ratio`."""
+    share: Annotated[float | None, Word(flag="parameter_ratio")] = None
+    """Share of all parameters of the model to remove, at least; instead of `units`."""
     parameters: int | None = None
-    """Number of parameters to stay, at most; instead of `ratio`."""
+    """Number of parameters to stay, at most; instead of `units`."""
 
     def made(self) -> "Target | None":
         """The target, if one is given.
@@ -71,11 +71,10 @@ class TargetWords:
         """
         from jprune.structured.selection import Target
 
-        given = {"units": self.ratio, "share": self.parameter_ratio, "parameters": self.parameters}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         if len(given) > 1:
             raise UsageError("give only one of --ratio, --parameter-ratio and --parameters")
-        return Target(**given) if given else None  # type: ignore[arg-type]
+        return Target(**given) if given else None
 
 
 def overrides(flag: str, given: Any) -> dict[str, Pattern]:

@@ -96,7 +96,7 @@ class Mixture(Stream):
         if len(set(lengths.values())) > 1:
             found = ", ".join(f"{length} ({name})" for name, length in lengths.items())
             raise JpruneError(
-                f"the domains' windows must have one length, and have {found} tokens; give --sequence-length"
+                f"the domains' windows must have one length, and have {found} tokens; give `sequence_length`"
             )
         self.initial  # noqa: B018  raises if they do not fit
 

@@ -141,7 +141,7 @@ def evaluation(
     if available < wanted:
         raise JpruneError(
             f"{spec}: too little text for evaluation: it has {len(ids)} tokens, and {wanted} window(s) of {length} "
-            f"tokens need {wanted * length}. Give more text, fewer windows, or shorter ones (--sequence-length)."
+            f"tokens need {wanted * length}. Give more text, fewer windows, or shorter ones (`sequence_length`)."
         )
     tokens = np.array(ids[: wanted * length]).reshape(wanted, length)
     return _windows(tokens, spec, None, vocab_size, notices)
@@ -197,7 +197,7 @@ def _draw_from_stream(ids: list[int], samples: int, length: int, rng: random.Ran
     if len(ids) <= length:
         raise JpruneError(
             f"{spec}: too little text for calibration: it has {len(ids)} tokens, and windows of {length} tokens need "
-            f"at least {length + 1}. Give more text, or shorter windows (--sequence-length)."
+            f"at least {length + 1}. Give more text, or shorter windows (`sequence_length`)."
         )
     return np.array([_cut(ids, length, rng) for _ in range(samples)])
 

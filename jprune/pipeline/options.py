@@ -90,8 +90,8 @@ class DynamicLoading:
     def __post_init__(self) -> None:
         if (self.reference_losses is None) == (self.reference is None):
             raise JpruneError(
-                "dynamic loading needs either a reference loss for every domain (--reference-loss NAME=LOSS,...) or a "
-                "model to measure them of (--reference MODEL)"
+                "dynamic loading needs either a reference loss for every domain (`reference_losses` NAME=LOSS,...) "
+                "or a model to measure them of (`reference` MODEL)"
             )
         for name, value in (self.reference_losses or {}).items():
             if not 0 < value < float("inf"):

@@ -139,7 +139,7 @@ class RunFolder:
             if before and not (resume or overwrite):
                 raise JpruneError(
                     f"{folder} holds a run that was interrupted after {self._count()} of its parts; go on with it by "
-                    "--resume, drop it by --overwrite, or remove the folder"
+                    "`resume`, drop it by `overwrite`, or remove the folder"
                 )
             if before and resume:
                 settings.check_same(folder, before["fingerprint"], fingerprint)
@@ -196,7 +196,7 @@ class RunFolder:
             return "nothing was written"
         shutil.rmtree(self.spill, ignore_errors=True)
         self._release()
-        return f"{parts} parts of the run are done and kept in {self.folder}: go on with the same command and --resume"
+        return f"{parts} parts of the run are done and kept in {self.folder}: go on with the same command and `resume`"
 
     def remove(self) -> None:
         """Removes the folder, and what has grown of the result: the run is over."""
@@ -249,7 +249,7 @@ def _locked(folder: Path, known: Collection[str] | None = None) -> lock.Lock:
         strangers = sorted(path.name for path in folder.iterdir() if known is not None and path.name not in known)
         if strangers:
             raise JpruneError(
-                f"--run {folder} holds {strangers[0]!r}, which jprune did not write; choose another folder"
+                f"`run` {folder} holds {strangers[0]!r}, which jprune did not write; choose another folder"
             )
         return lock.Lock(folder)
 

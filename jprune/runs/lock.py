@@ -35,7 +35,7 @@ class Lock:
                 holder = _holder(descriptor)
                 os.close(descriptor)
                 raise JpruneError(
-                    f"{folder} is in use by {_words(holder)}; wait for it, or choose another --run"
+                    f"{folder} is in use by {_words(holder)}; wait for it, or choose another `run`"
                 ) from None
             if _same_file(descriptor, self._path):
                 break

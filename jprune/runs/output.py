@@ -14,18 +14,18 @@ from jprune.errors import JpruneError
 def check(out: Path, *, overwrite: bool, source: str) -> None:
     """Raises `JpruneError` if `out` may not be written: it exists, or holds what is not ours to remove."""
     if out.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
-        raise JpruneError(f"--out {out} is the model itself or a folder above it; choose another folder")
+        raise JpruneError(f"`out` {out} is the model itself or a folder above it; choose another folder")
     if not out.exists():
         return
     if not out.is_dir():
-        raise JpruneError(f"--out {out} is a file; give a folder that does not exist")
+        raise JpruneError(f"`out` {out} is a file; give a folder that does not exist")
     if not any(out.iterdir()):
         return
     if not overwrite:
-        raise JpruneError(f"--out {out} exists; give another folder, or --overwrite to replace it")
+        raise JpruneError(f"`out` {out} exists; give another folder, or `overwrite` to replace it")
     if not (out / record.NAME).exists():
         raise JpruneError(
-            f"--out {out} exists and jprune did not write it (there is no {record.NAME}); "
+            f"`out` {out} exists and jprune did not write it (there is no {record.NAME}); "
             "remove it yourself, or choose another folder"
         )
 
@@ -43,7 +43,7 @@ def new_folder(out: Path, *, overwrite: bool, source: str) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     except OSError as error:
-        raise JpruneError(f"--out {out} cannot be written: {error}; check the path and its permissions") from error
+        raise JpruneError(f"`out` {out} cannot be written: {error}; check the path and its permissions") from error
     try:
         umask = os.umask(0)
         os.umask(umask)

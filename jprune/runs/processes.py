@@ -50,20 +50,20 @@ class Cluster:
         given = (self.coordinator, self.process_id, self.num_processes)
         if any(value is None for value in given) and any(value is not None for value in given):
             raise UsageError(
-                "--coordinator HOST:PORT, --process-id I and --num-processes N go together; where JAX finds them out "
-                "itself (SLURM, TPU pods, GKE), give --distributed instead"
+                "`coordinator` HOST:PORT, `process_id` I and `num_processes` N go together; where JAX finds them out "
+                "itself (SLURM, TPU pods, GKE), give `distributed` instead"
             )
         if self.process_id is None or self.num_processes is None:
             return
         if not 0 <= self.process_id < self.num_processes:
             raise UsageError(
-                f"--process-id must be in [0, {self.num_processes}), as there are {self.num_processes} processes; "
+                f"`process_id` must be in [0, {self.num_processes}), as there are {self.num_processes} processes; "
                 f"got {self.process_id}"
             )
         _, _, port = (self.coordinator or "").rpartition(":")
         if not port.isdecimal() or not self._host:
             raise UsageError(
-                f"--coordinator must be HOST:PORT of process 0, such as 10.0.0.1:1234; got {self.coordinator}"
+                f"`coordinator` must be HOST:PORT of process 0, such as 10.0.0.1:1234; got {self.coordinator}"
             )
 
     def start(self) -> None:
@@ -90,7 +90,7 @@ class Cluster:
                 f"the processes at {self.coordinator} cannot be joined" if self.coordinator else "no cluster was found"
             )
             raise JpruneError(
-                f"{what} ({str(error).splitlines()[0]}); check --coordinator, --process-id and --num-processes, or "
+                f"{what} ({str(error).splitlines()[0]}); check `coordinator`, `process_id` and `num_processes`, or "
                 "that this is a SLURM job, a TPU pod or a GKE job"
             ) from error
 

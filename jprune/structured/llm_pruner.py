@@ -27,7 +27,7 @@ class LLMPruner(UnitMethod):
 
     mode: Mode = "block"
     """What goes: block (heads and feed-forward channels of the layers that are not protected), channel (hidden
-    dimensions, in the whole model) or layer (all but the first --layers)."""
+    dimensions, in the whole model) or layer (all but the first `layers`)."""
     importance: Importance = "param_first"
     """How units are scored: by the change of the loss to first order, second order or both (param_first, param_second,
     param_mix), to first order channel by channel (vectorize), by weights alone (l1, l2), or not at all (random)."""
@@ -48,9 +48,9 @@ class LLMPruner(UnitMethod):
     steps: int = 1
     """Number of equal steps to prune in, with new gradients for each."""
     protect_first: int | None = None
-    """First layers that are left alone, of mode block. By default 4, or none with --uniform."""
+    """First layers that are left alone, of mode block. By default 4, or none with `uniform`."""
     protect_last: int | None = None
-    """Last layers that are left alone, of mode block. By default 2, or none with --uniform."""
+    """Last layers that are left alone, of mode block. By default 2, or none with `uniform`."""
     layers: int | None = None
     """Number of first layers that stay, in mode layer."""
     examples: int = 10
@@ -76,7 +76,7 @@ class LLMPruner(UnitMethod):
         if self.layers is not None and self.layers < 1:
             raise JpruneError(f"at least one layer must stay, got {self.layers}")
         if self.normalise != "none" and not self.globally:
-            raise JpruneError(f"normalise {self.normalise} compares kinds of units; it goes with globally (--global)")
+            raise JpruneError(f"normalise {self.normalise} compares kinds of units; it goes with `globally`")
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

@@ -76,7 +76,7 @@ def unprotected(units: Iterable[Units], layers: int, *, first: int = 0, last: in
     if not found:
         raise JpruneError(
             f"the first {first} and last {last} of {layers} layers are protected, which leaves none to prune; "
-            "protect fewer (--protect-first, --protect-last)"
+            "protect fewer (`protect_first`, `protect_last`)"
         )
     return found
 
@@ -218,7 +218,7 @@ def _rounded(units: Units, left: int, multiple: int) -> int:
     if multiple == 1 or units.width > 1:
         return left
     if units.count < multiple:
-        raise JpruneError(f"{units.name}: {units.count} channels hold no multiple of {multiple}; lower --round-to")
+        raise JpruneError(f"{units.name}: {units.count} channels hold no multiple of {multiple}; lower `round_to`")
     if left in (0, units.count):
         return left
     return min(max((left + multiple // 2) // multiple, 1), units.count // multiple) * multiple

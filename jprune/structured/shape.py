@@ -44,11 +44,11 @@ def parse(text: str, source: Shape) -> Shape:
         name, equals, value = (word.strip() for word in part.partition("="))
         if name not in NAMES or not equals or not value.isdecimal():
             raise JpruneError(
-                f"--target is a config.json or sizes such as layers=24,hidden=2048,heads=16,intermediate=5504 "
+                f"`target` is a config.json or sizes such as layers=24,hidden=2048,heads=16,intermediate=5504 "
                 f"({', '.join(NAMES)}); got {part.strip()!r}"
             )
         if name in sizes:
-            raise JpruneError(f"--target: {name} is there twice")
+            raise JpruneError(f"`target`: {name} is there twice")
         sizes[name] = int(value)
     group = source.heads // source.kv_heads
     if "heads" in sizes and "kv_heads" not in sizes and sizes["heads"] % group == 0:

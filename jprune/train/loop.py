@@ -209,7 +209,7 @@ class _Loop:
             kept = f" The parameters before it, after {step} steps, are kept in {self.run.path}." if self.run else ""
             raise JpruneError(
                 f"at step {step + 1} the loss is {value:.4g} and the norm of its gradient {norm:.4g}: training has "
-                f"diverged. Lower --learning-rate, or look at the data.{kept}"
+                f"diverged. Lower `learning_rate`, or look at the data.{kept}"
             )
         if weight:  # else the batch has nothing to learn
             with self.clock.stopped() if step == self.first else contextlib.nullcontext():  # it compiles
@@ -236,7 +236,7 @@ class _Loop:
             progress(self.clock.tick(step + (i + 1) / len(parts), part["tokens"].size))
             if stop():
                 self.save(step, place)
-                where = f"its state is in {self.run.path}; go on with --resume" if self.run else "nothing was saved"
+                where = f"its state is in {self.run.path}; go on with `resume`" if self.run else "nothing was saved"
                 raise Interrupted(f"after {step} of {steps} steps; {where}")
         return total
 

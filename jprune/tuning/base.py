@@ -87,9 +87,9 @@ class Tuning:
     """How long is trained, in which batches, and with which optimizer."""
 
     steps: int | None = None
-    """Updates; instead of --epochs."""
+    """Updates; instead of `epochs`."""
     epochs: int | None = None
-    """How often the data is gone through, if no --steps are given."""
+    """How often the data is gone through, if no `steps` are given."""
     learning_rate: float = 1e-4
     """Highest learning rate."""
     schedule: Schedule = "linear"
@@ -111,9 +111,9 @@ class Tuning:
         for name in ("steps", "epochs", "batch_size", "micro_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise JpruneError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+                raise JpruneError(f"`{name}` must be at least 1, got {value}")
         if self.steps is not None and self.epochs is not None:
-            raise JpruneError("give either --steps or --epochs, not both")
+            raise JpruneError("give either `steps` or `epochs`, not both")
         self.adamw()
 
     def adamw(self) -> AdamW:
@@ -171,15 +171,15 @@ class Taught(TrainedMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.temperature > 0:
-            raise JpruneError(f"--temperature must be above 0, got {self.temperature}")
+            raise JpruneError(f"`temperature` must be above 0, got {self.temperature}")
         if not 0 <= self.teacher_weight <= 1 or self.hidden_loss < 0:
             raise JpruneError(
-                f"--teacher-weight must be in [0, 1] and --hidden-loss not negative, got {self.teacher_weight} and "
+                f"`teacher_weight` must be in [0, 1] and `hidden_loss` not negative, got {self.teacher_weight} and "
                 f"{self.hidden_loss}"
             )
         if self.teacher is None and (self.hidden_loss or self.temperature != 1.0 or self.teacher_weight != 1.0):
             raise JpruneError(
-                "--temperature, --teacher-weight and --hidden-loss are about a teacher; give --teacher MODEL"
+                "`temperature`, `teacher_weight` and `hidden_loss` are about a teacher; give `teacher` MODEL"
             )
 
     def distillation(
@@ -225,9 +225,9 @@ class Adapters(TrainedMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank < 1:
-            raise JpruneError(f"--rank must be at least 1, got {self.rank}")
+            raise JpruneError(f"`rank` must be at least 1, got {self.rank}")
         if not 0 <= self.dropout < 1:
-            raise JpruneError(f"--dropout must be in [0, 1), got {self.dropout}")
+            raise JpruneError(f"`dropout` must be in [0, 1), got {self.dropout}")
 
     def frozen(self, checkpoint: Checkpoint, runs: stacked.Runs, in_axes: Mapping[str, tuple[int, ...]]) -> PyTree:
         """The weights in `base_dtype`, equal blocks stacked."""

@@ -22,7 +22,7 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Full(Taught):
-    """Train all weights that are left; what is zero stays zero. With --teacher, learn from a model's predictions."""
+    """Train all weights that are left; what is zero stays zero. With a teacher, learn from its predictions."""
 
     learning_rate: float = 2e-5
     """Highest learning rate."""

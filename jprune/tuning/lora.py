@@ -83,11 +83,11 @@ class Lora(Taught, Adapters):
         names = {path.split("/")[-2] for path in paths}
         wanted = [target.strip() for target in self.targets.split(",") if target.strip()]
         if not wanted:
-            raise JpruneError(f"--targets names no kernel; there are {', '.join(sorted(names))}")
+            raise JpruneError(f"`targets` names no kernel; there are {', '.join(sorted(names))}")
         for target in wanted:
             if target.isidentifier() and target not in names:
                 known = ", ".join(sorted(names))
-                raise JpruneError(f"--targets: {target!r} matches no kernel of this model; there are {known}")
+                raise JpruneError(f"`targets`: {target!r} matches no kernel of this model; there are {known}")
         return [f"/{target}/kernel$" if target in names else target for target in wanted]
 
     def _result(self, checkpoint: Checkpoint, in_axes: Mapping[str, tuple[int, ...]], trainable: PyTree) -> Outcome:

@@ -38,7 +38,7 @@ class LoRAPrune(Adapters):
     ratio: float | None = None
     """Share of the heads and feed-forward channels to remove, of each layer that is pruned."""
     sparsity: float | None = None
-    """Instead of --ratio: share of the single weights of each output to set to zero."""
+    """Instead of `ratio`: share of the single weights of each output to set to zero."""
     every: int = 10
     """Steps between two choices of what goes."""
     begin: float = 0.1
@@ -46,34 +46,34 @@ class LoRAPrune(Adapters):
     end: float = 0.9
     """Share of the steps after which everything has gone that is to go."""
     protect_first: int | None = None
-    """First layers that are left alone. By default a tenth of all, or none with --uniform or --sparsity."""
+    """First layers that are left alone. By default a tenth of all, or none with `uniform` or `sparsity`."""
     protect_last: int | None = None
-    """Last layers that are left alone. By default 1, or none with --uniform or --sparsity."""
+    """Last layers that are left alone. By default 1, or none with `uniform` or `sparsity`."""
     uniform: bool = False
     """The same sizes in every layer: protects none unless asked to, so that a plain Hugging Face folder comes out."""
     batch_size: int = 128
     """Windows an update."""
     dropout: float = 0.05
-    """Dropout of what the adapters read; not with --sparsity, where kernel and adapter are one."""
+    """Dropout of what the adapters read; not with `sparsity`, where kernel and adapter are one."""
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.sparsity is None):
             raise JpruneError(
-                "say how much is to go: either a share of heads and channels (--ratio) or of weights (--sparsity)"
+                "say how much is to go: either a share of heads and channels (`ratio`) or of weights (`sparsity`)"
             )
         if not 0 < self.share < 1:
-            name = "--ratio" if self.sparsity is None else "--sparsity"
+            name = "`ratio`" if self.sparsity is None else "`sparsity`"
             raise JpruneError(f"{name} lies between 0 and 1, got {self.share}")
         if self.sparsity is not None and self.uniform:
-            raise JpruneError("--uniform is about the sizes of layers; with --sparsity none changes")
+            raise JpruneError("`uniform` is about the sizes of layers; with `sparsity` none changes")
         super().__post_init__()
         if self.every < 1:
-            raise JpruneError(f"--every must be at least 1, got {self.every}")
+            raise JpruneError(f"`every` must be at least 1, got {self.every}")
         if not 0 <= self.begin < self.end <= 1:
-            raise JpruneError(f"expected 0 <= --begin < --end <= 1, shares of the steps; got {self.begin}, {self.end}")
+            raise JpruneError(f"expected 0 <= `begin` < `end` <= 1, shares of the steps; got {self.begin}, {self.end}")
         for name in ("protect_first", "protect_last"):
             if (getattr(self, name) or 0) < 0:
-                raise JpruneError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+                raise JpruneError(f"`{name}` must not be negative, got {getattr(self, name)}")
 
     @property
     def share(self) -> float:
@@ -95,8 +95,8 @@ class LoRAPrune(Adapters):
         begin, end = int(self.begin * steps), int(self.end * steps)
         if end - begin < self.every or end < 1:
             raise JpruneError(
-                f"of {steps} steps {end - begin} are there to prune in (--begin {self.begin}, --end {self.end}), fewer "
-                f"than --every {self.every}: all would go at once; give more steps, or a lower --every"
+                f"of {steps} steps {end - begin} are there to prune in (`begin` {self.begin}, `end` {self.end}), fewer "
+                f"than `every` {self.every}: all would go at once; give more steps, or a lower `every`"
             )
         return cubic(self.share, begin=begin, end=end)
 

@@ -93,7 +93,7 @@ def watch(masked: MaskedModel, warmup: int) -> Callable[[PyTree, PyTree], dict[s
             if not np.all(np.abs(pair) < DIVERGED):
                 raise JpruneError(
                     f"the multipliers of {kind} have run away ({pair[0]:.3g} and {pair[1]:.3g}): lower "
-                    "--multiplier-learning-rate or --mask-learning-rate, or raise --target-warmup. The state that was "
+                    "`multiplier_learning_rate` or `mask_learning_rate`, or raise `target_warmup`. The state that was "
                     "saved last is kept"
                 )
         found = masked.shape({kind: float(size) for kind, size in left.items()})

@@ -52,7 +52,7 @@ class Shearing(TrainedMethod):
     """Sizes of the result, as layers=24,hidden=2048,heads=16,kv_heads=16,intermediate=5504 (what is not named stays),
     or a config.json that has them."""
     parameters: str | None = None
-    """Instead of --target: at most so many parameters, as 1.3B; all sizes shrink alike, nearly."""
+    """Instead of `target`: at most so many parameters, as 1.3B; all sizes shrink alike, nearly."""
     schedule: Schedule = "cosine"
     """Of all three learning rates after the warm-up: constant, linear or cosine, down to a tenth at the end."""
     batch_size: int = 32
@@ -70,11 +70,11 @@ class Shearing(TrainedMethod):
         super().__post_init__()
         if (self.target is None) == (self.parameters is None):
             raise JpruneError(
-                "say how small the model is to be: either its sizes (--target layers=24,hidden=2048, or a config.json) "
-                "or a number of parameters (--parameters 1.3B)"
+                "say how small the model is to be: either its sizes (`target` layers=24,hidden=2048, or a config.json) "
+                "or a number of parameters (`parameters` 1.3B)"
             )
         if self.target_warmup is not None and self.target_warmup < 1:
-            raise JpruneError(f"--target-warmup must be at least 1, got {self.target_warmup}")
+            raise JpruneError(f"`target_warmup` must be at least 1, got {self.target_warmup}")
         self._mask_adamw(self.mask_learning_rate)
         self._mask_adamw(self.multiplier_learning_rate)
 
@@ -225,8 +225,8 @@ def _missed(expected: Mapping[str, float], target: Shape) -> tuple[str, ...]:
     if not missed:
         return ()
     return (
-        f"after the last step the masks expected {', '.join(missed)}, and the rest went at once: more --steps, or for "
-        "short runs --mask-momentum 0 --mask-learning-rate 0.3, serve the model better",
+        f"after the last step the masks expected {', '.join(missed)}, and the rest went at once: more `steps`, or for "
+        "short runs `mask_momentum` 0 `mask_learning_rate` 0.3, serve the model better",
     )
 
 
@@ -236,7 +236,7 @@ def _shape_at(path: Path) -> Shape:
         config = families.config(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise JpruneError(
-            f"--target is a config.json or sizes such as layers=24,hidden=2048; {path} cannot be read as the first: "
+            f"`target` is a config.json or sizes such as layers=24,hidden=2048; {path} cannot be read as the first: "
             f"{error}"
         ) from error
     return shape_in(config)

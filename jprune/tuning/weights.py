@@ -113,7 +113,7 @@ def merge_adapter(
 def compute_dtype(checkpoint: Checkpoint, base: BaseDtype | None) -> Any:
     """bfloat16 or float32; float16 overflows in the gradients of some models."""
     if base is not None and base not in BASE_DTYPES:
-        raise JpruneError(f"--base-dtype is one of {', '.join(BASE_DTYPES)}; got {base!r}")
+        raise JpruneError(f"`base_dtype` is one of {', '.join(BASE_DTYPES)}; got {base!r}")
     if base in ("float32", "bfloat16"):
         return jnp.dtype(base)
     usual = jnp.dtype(activation_dtype(checkpoint, None))

@@ -89,7 +89,7 @@ def interrupted(tmp_path, recipe):
             if step.phase == "prune" and step.done >= at:
                 signal.raise_signal(signal.SIGINT)
 
-        with pytest.raises(KeyboardInterrupt, match="--resume"):
+        with pytest.raises(KeyboardInterrupt, match="`resume`"):
             prune_model(**options, progress=press)
         return options
 
@@ -185,7 +185,7 @@ def test_ctrl_c_on_the_command_line(tmp_path, recipe, monkeypatch, capsys):
 
 def test_an_interrupted_run_is_not_overwritten_unasked(interrupted, undisturbed):
     options = interrupted()
-    with pytest.raises(JpruneError, match=r"holds a run that was interrupted.*--resume"):
+    with pytest.raises(JpruneError, match=r"holds a run that was interrupted.*`resume`"):
         prune_model(**options)
     prune_model(**options, overwrite=True)
     assert killable.digest(options["out"]) == undisturbed[0]
@@ -332,7 +332,7 @@ def test_disk_full_at_the_record(tmp_path, recipe, undisturbed, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(record, "write", full)
-        with pytest.raises(JpruneError, match=r"disk of .* is full.*--resume"):
+        with pytest.raises(JpruneError, match=r"disk of .* is full.*`resume`"):
             prune_model(**recipe, out=tmp_path / "out")
     resumed(recipe | {"out": tmp_path / "out"}, undisturbed)
 

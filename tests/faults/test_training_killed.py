@@ -67,7 +67,7 @@ tune_model({str(folder)!r}, {str(tmp_path / "out")!r}, method=Lora(**{TUNING!r},
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "out").exists()
     options = {"data": str(tmp_path / "data.npy"), "checkpoint_every": 2}
-    with pytest.raises(JpruneError, match="a run that has not finished; go on with --resume"):
+    with pytest.raises(JpruneError, match="a run that has not finished; go on with `resume`"):
         tune_model(folder, tmp_path / "out", method=Lora(**TUNING, rank=2), **options)
     again = tune_model(folder, tmp_path / "out", method=Lora(**TUNING, rank=2), resume=True, **options)
     whole = tune_model(folder, tmp_path / "whole", method=Lora(**TUNING, rank=2), **options)
@@ -135,7 +135,7 @@ def test_any_round(tiny_model, rows, tmp_path):
         died = subprocess.run(words, capture_output=True, text=True, check=False, env=cached | os.environ)
         assert died.returncode == -signal.SIGKILL, (phase, died.stderr)
         assert not out.exists()
-    with pytest.raises(JpruneError, match="a run that has not finished; go on with --resume"):
+    with pytest.raises(JpruneError, match="a run that has not finished; go on with `resume`"):
         prune_and_tune(out=out, tuning=Full(**ROUND), **options)
     with pytest.raises(JpruneError, match="was begun with steps = 3 and cannot go on with 4"):
         prune_and_tune(out=out, tuning=Full(**ROUND | {"steps": 4}), resume=True, **options)

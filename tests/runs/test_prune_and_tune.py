@@ -150,7 +150,7 @@ def test_ctrl_c_says_which_round_and_keeps_it(tiny_model, rows, tmp_path):
 
     options = {"sparsity": 0.6, "rounds": (0.3, 0.6), "method": Magnitude(), "tuning": Full(**SHORT), **rows}
     folder = tiny_model()
-    with pytest.raises(KeyboardInterrupt, match=r"in round 2 of 2 .*out\.run: go on .* --resume"):
+    with pytest.raises(KeyboardInterrupt, match=r"in round 2 of 2 .*out\.run: go on .* `resume`"):
         prune_and_tune(folder, tmp_path / "out", progress=press, **options)
     assert (tmp_path / "out.run" / "round-1" / "tuned").is_dir()
     prune_and_tune(folder, tmp_path / "out", resume=True, **options)

@@ -186,7 +186,7 @@ def test_global_ranking_gives_layers_sizes_of_their_own(checkpoint, tmp_path):
 def test_refusals(checkpoint, tmp_path):
     out = tmp_path / "out"
     one_open = LLMPruner(protect_first=1, protect_last=1)
-    with pytest.raises(JpruneError, match="--uniform"):
+    with pytest.raises(JpruneError, match="`uniform`"):
         shrink_model(checkpoint, out, method=one_open, target=Target(units=0.5), format="hf", calibration=TOKENS)
     with pytest.raises(JpruneError, match="how small"):
         shrink_model(checkpoint, out, method=LLMPruner(), calibration=TOKENS)

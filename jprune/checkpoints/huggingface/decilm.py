@@ -114,7 +114,7 @@ def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
 def _check(config: DecoderConfig) -> None:
     def refused(why: str) -> JpruneError:
         return JpruneError(
-            f"format decilm cannot hold this {config.architecture}: {why}. Write --format jprune, which jprune loads"
+            f"format decilm cannot hold this {config.architecture}: {why}. Write `format` jprune, which jprune loads"
         )
 
     if config.architecture not in _EXPRESSIBLE:

@@ -84,6 +84,6 @@ def name(checkpoint: Model, path: str) -> str:
     if not plain:
         raise JpruneError(
             f"{path}: the model's files do not hold this kernel as a matrix of its own, so PEFT has no name for its "
-            "adapter; merge the adapters instead of keeping them apart, or leave it out of --targets"
+            "adapter; merge the adapters instead of keeping them apart, or leave it out of `targets`"
         )
     return entry.key.removesuffix(".weight")

@@ -123,7 +123,7 @@ def _locate(path: Path, folder: Path) -> dict[str, Path]:
 def _read_index(index: Path) -> dict[str, Path]:
     weight_map = writing.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise JpruneError(f"{index}: expected a non-empty object `weight_map`; download it again")
+        raise JpruneError(f"{index}: expected a non-empty object 'weight_map'; download it again")
     for key, name in weight_map.items():
         if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name:
             raise JpruneError(f"{index}: {key!r} points outside its folder, to {name!r}; this is refused")

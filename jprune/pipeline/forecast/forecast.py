@@ -63,7 +63,7 @@ class Plan:
     """That the run folder takes at most, beside the result."""
     memory_limit: int
     peak_memory_bytes: int
-    """Expected, with what Python and JAX took when the plan was made; without --evaluate."""
+    """Expected, with what Python and JAX took when the plan was made; without `evaluate`."""
     peak_device_memory_bytes: int | None
     advice: tuple[str, ...]
     """What to change so that it fits the limit; empty if it fits."""
@@ -277,17 +277,17 @@ class Forecast:
         if self.job.shape is not None:
             values = max(found.carry, found.hidden) // max(len(self.hidden(layout)), 1)
             answers.append(
-                f"a shorter --sequence-length: one window of {self.job.shape[1]} tokens takes about "
+                f"a shorter `sequence_length`: one window of {self.job.shape[1]} tokens takes about "
                 f"{_words(2 * values)} between stages, and more within them"
             )
             if np.dtype(self.job.dtype).itemsize > 2:
-                answers.append("--dtype bfloat16, which halves the activations")
+                answers.append("`dtype` bfloat16, which halves the activations")
         kind = self.job.method.statistic
         known = [] if kind is None else jax.tree.leaves(jax.eval_shape(lambda: kind.zeros(widest.d_in)))
         # A few numbers an input, as Wanda's, are nothing beside the kernel.
         if kind is not None and 10 * (taken := sum(map(_nbytes, known))) > 4 * widest.size:
             answers.append(
-                f"--skip {widest.path.split('/', 2)[-1].removesuffix('/kernel')}: what is known of its {widest.d_in} "
+                f"`skip` {widest.path.split('/', 2)[-1].removesuffix('/kernel')}: what is known of its {widest.d_in} "
                 f"inputs ({kind.__name__}) takes {_words(taken)}, and is needed several times over; or a method that "
                 "needs less, such as wanda"
             )

@@ -58,7 +58,7 @@ class Run:
         texts = (text for text in (job.calibration, job.evaluation) if text)
         notices = list(dict.fromkeys(notice for text in texts for notice in text.notices))
         if not memory.fits:
-            notices.append(f"this may need more than {memory.limit / 1e9:.2g} GB of memory; see --plan")
+            notices.append(f"this may need more than {memory.limit / 1e9:.2g} GB of memory; see `plan`")
         if decided["machine"] != machine:
             notices.append(
                 f"begun on {decided['machine']}, resumed on {machine}: the last bits may not be those of one run"

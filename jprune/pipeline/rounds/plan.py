@@ -70,7 +70,7 @@ def plan_prune_and_tune(
     method = SparseGPT() if method is None else method
     tuning = tuning_of_a_round(checkpoint, tuning)
     if tuning.steps is None:
-        raise JpruneError("a plan needs the steps of a round, which --epochs does not say before the data is read")
+        raise JpruneError("a plan needs the steps of a round, which `epochs` does not say before the data is read")
     options |= {"pattern": Unstructured(sparsity, per), "keep_zeros": True}
     recipe = Recipe(**options)
     present = zeros_present(checkpoint, recipe)

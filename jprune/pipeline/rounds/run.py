@@ -225,7 +225,7 @@ class _Rounds:
                 self._remove_if_empty()
                 raise type(error)(f"{name}: {error}") from error
             except KeyboardInterrupt:
-                kept = f"what is done is kept in {self.folder}: go on with the same command and --resume"
+                kept = f"what is done is kept in {self.folder}: go on with the same command and `resume`"
                 raise KeyboardInterrupt(
                     f"in {name}; {'nothing was done' if self._remove_if_empty() else kept}"
                 ) from None

@@ -51,7 +51,7 @@ def schedule(sparsity: float, rounds: Sequence[float] | None = None, *, present:
     if chosen[-1] != sparsity:
         raise JpruneError(
             f"the rounds {_list(chosen)} end at {chosen[-1]:g} and not at the sparsity asked for, {sparsity:g}; let it "
-            "be the last round, or ask for another --sparsity"
+            "be the last round, or ask for another `sparsity`"
         )
     if chosen[0] < present - BY_CHANCE:
         raise JpruneError(

@@ -52,8 +52,8 @@ def check_target(method: UnitMethod, target: Target | None) -> None:
     wanted = bool(method.kinds)  # else the method says itself which layers stay
     if wanted and target is None:
         raise JpruneError(
-            "say how small the model is to be: a share of units (--ratio), a share of parameters (--parameter-ratio) "
-            "or a number of parameters (--parameters)"
+            "say how small the model is to be: a share of units (`units`), a share of parameters (`share`) "
+            "or a number of parameters (`parameters`)"
         )
     if target is not None and not wanted:
         raise JpruneError(f"{name_of(method)}: the number of layers is its target; leave out the ratio")

@@ -67,7 +67,7 @@ def read(
         batches = domains.mixture
     elif data.proportions is not None or data.dynamic_loading is not None or isinstance(evaluation.evaluate, Mapping):
         raise JpruneError(
-            "proportions, dynamic loading and --evaluate NAME=SOURCE are about domains; give --data NAME=SOURCE"
+            "proportions, dynamic loading and `evaluate` NAME=SOURCE are about domains; give `data` NAME=SOURCE"
         )
     else:
         order = {"batch_size": method.batch_size, "epochs": method.passes, "seed": method.seed}
@@ -135,7 +135,7 @@ def _read_domains(
     assert isinstance(data.data, Mapping)
     given = evaluation.evaluate if isinstance(evaluation.evaluate, Mapping) else {}
     loading = data.dynamic_loading
-    mixture.check_known("--evaluate", given, data.data)
+    mixture.check_known("`evaluate`", given, data.data)
     reference_losses = None if loading is None else loading.reference_losses
     for what, values in (("proportions", data.proportions), ("reference losses", reference_losses)):
         if values is not None:  # before anything is tokenised
@@ -192,7 +192,7 @@ def _references(
     if model.config.vocab != checkpoint.config.vocab:
         raise JpruneError(
             f"the vocabulary of the reference model {model.source} has {model.config.vocab} tokens and the model's "
-            f"{checkpoint.config.vocab}: their losses cannot be compared; give --reference-loss"
+            f"{checkpoint.config.vocab}: their losses cannot be compared; give `reference_losses`"
         )
     language_model = loss.causal_lm(model.config)
     dtype = activation_dtype(model, None)

@@ -1,6 +1,6 @@
 """The training of a run, whatever is trained: the loop over its data, its state on disk, and what it is measured on.
 
-OUT.run      the state of the run while it lasts: checkpoints of everything, for --resume
+OUT.run      the state of the run while it lasts: checkpoints of everything, for `resume`
 """
 
 import functools

@@ -150,7 +150,7 @@ def test_bad_input():
     refused("cannot be shared equally by 3", 3, process_count=3)
     refused("Process 2 of 2", 3, process_count=2, process_index=2)
     refused("seed of the data must be", 3, seed=-1)
-    with pytest.raises(JpruneError, match=r"have 3 \(a\), 4 \(b\) tokens; give --sequence-length"):
+    with pytest.raises(JpruneError, match=r"have 3 \(a\), 4 \(b\) tokens; give `sequence_length`"):
         Mixture(domains={"a": domain(0, 2), "b": domain(1, 2, length=4)}, batch_size=1)
     stream = iter(mixture(3, 3))
     with pytest.raises(JpruneError, match="must be a number"):

@@ -190,7 +190,7 @@ def test_stopped_and_resumed(tmp_path):
     stream = Stream()
 
     seen = []
-    with pytest.raises(Interrupted, match=r"after 3 of 6 steps; its state is in .*--resume"):
+    with pytest.raises(Interrupted, match=r"after 3 of 6 steps; its state is in .*`resume`"):
         run(
             batches=stream,
             folder=tmp_path / "run",
@@ -230,7 +230,7 @@ t.run(folder=pathlib.Path({str(folder)!r}), progress=kill, options={{"micro_batc
 
 def test_other_runs_are_refused(tmp_path):
     run(folder=tmp_path / "run", settings={"rank": 8})
-    with pytest.raises(JpruneError, match="a run that has not finished; go on with --resume, or begin anew"):
+    with pytest.raises(JpruneError, match="a run that has not finished; go on with `resume`, or begin anew"):
         run(folder=tmp_path / "run", settings={"rank": 8})
     with pytest.raises(JpruneError, match="was begun with rank = 8 and cannot go on with 4"):
         run(folder=tmp_path / "run", settings={"rank": 4}, resume=True)

@@ -141,7 +141,7 @@ def test_keys_that_a_llama_left_to_their_defaults_are_spelled_out_for_a_mistral(
 
 def test_biases_keep_a_llama_from_being_a_mistral(make, tmp_path):
     view = cut(make("llama_bias"), group=1, hidden=16)
-    with pytest.raises(JpruneError, match=r"multiple of its num_attention_heads \(3\).*--format jprune"):
+    with pytest.raises(JpruneError, match=r"multiple of its num_attention_heads \(3\).*`format` jprune"):
         formats.write(tmp_path, view)
     assert list(tmp_path.iterdir()) == [tmp_path / "llama_bias"]
 
@@ -154,10 +154,10 @@ def test_layers_that_differ(make, tmp_path, kind, part):
     assert not view.config.uniform
     for format in ("hf", "jprune", "orbax"):
         (tmp_path / format).mkdir()
-    with pytest.raises(JpruneError, match=r"layer 0 has 6 .* layer 1 has .*--uniform.*--format jprune.*decilm"):
+    with pytest.raises(JpruneError, match=r"layer 0 has 6 .* layer 1 has .*`uniform`.*`format` jprune.*decilm"):
         formats.write(tmp_path / "hf", view)
     assert not list((tmp_path / "hf").iterdir())
-    with pytest.raises(JpruneError, match="--uniform"):
+    with pytest.raises(JpruneError, match="`uniform`"):
         formats.check(view, "hf")
 
     [notice] = formats.write(tmp_path / "jprune", view, format="jprune")

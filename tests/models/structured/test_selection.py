@@ -117,7 +117,7 @@ def test_round_to(ratio, size):
 def test_refusals():
     narrow = units("blocks/3/mlp", 16)
     scores = {"blocks/3/mlp": np.arange(16.0)}
-    with pytest.raises(JpruneError, match="blocks/3/mlp: 16 channels hold no multiple of 64; lower --round-to"):
+    with pytest.raises(JpruneError, match="blocks/3/mlp: 16 channels hold no multiple of 64; lower `round_to`"):
         select([narrow], scores, 0.5, round_to=64)
     with pytest.raises(JpruneError, match=r"blocks/3/mlp: nothing of its 16 units would stay at a ratio of 0\.99"):
         select([narrow], scores, 0.99)

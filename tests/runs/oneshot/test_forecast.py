@@ -136,7 +136,7 @@ def test_out_of_memory_gives_the_advice_of_the_plan(tiny_model, token_file, tmp_
         raise MemoryError
 
     monkeypatch.setattr(stagewise.PartRun, "_solve", fail)
-    with pytest.raises(JpruneError, match=r"out of memory; what helps is a shorter --sequence-length.*--skip mlp/down"):
+    with pytest.raises(JpruneError, match=r"out of memory; what helps is a shorter `sequence_length`.*`skip` mlp/down"):
         prune_model(
             tiny_model(), tmp_path / "out", method=SparseGPT(), pattern=Unstructured(0.5), calibration=token_file()
         )

@@ -274,7 +274,7 @@ def test_out_is_never_replaced_unasked(tiny_model, tmp_path):
         prune_model(folder, out, method=Magnitude(), pattern=Unstructured(0.5), **options)
 
     run(out)
-    with pytest.raises(JpruneError, match="--overwrite"):
+    with pytest.raises(JpruneError, match="`overwrite`"):
         run(out)
     run(out, overwrite=True)
     mine = tmp_path / "thesis"

@@ -168,6 +168,6 @@ def test_refusals(checkpoint, data, tmp_path):
     fails("got 'width=3'", target="width=3")
     fails("nothing to prune", parameters="1B")
     run_away = {"multiplier_learning_rate": 1e7, "target": "hidden=24"}
-    fails("have run away .* lower --multiplier-learning-rate", **run_away)
+    fails("have run away .* lower `multiplier_learning_rate`", **run_away)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.run").exists()
