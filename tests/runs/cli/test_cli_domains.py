@@ -23,7 +23,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def options(*words):
-    return parse("tune full", ["model", "--out", "out", *words]).training_data()
+    return parse("tune full", ["model", "--out", "out", *words]).options()
 
 
 def test_words():
