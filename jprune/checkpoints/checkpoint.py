@@ -169,6 +169,11 @@ class Checkpoint:
         """Sizes of windows for this model where the user asks for none."""
         return _DEMO if self.source == "demo" else _USUAL
 
+    @property
+    def in_cache(self) -> bool:
+        """Whether the model lies in jprune's own cache, where what is found out about it may be kept beside it."""
+        return self.source == "demo"
+
     def described(self) -> dict[str, str]:
         """What the record of a result says of the model that it was made from."""
         return {

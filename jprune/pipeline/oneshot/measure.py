@@ -5,10 +5,11 @@ from pathlib import Path
 
 from jprune.checkpoints import Checkpoint, load
 from jprune.errors import JpruneError
-from jprune.evaluate.perplexity import Perplexity, perplexity
+from jprune.evaluate.perplexity import Perplexity
 from jprune.pipeline.job import Job
 from jprune.pipeline.oneshot.begin import Run
 from jprune.runs import processes
+from jprune.runs.remembered import perplexity
 from jprune.runs.report import Progress
 
 

@@ -14,13 +14,14 @@ from jprune.checkpoints.formats import Format
 from jprune.data import windows
 from jprune.data.for_model import evaluation_windows, suggested_evaluation_length
 from jprune.errors import JpruneError
-from jprune.evaluate.perplexity import Perplexity, perplexity
+from jprune.evaluate.perplexity import Perplexity
 from jprune.pipeline.options import Evaluation, Result, sorted_into
 from jprune.pipeline.registry import name_of
 from jprune.pipeline.shrink.plan import check_target, planned
 from jprune.pipeline.shrink.report import ShrinkReport
 from jprune.pipeline.shrink.scores import smaller_model
 from jprune.runs import output
+from jprune.runs.remembered import perplexity
 from jprune.runs.report import Progress, environment
 from jprune.runs.stopwatch import Stopwatch, peak_memory_bytes
 from jprune.structured.base import UnitMethod

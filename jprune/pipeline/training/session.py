@@ -14,13 +14,14 @@ from jprune.checkpoints import Checkpoint, load, record
 from jprune.data.batches import Batches, Rows
 from jprune.data.mixture import Mixture
 from jprune.errors import JpruneError
-from jprune.evaluate.perplexity import Perplexity, perplexity
+from jprune.evaluate.perplexity import Perplexity
 from jprune.models.weights import Weights
 from jprune.pipeline.options import TrainOptions
 from jprune.pipeline.training import data
 from jprune.pipeline.training.domains import Balance, mean_loss
 from jprune.runs import interrupt
 from jprune.runs.folder import state_folder
+from jprune.runs.remembered import perplexity
 from jprune.runs.report import Progress, environment
 from jprune.runs.stopwatch import Stopwatch
 from jprune.train import loop, sharding
