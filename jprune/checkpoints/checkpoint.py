@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -151,7 +151,11 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """Number of parameters."""
-        return sum(math.prod(leaf.shape) for leaf in self.shapes.values())
+        return self.count(self.shapes)
+
+    def count(self, paths: Iterable[str]) -> int:
+        """Number of parameters at some paths."""
+        return sum(math.prod(self.shapes[path].shape) for path in paths)
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,8 +115,7 @@ class Job:
 
     def sparsity(self, zeros: int) -> trees.Sparsity:
         """The sparsity of the model with `zeros` zeros in its prunable parameters."""
-        sizes = {path: math.prod(shape.shape) for path, shape in self.checkpoint.shapes.items()}
-        return trees.Sparsity(zeros, sum(sizes[path] for path in self.counted), sum(sizes.values()))
+        return trees.Sparsity(zeros, self.checkpoint.count(self.counted), self.checkpoint.parameters)
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that the result depends on, by the name that a message gives it."""
