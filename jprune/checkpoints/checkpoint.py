@@ -59,7 +59,8 @@ class Suggested:
 
 
 _USUAL = Suggested()
-_DEMO = Suggested(samples=64, length=512, evaluation_length=512, training_length=256)  # minutes on two cores
+# SparseGPT at 50 % with 16 windows: perplexity 18.29 (one seed); with 64, in four times the calibration, 18.09.
+_DEMO = Suggested(samples=16, length=512, evaluation_length=512, training_length=256)
 
 
 class Checkpoint:

@@ -30,7 +30,7 @@ class Calibration:
     """Calibration text: pydoc, a text file, .jsonl, .jsonl.gz, .parquet, .npy of token ids, or hf:DATASET. In Python
     also token windows [n, length]."""
     samples: int | None = None
-    """Calibration windows. By default 128, or 64 for the demo model."""
+    """Calibration windows. By default 128, or 16 for the demo model."""
     sequence_length: int | None = None
     """Tokens of a calibration window. By default 2048 or the model's context, or 512 for the demo model."""
     seed: int = 0

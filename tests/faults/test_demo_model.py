@@ -35,7 +35,7 @@ def test_the_real_model(tmp_path):
     assert (config.heads, config.kv_heads, config.head_dim) == (9, 3, 64)
     assert (config.rope.theta, config.norm_eps, config.context, config.tied) == (100000.0, 1e-5, 8192, True)
     assert checkpoint.parameters == 134_515_008
-    assert (checkpoint.suggested.samples, checkpoint.suggested.training_length) == (64, 256)
+    assert (checkpoint.suggested.samples, checkpoint.suggested.training_length) == (16, 256)
 
     # A wrong permutation of q and k, or a wrong tokenizer, would give a perplexity in the hundreds.
     ids = checkpoint.tokenizer.encode(ENGLISH, add_special_tokens=False)
