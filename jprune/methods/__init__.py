@@ -23,6 +23,3 @@ from jprune.methods.magnitude import Magnitude as Magnitude
 from jprune.methods.prune import prune as prune
 from jprune.methods.sparsegpt import SparseGPT as SparseGPT
 from jprune.methods.wanda import Wanda as Wanda
-
-METHODS: dict[str, type[Method]] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
-"""By the name they have on the command line; `jprune.pipeline.registry` takes its place."""

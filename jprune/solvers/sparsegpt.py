@@ -125,12 +125,12 @@ def check_factor(factor: Factor, gram: Float[Array, "d_in d_in"], where: str) ->
 def sweep(
     kernels: Sequence[Float[Array, "d_in _"]],
     factor: Factor,
-    patterns: Sequence[Pattern | Bool[Array, "d_in _"]],
+    patterns: Sequence[Any],
     keeps: Sequence[Bool[Array, "d_in _"] | None] | None = None,
     *,
     block_size: int = 128,
 ) -> list[Pruned]:
-    """Prunes kernels that read the same input side by side, each by its own pattern; see `sparsegpt`.
+    """Prunes kernels that read the same input side by side, each by its own pattern or mask; see `sparsegpt`.
 
     Outputs are independent, so the result is that of one call a kernel, in fewer and larger steps.
     """
@@ -151,7 +151,7 @@ def sweep(
     return [results[i] for i in range(len(kernels))]
 
 
-def _nm(pattern: Pattern | Array, shape: tuple[int, ...], block: int) -> tuple[int, int] | None:
+def _nm(pattern: Any, shape: tuple[int, ...], block: int) -> tuple[int, int] | None:
     """(n, m) of a pattern that keeps n of every m inputs of each output; None of all others, and of masks."""
     if isinstance(pattern, jax.Array | np.ndarray):
         return None

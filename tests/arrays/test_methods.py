@@ -13,8 +13,9 @@ from flax import linen, nnx
 import jprune
 from jprune import masks, trees
 from jprune.errors import JpruneError
-from jprune.methods import METHODS, Magnitude, Method, SparseGPT, Wanda, masked
+from jprune.methods import Magnitude, Method, SparseGPT, Wanda, masked
 from jprune.patterns import NM, Unstructured
+from jprune.pipeline.registry import ONE_SHOT
 from jprune.statistics import Gram, SquaredNorm
 
 D, HEADS, HEAD_DIM, FF = 24, 4, 6, 24  # one matrix shape, so that solvers compile once
@@ -223,10 +224,10 @@ def test_pruning_further(rng, method):
 
 
 def test_methods_are_configs():
-    assert {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT} == METHODS
-    assert [m.statistic for m in METHODS.values()] == [None, SquaredNorm, Gram]
+    assert {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT} == dict(ONE_SHOT)
+    assert [m.statistic for m in ONE_SHOT.values()] == [None, SquaredNorm, Gram]
     assert SparseGPT() == SparseGPT(damping=0.01, block_size=128)
-    for method in METHODS.values():
+    for method in ONE_SHOT.values():
         assert dataclasses.is_dataclass(method)
         hash(method())
     with pytest.raises(JpruneError, match="damping must be positive, got 0"):

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from jprune.checkpoints import load
 from jprune.errors import JpruneError
-from jprune.methods import METHODS, Wanda
+from jprune.methods import Wanda
 from jprune.models import decoder, generate
 from jprune.patterns import Unstructured
 from jprune.pipeline import prune_model
+from jprune.pipeline.registry import ONE_SHOT
 from jprune.pipeline.shrink.run import shrink_model
 from jprune.structured import LLMPruner
 from jprune.structured.selection import Target
@@ -60,7 +61,7 @@ def test_generation_with_a_cache_equals_without(name, saved):
 @pytest.mark.parametrize("name", hf.FIRST)
 def test_every_method_prunes_it(name, saved, tmp_path):
     checkpoint = saved(name, layers=len(hf.VARIANTS[name][2].get("layer_types", "1")))
-    for method in METHODS.values() if name in DIFFERENT else [Wanda]:
+    for method in ONE_SHOT.values() if name in DIFFERENT else [Wanda]:
         out = tmp_path / method.__name__
         prune_model(
             checkpoint,
