@@ -39,6 +39,8 @@ class Word:
     default: Any = ...
     """Default, if not the field's (...)."""
     aliases: tuple[str, ...] = ()
+    looks: str = ""
+    """What its words look like, said before its help."""
     made: Callable[[str, Any], Any] | None = None
     """(flag, words, or what a recipe file has) -> the field's value."""
 
@@ -226,7 +228,7 @@ def _flag(
         name=word.flag or f"{marks.prefix}{field.name}",
         type=hint if word.type is None else word.type,
         default=default,
-        help=docs.get(field.name, ""),
+        help=f"{word.looks}. {docs.get(field.name, '')}".removeprefix(". "),
         word=word,
     )
 

@@ -85,6 +85,8 @@ def values(
 
 
 def _unknown(key: str, name: str, form: Form, where: Callable[[str], str | None]) -> str:
+    if key in _NOT_IN_FILES:
+        return f"key {key!r} stands on the command line only"
     known = sorted({n for flag in form.flags.values() for n in (flag.name, flag.field)} - set(_NOT_IN_FILES))
     if near := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
         return f"unknown key {key!r}; did you mean {near[0]!r}?"

@@ -167,22 +167,23 @@ def _once(flag: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+_SOURCES = "SOURCE, or NAME=SOURCE for each domain"
 WORDS: dict[str, Word] = {
     "calibration": Word(type=str),
     "where": Word(type=Repeated),
     "skip": Word(type=Repeated),
-    "overrides": Word(flag="override", type=Repeated, default=(), made=overrides),
+    "overrides": Word(flag="override", type=Repeated, default=(), looks="REGEX=PATTERN", made=overrides),
     "evaluate": Word(type=str | None),
-    "memory": Word(type=str | None, made=bytes_of_memory),
+    "memory": Word(type=str | None, looks="Such as 6GB", made=bytes_of_memory),
     "run": Word(type=Path | None),
-    "data": Word(type=Repeated, default=(), made=sources),
-    "proportions": Word(type=Repeated, default=(), made=numbers),
-    "reference_losses": Word(flag="reference_loss", type=Repeated, default=(), made=numbers),
+    "data": Word(type=Repeated, default=(), looks=_SOURCES, made=sources),
+    "proportions": Word(type=Repeated, default=(), looks="NAME=SHARE,...", made=numbers),
+    "reference_losses": Word(flag="reference_loss", type=Repeated, default=(), looks="NAME=LOSS,...", made=numbers),
     "windows_at_most": Word(flag="windows"),
     # The authors' names for two options of LLM-Pruner.
     "importance": Word(aliases=("--taylor",)),
     "globally": Word(aliases=("--global",)),
 }
 """Fields of parts, by name in Python, whose type does not say how they are typed."""
-EVALUATE_DOMAINS = Word(type=Repeated, default=(), made=sources)
+EVALUATE_DOMAINS = Word(type=Repeated, default=(), looks=_SOURCES, made=sources)
 """`evaluate` in commands that train."""

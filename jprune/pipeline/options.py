@@ -4,7 +4,7 @@ The command line, the functions of Python, recipe files and the records of resul
 whole: a run takes them as they are, and asks them for what follows from them for a model. `sorted_into` makes them of
 the keywords of a call, and `fields_of` makes keywords of them.
 
-Field docstrings are the help of the command line. Flags are the fields' names with dashes.
+Field docstrings are the help of the command line, which makes flags of `names` in backquotes.
 """
 
 import dataclasses
@@ -60,7 +60,8 @@ class Evaluation:
     evaluate_length: int | None = None
     """Tokens of an evaluation window. By default 2048 or the model's context, or 512 for the demo model."""
     evaluate_windows: int | None = None
-    """Number of evaluation windows, from the beginning of the text. By default all."""
+    """Number of evaluation windows, from the beginning of the text; by default all. Of domains, the number that is held
+    out of each; by default one in 20, at most 256."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,9 +72,9 @@ class Result:
     """Output format: hf (safetensors, for every Hugging Face loader; all layers must be equal), jprune (the same, and
     layers may differ), decilm (DeciLMForCausalLM, for vLLM) or orbax. By default hf, or jprune if layers differ."""
     resume: bool = False
-    """Go on with a run that was interrupted, to the same result; begin if there is none."""
+    """Go on with a run that was interrupted, which is in OUT.run, to the same result; begin if there is none."""
     overwrite: bool = False
-    """Replace the output folder if an earlier run wrote it; without resume, drop a run that was interrupted."""
+    """Replace the output folder if an earlier run wrote it; without `resume`, drop a run that was interrupted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

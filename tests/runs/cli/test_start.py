@@ -1,0 +1,107 @@
+"""What a command imports before it works, recipe files that are not right, and errors in the command line's words."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+from jprune.cli import main
+from jprune.errors import JpruneError, UsageError
+
+parse = importlib.import_module("jprune.cli.main")._parse
+form_of = importlib.import_module("jprune.cli.main")._form
+
+
+@pytest.mark.parametrize(
+    ("words", "absent"),
+    [
+        ("--help", ("jax", "numpy", "tyro", "jprune.methods", "jprune.checkpoints")),
+        ("prune --help", ("jax", "numpy", "tyro", "jprune.methods", "jprune.checkpoints")),
+        ("tune nonsense", ("jax", "numpy", "tyro", "jprune.tuning")),
+        ("info --help", ("jax", "flax", "jprune.checkpoints", "jprune.models")),
+        ("generate --help", ("jax", "flax", "jprune.checkpoints", "jprune.models")),
+        ("prune wanda --help", ("jprune.tuning", "jprune.pipeline.oneshot.run", "transformers", "torch")),
+    ],
+)
+def test_what_is_not_needed_is_not_imported(words, absent):
+    program = (
+        f"import sys\nfrom jprune.cli import main\ntry: main({words.split()!r})\nexcept SystemExit: pass\n"
+        f"print([m for m in {absent!r} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("sparsty = 0.5", "unknown key 'sparsty'; did you mean 'sparsity'?"),
+        ("nsamples = 4", "unknown key 'nsamples'; did you mean 'samples'?"),
+        ("damping = 0.1", "key 'damping' is an option of `jprune prune sparsegpt`, and not of `jprune prune wanda`"),
+        ('model = "x"', "unknown key 'model'"),
+        ('sparsity = "half"', "key 'sparsity' must be a number; got 'half'"),
+        ("samples = 4.0", "key 'samples' must be a whole number; got 4.0"),
+        ("skip = 3", "key 'skip' must be a list; got 3"),
+        ("plan = 1", "key 'plan' must be true or false; got 1"),
+        ('format = "zip"', "key 'format' must be one of hf, jprune, decilm, orbax; got 'zip'"),
+        ('memory = "much"', "'much' is not an amount of memory"),
+        ('[overrides]\n"mlp" = "two"', "pattern 'two' is neither"),
+    ],
+)
+def test_wrong_recipes(tmp_path, recipe, said):
+    path = tmp_path / "r.toml"
+    path.write_text(recipe)
+    with pytest.raises(JpruneError) as error:
+        parse("prune wanda", ["model", "--recipe", str(path)])
+    assert str(error.value).startswith(f"{path}: ")
+    assert said in str(error.value)
+    assert "key" not in said or isinstance(error.value, UsageError)
+
+
+def test_the_command_line_counts_more_than_the_recipe(tmp_path):
+    path = tmp_path / "r.json"
+    options = {"sparsity": 0.5, "per": "kernel", "skip": "one", "overrides": {"mlp/down": 0.3}, "memory": "6GB"}
+    path.write_text(json.dumps({"recipe": {"method": "wanda", **options, "seed": None, "where": []}}))
+    command = parse("prune wanda", ["model", "--recipe", str(path)])
+    assert (command.pattern.made().sparsity, command.pattern.made().per) == (0.5, "kernel")
+    assert command.choice.skip == ("one",)
+    assert command.choice.overrides["mlp/down"].sparsity == 0.3
+    assert command.machine.memory == 6 * 10**9
+    command = parse(
+        "prune wanda", ["model", "--recipe", str(path), "--pattern", "2:4", "--skip", "x", "--override", "a=1:2"]
+    )
+    assert str(command.pattern.made()) == "2:4"
+    assert command.choice.skip == ("x",)
+    assert list(command.choice.overrides) == ["a"]
+
+
+def test_a_recipe_gives_what_is_required(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text('pruner = "wanda"\ntuning = "lora"\nsparsity = 1e-1\nrounds = [0, 0.1]\nrank = 2\nwindows = 3\n')
+    command = parse("prune prune-and-tune", ["model", "--recipe", str(path)])
+    assert (command.sparsity, command.rounds) == (0.1, (0.0, 0.1))
+    assert command.tuning_options.rank == 2
+    assert command.data.windows_at_most == 3
+    path.write_text("drop = 2\n")
+    assert parse("prune layers", ["model", "--recipe", str(path)]).method.drop == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "spelled"),
+    [
+        ("prune wanda", "lower `sequence_length` or `overrides`", "lower --sequence-length or --override"),
+        ("tune full", "`windows_at_most` and `reference_losses`", "--windows and --reference-loss"),
+        ("prune llm-pruner", "`units`, `share`, `round_to`", "--ratio, --parameter-ratio, --round-to"),
+        ("prune shearing", "`clip`", "--clip"),
+        ("info", "go on with `resume`; see `jprune prune x`", "go on with --resume; see `jprune prune x`"),
+    ],
+)
+def test_options_in_texts_of_the_library_become_flags(command, text, spelled):
+    assert form_of(command).spelled(text) == spelled
+
+
+def test_errors_are_told_in_flags(tmp_path, capsys):
+    assert main(["prune", "loraprune", "model", "--data", "x", "--ratio", "2", "--out", str(tmp_path / "out")]) == 1
+    assert "jprune: --ratio lies between 0 and 1" in capsys.readouterr().err
