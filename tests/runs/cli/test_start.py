@@ -40,7 +40,7 @@ def test_what_is_not_needed_is_not_imported(words, absent):
         ("sparsty = 0.5", "unknown key 'sparsty'; did you mean 'sparsity'?"),
         ("nsamples = 4", "unknown key 'nsamples'; did you mean 'samples'?"),
         ("damping = 0.1", "key 'damping' is an option of `jprune prune sparsegpt`, and not of `jprune prune wanda`"),
-        ('model = "x"', "unknown key 'model'"),
+        ('model = "x"', "key 'model' stands on the command line only"),
         ('sparsity = "half"', "key 'sparsity' must be a number; got 'half'"),
         ("samples = 4.0", "key 'samples' must be a whole number; got 4.0"),
         ("skip = 3", "key 'skip' must be a list; got 3"),
