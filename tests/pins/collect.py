@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -327,8 +328,10 @@ def collect_names() -> dict[str, Any]:
         value = getattr(jprune, name)
         found[name] = describe(value)
         if inspect.ismodule(value):
+            offered = exported(Path(value.__file__))
             for inner, each in vars(value).items():
-                if not inner.startswith("_") and getattr(each, "__module__", None) == value.__name__ and callable(each):
+                own = inner in offered or getattr(each, "__module__", None) == value.__name__
+                if own and not inner.startswith("_") and callable(each) and typing.get_origin(each) is None:
                     found[f"{name}.{inner}"] = describe(each)
     return dict(sorted(found.items()))
 
@@ -358,10 +361,12 @@ def describe(value: Any) -> Any:
 def signature(function: Any) -> list[str]:
     """Parameters with their kind and default; no annotations, which say where types live."""
     marks = {"POSITIONAL_ONLY": " /", "KEYWORD_ONLY": " (keyword)", "VAR_POSITIONAL": " *", "VAR_KEYWORD": " **"}
+
+    def shown(default: Any) -> str:
+        return default.__name__ if hasattr(default, "__name__") else repr(default)
+
     found = [
-        p.name
-        + marks.get(p.kind.name, "")
-        + ("" if p.default is p.empty else f" = {re.sub(r' at 0x[0-9a-f]+', '', repr(p.default))}")
+        p.name + marks.get(p.kind.name, "") + ("" if p.default is p.empty else f" = {shown(p.default)}")
         for p in inspect.signature(function).parameters.values()
     ]
     return sorted(found, key=lambda each: each if " (keyword)" in each else "")  # the order of keywords is nobody's
