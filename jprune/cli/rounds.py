@@ -16,8 +16,8 @@ from jprune.pipeline.options import Calibration, Choice, Evaluation, Machine, Re
 from jprune.pipeline.recipe import Recipe
 from jprune.pipeline.registry import ONE_SHOT, TUNERS
 from jprune.pipeline.rounds.plan import PruneAndTunePlan, plan_prune_and_tune
+from jprune.pipeline.rounds.report import PruneAndTuneReport
 from jprune.pipeline.rounds.run import prune_and_tune
-from jprune.pipeline.rounds.schedule import PruneAndTuneReport
 from jprune.tuning.base import Tuning
 
 PRUNER, TUNING = "sparsegpt", "full"

@@ -141,6 +141,14 @@ class TrainedMethod(Tuning, abc.ABC):
     only_how: ClassVar[tuple[str, ...]] = ("micro_batch",)
     """Fields that say how to compute or to write, on which no trained number depends: they may change on resuming."""
 
+    trains_weights: ClassVar[bool] = True
+    """Whether the model's weights have gradients and moments; adapters beside them take next to nothing."""
+
+    @property
+    def makes_a_model(self) -> bool:
+        """Whether the result is a whole model, which a later run can read."""
+        return True
+
     @abc.abstractmethod
     def prepare(self, checkpoint: Checkpoint) -> Prepared:
         """What a run asks of the method, for a model of which it reads no weight.
@@ -211,6 +219,7 @@ class Adapters(TrainedMethod):
     """A way to train low-rank adapters beside frozen weights."""
 
     epochs_by_default: ClassVar[int] = 2
+    trains_weights: ClassVar[bool] = False
 
     rank: int = 8
     """Rank of the adapters."""

@@ -40,6 +40,11 @@ class Lora(Taught, Adapters):
     keep_adapters: bool = False
     """Write only the adapters, in PEFT's form, instead of the model with the adapters merged."""
 
+    @property
+    def makes_a_model(self) -> bool:
+        """Whether the adapters are merged."""
+        return not self.keep_adapters
+
     def prepare(self, checkpoint: Checkpoint) -> Prepared:
         """The model keeps its shapes."""
         return Prepared(planned=checkpoint, task=functools.partial(self.task, checkpoint))

@@ -48,12 +48,9 @@ BLIND = {"runs": {"methods", "solvers", "structured", "patterns", "masks", "scor
 
 LINES, BODY, PARAMETERS = 350, 60, 12
 """The most that a file, the body of a function and a signature have."""
-LONG = {
-    "jprune.pipeline.rounds.run": "being rebuilt",
-}
+LONG = {}
 """Files that may be longer, and why."""
 WIDE = {
-    "jprune.pipeline.rounds.run.prune_and_tune": "being rebuilt",
     "jprune.train.loop.train": "a loop is given functions one by one; who calls it has dataclasses of options",
 }
 """Functions that may be longer or take more, and why."""
