@@ -48,7 +48,7 @@ BLIND = {"runs": {"methods", "solvers", "structured", "patterns", "masks", "scor
 
 LINES, BODY, PARAMETERS = 350, 60, 12
 """The most that a file, the body of a function and a signature have."""
-LONG = {}
+LONG: dict[str, str] = {}
 """Files that may be longer, and why."""
 WIDE = {
     "jprune.train.loop.train": "a loop is given functions one by one; who calls it has dataclasses of options",
