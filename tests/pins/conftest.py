@@ -1,5 +1,6 @@
 """The pins' own helpers, and what they compare with the snapshots."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,4 +15,6 @@ def found(request):
     import collect
 
     everything = any(item.path.name == "test_more_pins.py" for item in request.session.items)
-    return collect.in_fresh_process(everything=everything)
+    # Bits were recorded with all of XLA's optimisations and with none, but not with the other emitters that tests have.
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if flag != "--xla_cpu_use_fusion_emitters=false"]
+    return collect.in_fresh_process(everything=everything, XLA_FLAGS=" ".join(flags))
