@@ -10,3 +10,7 @@ class JpruneError(ValueError):
 
 class UsageError(JpruneError):
     """Words on the command line that do not make a command; exit status 2."""
+
+
+class UnknownOption(JpruneError, TypeError):
+    """A keyword that a function does not take: a `TypeError`, as Python's own, that names the nearest one it takes."""

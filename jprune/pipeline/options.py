@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from jprune.checkpoints.formats import Format
 from jprune.data.windows import Spec
-from jprune.errors import JpruneError
+from jprune.errors import JpruneError, UnknownOption
 from jprune.patterns import Pattern
 from jprune.train.shearing.dynamic_loading import Reweighing
 
@@ -159,7 +159,7 @@ class TrainOptions:
         """The options from the keywords of a call, which are the names of the parts' fields.
 
         Raises:
-          JpruneError: a keyword that none of them has.
+          UnknownOption: a keyword that none of them has.
         """
         data, evaluation, schedule, result = sorted_into(keywords, TrainingData, Evaluation, Schedule, Result)
         return cls(data=data, evaluation=evaluation, schedule=schedule, result=result)
@@ -173,7 +173,7 @@ def sorted_into(keywords: Mapping[str, Any], *kinds: type) -> tuple[Any, ...]:
       kinds: dataclasses; a field that several have goes to each of them.
 
     Raises:
-      JpruneError: a keyword that no class has; the nearest that one has is named.
+      UnknownOption: a keyword that no class has; the nearest that one has is named.
     """
     names = {kind: [field.name for field in dataclasses.fields(kind)] for kind in kinds}
     known = {name for own in names.values() for name in own}
@@ -181,7 +181,7 @@ def sorted_into(keywords: Mapping[str, Any], *kinds: type) -> tuple[Any, ...]:
         if keyword not in known:
             near = difflib.get_close_matches(keyword, sorted(known), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
-            raise JpruneError(f"unknown option {keyword!r}; {hint}")
+            raise UnknownOption(f"unknown option {keyword!r}; {hint}")
     return tuple(kind(**{name: keywords[name] for name in own if name in keywords}) for kind, own in names.items())
 
 

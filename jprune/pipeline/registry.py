@@ -101,9 +101,8 @@ TUNERS = Methods(
 def name_of(method: object) -> str:
     """The name of a method on the command line and in records; of a method that is not listed, its class's name.
 
-    Args:
-      method: an object of a method's class, or of a class made from it.
+    A class made from a listed one is another method: a run that was begun with one is not resumed with the other.
     """
+    kind = type(method)
     places = {place: name for name, place in (PRUNERS | TUNERS)._places.items()}
-    kinds = (f"{kind.__module__}:{kind.__qualname__}" for kind in type(method).__mro__)
-    return next((places[place] for place in kinds if place in places), type(method).__name__)
+    return places.get(f"{kind.__module__}:{kind.__qualname__}", kind.__name__)

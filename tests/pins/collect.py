@@ -387,7 +387,7 @@ def collect_python(names: dict[str, str], here: Path) -> dict[str, Any]:
         jprune.plan_run(model, **options, nonsense=1)
         refused = None
     except Exception as error:
-        refused = type(error).__name__
+        refused = next(kind.__name__ for kind in (TypeError, type(error)) if isinstance(error, kind))
     checkpoint = jprune.load(names["model"])
     _, digests = look_at(here / "python")
     return {
