@@ -18,10 +18,12 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune.checkpoints import load as load
     from jprune.data import instructions as instructions
     from jprune.errors import JpruneError as JpruneError
+    from jprune.methods import ByScore as ByScore
     from jprune.methods import Magnitude as Magnitude
     from jprune.methods import Method as Method
     from jprune.methods import SparseGPT as SparseGPT
     from jprune.methods import Wanda as Wanda
+    from jprune.methods import masked as masked
     from jprune.methods.prune import prune as prune
     from jprune.models import decoder as decoder
     from jprune.patterns import NM as NM
@@ -67,7 +69,7 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
 _NAMES = {
     "jprune.checkpoints": ("load",),
     "jprune.errors": ("JpruneError",),
-    "jprune.methods": ("Magnitude", "Method", "SparseGPT", "Wanda"),
+    "jprune.methods": ("ByScore", "Magnitude", "Method", "SparseGPT", "Wanda", "masked"),
     "jprune.methods.prune": ("prune",),
     "jprune.patterns": ("NM", "Unstructured"),
     "jprune.pipeline.recipe": ("Recipe",),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from jprune.cli.command import Command, Told
 from jprune.cli.flags import Flags, Word
-from jprune.pipeline.options import Result
+from jprune.pipeline.options import Output
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class Convert(Command):
 
     out: Path
     """Folder of the result; it appears when everything is done."""
-    result: Annotated[Result, Flags(without=("resume",), words={"format": Word(default="hf")})]
+    result: Annotated[Output, Flags(words={"format": Word(default="hf")})]
     dtype: str | None = None
     """Dtype of the result's weights: float32, bfloat16 or float16. By default that of the model's."""
 

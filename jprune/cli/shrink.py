@@ -9,7 +9,7 @@ from jprune.cli.command import Planning, Told
 from jprune.cli.flags import Flags, keywords
 from jprune.cli.tune import Training, print_report
 from jprune.cli.words import TargetWords
-from jprune.pipeline.options import Calibration, Evaluation, Result
+from jprune.pipeline.options import Calibration, Evaluation, Output
 from jprune.pipeline.shrink.plan import ShrinkPlan, plan_shrink
 from jprune.pipeline.shrink.report import ShrinkReport
 from jprune.pipeline.shrink.run import shrink_model
@@ -29,7 +29,7 @@ class Shrink(Planning):
     dtype: str | None = None
     """Dtype of the activations: float32, bfloat16 or float16. By default float32 on CPU, else that of the weights."""
     evaluation: Annotated[Evaluation, Flags(without=("evaluate_windows",))]
-    result: Annotated[Result, Flags(without=("resume",))]
+    result: Output
 
     def target(self) -> Target | None:
         """How small the model is to be, where the method does not say."""

@@ -59,7 +59,7 @@ def evaluation_windows(
     """The windows to measure a checkpoint on: the first `count` of `length` tokens.
 
     Both are by default those of `jprune.data.windows.evaluation`, whatever the checkpoint suggests: a run asks for
-    what is suggested (`suggested_evaluation_length`), while a measurement by itself has the usual length.
+    what is suggested, while a measurement by itself has the usual length.
     """
     return windows.evaluation(
         source,
@@ -69,8 +69,3 @@ def evaluation_windows(
         vocab_size=checkpoint.config.vocab,
         context=checkpoint.config.context,
     )
-
-
-def suggested_evaluation_length(checkpoint: Checkpoint, source: windows.Spec) -> int | None:
-    """Tokens of an evaluation window in runs whose user has said nothing of it; None for rows of tokens."""
-    return None if windows.is_rows(source) else checkpoint.suggested.evaluation_length

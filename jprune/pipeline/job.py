@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,10 +14,7 @@ from jprune.anatomy.parts import Part, parts
 from jprune.checkpoints import Checkpoint
 from jprune.checkpoints.dtypes import activation_dtype
 from jprune.checkpoints.formats import Format
-from jprune.data import windows
-from jprune.data.for_model import evaluation_windows
 from jprune.data.windows import Windows
-from jprune.errors import JpruneError
 from jprune.methods import Method
 from jprune.pipeline.options import Evaluation
 from jprune.pipeline.recipe import Recipe, calibration_windows, chosen_kernels, pattern_text, window_shape
@@ -72,16 +68,10 @@ class Job:
         """
         calibration = calibration_windows(self.checkpoint, self.recipe) if self.method.statistic else None
         job = dataclasses.replace(self, calibration=calibration)
-        source = measured.evaluate
-        if source is None:
+        if measured.evaluate is None:
             return job
-        if isinstance(source, Mapping):
-            raise JpruneError("a model that is pruned in one shot is measured on one text; domains are for training")
-        length = measured.evaluate_length
-        if length is None and not windows.is_rows(source):  # rows have a length of their own
-            length = calibration.tokens.shape[1] if calibration else window_shape(self.checkpoint, self.recipe)[1]
-        evaluation = evaluation_windows(self.checkpoint, source, length=length, count=measured.evaluate_windows)
-        return dataclasses.replace(job, evaluation=evaluation)
+        length = calibration.tokens.shape[1] if calibration else window_shape(self.checkpoint, self.recipe)[1]
+        return dataclasses.replace(job, evaluation=measured.text(self.checkpoint, length=length))
 
     @functools.cached_property
     def shape(self) -> tuple[int, int] | None:

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jprune.checkpoints import Checkpoint
 from jprune.checkpoints.formats import Format
-from jprune.data.windows import Spec
+from jprune.data.for_model import evaluation_windows
+from jprune.data.windows import Spec, Windows, is_rows
 from jprune.errors import JpruneError, UnknownOption
 from jprune.patterns import Pattern
 from jprune.train.shearing.dynamic_loading import Reweighing
@@ -63,18 +65,47 @@ class Evaluation:
     """Number of evaluation windows, from the beginning of the text; by default all. Of domains, the number that is held
     out of each; by default one in 20, at most 256."""
 
+    def text(self, checkpoint: Checkpoint, *, length: int | None = None) -> Windows | None:
+        """The windows of one text to measure a model on; None if there is nothing to measure.
+
+        Args:
+          checkpoint: the model.
+          length: tokens of a window of text if `evaluate_length` does not say; by default what the checkpoint suggests.
+
+        Raises:
+          JpruneError: sources by domain, which are for training; a text that cannot be read, or too little of it.
+        """
+        source = self.evaluate
+        if source is None:
+            return None
+        if isinstance(source, Mapping):
+            raise JpruneError(f"only training is measured by domain, and there are {len(source)}; give one source")
+        if self.evaluate_length is not None:
+            length = self.evaluate_length
+        elif is_rows(source):
+            length = None  # rows have a length of their own
+        elif length is None:
+            length = checkpoint.suggested.evaluation_length
+        return evaluation_windows(checkpoint, source, length=length, count=self.evaluate_windows)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
+class Output:
     """The folder of the result, and what becomes of an earlier one."""
 
     format: Format | None = None
     """Output format: hf (safetensors, for every Hugging Face loader; all layers must be equal), jprune (the same, and
     layers may differ), decilm (DeciLMForCausalLM, for vLLM) or orbax. By default hf, or jprune if layers differ."""
-    resume: bool = False
-    """Go on with a run that was interrupted, which is in OUT.run, to the same result; begin if there is none."""
     overwrite: bool = False
     """Replace the output folder if an earlier run wrote it; without `resume`, drop a run that was interrupted."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result(Output):
+    """The folder of the result of a run that can be interrupted and gone on with."""
+
+    resume: bool = False
+    """Go on with a run that was interrupted, which is in OUT.run, to the same result; begin if there is none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

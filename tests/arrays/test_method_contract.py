@@ -117,7 +117,7 @@ def test_costs_grow_with_the_kernel(method):
     assert shared <= apart
 
 
-@pytest.mark.parametrize("wrong", [0.5, "2:4", None, object()], ids=str)
+@pytest.mark.parametrize("wrong", [0.5, "2:4", None, object()], ids=["number", "text", "none", "object"])
 def test_what_is_no_pattern_is_said_so(method, problem, wrong):
     kernel, x = problem
     with pytest.raises(JpruneError, match=r"a pattern is Unstructured\(0\.5\)"):

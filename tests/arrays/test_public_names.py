@@ -50,7 +50,9 @@ def test_type_checkers_are_told_what_is_there():
 
 
 def test_docs_import_public_names_only():
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    # add-a-... are about files inside the library, which import as those do.
+    docs = [page for page in sorted((ROOT / "docs").rglob("*.md")) if not page.name.startswith("add-a-")]
+    pages = [ROOT / "README.md", *docs]
     deep = [
         f"{page.relative_to(ROOT)}: {line}"
         for page in pages

@@ -9,7 +9,6 @@ from jprune.checkpoints import Checkpoint, formats
 from jprune.checkpoints.formats import Format
 from jprune.data import windows
 from jprune.data.batches import Batches
-from jprune.data.for_model import evaluation_windows, suggested_evaluation_length
 from jprune.data.training import training_batches
 from jprune.errors import JpruneError
 from jprune.methods import Method
@@ -78,7 +77,7 @@ class RoundsJob:
             data=dataclasses.replace(data, sequence_length=batches.length),
             batches=batches,
             schedule=schedule,
-            evaluation=_evaluation(checkpoint, measured),
+            evaluation=measured.text(checkpoint),
             format=format,
         )
 
@@ -140,14 +139,3 @@ def _batches(checkpoint: Checkpoint, tuning: Taught, data: TrainingData) -> Batc
         epochs=tuning.passes,
         seed=tuning.seed,
     )
-
-
-def _evaluation(checkpoint: Checkpoint, measured: Evaluation) -> windows.Windows | None:
-    source = measured.evaluate
-    if source is None:
-        return None
-    if isinstance(source, Mapping):
-        raise JpruneError(f"rounds are measured on one text, not on {len(source)} domains; give one source to evaluate")
-    length = None if windows.is_rows(source) else measured.evaluate_length
-    length = suggested_evaluation_length(checkpoint, source) if length is None else length
-    return evaluation_windows(checkpoint, source, length=length, count=measured.evaluate_windows)

@@ -4,7 +4,7 @@ Structured pruning changes no weight that stays. So the smaller model is a view 
 on (`Checkpoint.select`): it is measured, pruned further and written as any checkpoint is, a block at a time.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,9 @@ from jprune.checkpoints import Checkpoint, formats, load, record
 from jprune.checkpoints.dtypes import activation_dtype
 from jprune.checkpoints.formats import Format
 from jprune.data import windows
-from jprune.data.for_model import evaluation_windows, suggested_evaluation_length
 from jprune.errors import JpruneError
 from jprune.evaluate.perplexity import Perplexity
-from jprune.pipeline.options import Evaluation, Result, sorted_into
+from jprune.pipeline.options import Evaluation, Output, sorted_into
 from jprune.pipeline.registry import name_of
 from jprune.pipeline.shrink.plan import check_target, planned
 from jprune.pipeline.shrink.report import ShrinkReport
@@ -49,14 +48,14 @@ def shrink_model(
       calibration: source of the text that importance is read from, or token windows [n, length].
       dtype: of the activations; float32 on CPU, elsewhere what the weights have. Gradients are float32.
       progress: called often.
-      **options: the fields of `Evaluation` and `Result` in `jprune.pipeline.options`: evaluate, evaluate_length,
+      **options: the fields of `Evaluation` and `Output` in `jprune.pipeline.options`: evaluate, evaluate_length,
         evaluate_windows, format (by default "hf" if all layers end up equal, else "jprune"), overwrite. There is
         nothing to resume: what is interrupted leaves nothing behind.
 
     Raises:
       JpruneError: anything that does not fit; `out` is then untouched.
     """
-    measured, result = sorted_into(options, Evaluation, Result)
+    measured, result = sorted_into(options, Evaluation, Output)
     stopwatch = Stopwatch()
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     out = Path(out).expanduser()
@@ -68,7 +67,7 @@ def shrink_model(
     activations = activation_dtype(checkpoint, dtype)
     with stopwatch.phase("data"):
         examples = _examples(checkpoint, method, calibration)
-        evaluation = _evaluation(checkpoint, measured)
+        evaluation = measured.text(checkpoint)
 
     def measure(weights: Checkpoint, phase: str) -> Perplexity | None:
         if evaluation is None:
@@ -123,17 +122,6 @@ def _examples(checkpoint: Checkpoint, method: UnitMethod, source: windows.Spec) 
         vocab_size=checkpoint.config.vocab,
         context=checkpoint.config.context,
     )
-
-
-def _evaluation(checkpoint: Checkpoint, measured: Evaluation) -> windows.Windows | None:
-    """The windows to measure on; None if nothing is to be measured."""
-    source, length = measured.evaluate, measured.evaluate_length
-    if source is None:
-        return None
-    if isinstance(source, Mapping):
-        raise JpruneError(f"a smaller model is measured on one text, not on {len(source)} domains; give one source")
-    length = suggested_evaluation_length(checkpoint, source) if length is None else length
-    return evaluation_windows(checkpoint, source, length=length, count=measured.evaluate_windows)
 
 
 def _contents(
