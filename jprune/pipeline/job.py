@@ -17,7 +17,7 @@ from jprune.checkpoints.formats import Format
 from jprune.data.windows import Windows
 from jprune.methods import Method
 from jprune.pipeline.options import Evaluation
-from jprune.pipeline.recipe import Recipe, calibration_windows, chosen_kernels, pattern_text, window_shape
+from jprune.pipeline.recipe import Recipe, calibration_windows, chosen_kernels, window_shape
 from jprune.pipeline.registry import name_of
 from jprune.runs.report import environment
 
@@ -114,10 +114,10 @@ class Job:
             "the model": self.checkpoint.fingerprint(),
             "the calibration text or its windows": self.calibration.sha256 if self.calibration else None,
             "the method": {"name": name_of(self.method), **dataclasses.asdict(self.method)},
-            "the pattern": pattern_text(recipe.pattern),
+            "the pattern": recipe.pattern.json(),
             "--where": recipe.where,
             "--skip": recipe.skip,
-            "--override": {regex: pattern_text(pattern) for regex, pattern in recipe.overrides.items()},
+            "--override": {regex: pattern.json() for regex, pattern in recipe.overrides.items()},
             "--dtype": jnp.dtype(self.dtype).name,
             "--expert-tokens": recipe.expert_tokens,
             "--keep-zeros": recipe.keep_zeros,

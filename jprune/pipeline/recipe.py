@@ -33,8 +33,8 @@ class Recipe(Choice, Calibration):
         """The recipe as the record of a result has it, without where the calibration text comes from."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["calibration"]
-        overrides = {regex: pattern_text(pattern) for regex, pattern in self.overrides.items()}
-        return fields | {"pattern": pattern_text(self.pattern), "overrides": overrides}
+        overrides = {regex: pattern.json() for regex, pattern in self.overrides.items()}
+        return fields | {"pattern": self.pattern.json(), "overrides": overrides}
 
 
 def chosen_kernels(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Kernel, ...]:
@@ -54,8 +54,3 @@ def calibration_windows(checkpoint: Checkpoint, recipe: Recipe) -> windows.Windo
     return for_model.calibration_windows(
         checkpoint, recipe.calibration, samples=recipe.samples, length=recipe.sequence_length, seed=recipe.seed
     )
-
-
-def pattern_text(pattern: Pattern) -> str | dict[str, Any]:
-    """A pattern as a recipe file has it."""
-    return pattern.json()
