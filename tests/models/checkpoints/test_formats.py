@@ -270,7 +270,7 @@ def test_decilm_groups_of_query_heads(make, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("llama", {"groups": (0, 2)}, "layer 1 has 4 query heads and layer 0 has 6.*Write --format jprune"),
+        ("llama", {"groups": (0, 2)}, "layer 1 has 4 query heads and layer 0 has 6.*Write `format` jprune"),
         ("qwen3", {"d_ff": 9}, "cannot hold this Qwen3ForCausalLM: DeciLM computes as Llama does"),
         ("mistral", {"d_ff": 9}, "layer 0 has a sliding window of 7 tokens"),
     ],

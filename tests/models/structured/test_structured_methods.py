@@ -216,7 +216,7 @@ def test_magnitude_takes_means_and_taylor_sums(rng):
         ({"mode": "layer"}, "give layers"),
         ({"layers": 3}, "give layers"),
         ({"mode": "layer", "layers": 0}, "at least one layer must stay"),
-        ({"normalise": "mean"}, "goes with globally"),
+        ({"normalise": "mean"}, "goes with `globally`"),
     ],
 )
 def test_refused_options(options, message):

@@ -118,7 +118,7 @@ def test_a_plan_that_does_not_fit_says_what_helps(tiny_model, token_file):
     assert not plan.fits
     assert (plan.activations, plan.intermediates) == ("disk", "disk")
     text = " ".join(plan.advice)
-    for word in ("--sequence-length", "--dtype bfloat16", "--skip mlp/down", "wanda", "more memory"):
+    for word in ("`sequence_length`", "`dtype` bfloat16", "`skip` mlp/down", "wanda", "more memory"):
         assert word in text
 
 

@@ -157,7 +157,7 @@ def test_bad_input(tiny_model, tmp_path):
     )
     refused("must have one length, and have 12 .much., 8 .little.", data={**DATA, "little": DATA["little"][:, :8]})
     refused("proportions: 'x' is no domain of the data; there are much, little", proportions={"x": 1.0})
-    refused("--evaluate: 'x' is no domain", evaluate={"x": DATA["much"]})
+    refused("`evaluate`: 'x' is no domain", evaluate={"x": DATA["much"]})
     missing = DynamicLoading(reference_losses={"much": 1.0})
     refused("reference losses: none is given for 'little'; every domain needs one", dynamic_loading=missing)
     other = DynamicLoading(reference=str(tiny_model("other", vocab_size=97)))

@@ -199,7 +199,7 @@ def test_bad_input(tiny_model, tiny_config, data, tmp_path):
         assert not (tmp_path / "out").exists()
 
     refused("too little to train on: it has 3 windows", data=data[:3])
-    refused("of 6 steps 5 are there to prune in .* fewer than --every 10", method={"every": 10})
+    refused("of 6 steps 5 are there to prune in .* fewer than `every` 10", method={"every": 10})
     refused("a plain Hugging Face folder has one size for all layers", format="hf")
     refused("a share of 0.01 is less than one of any layer's", method={"ratio": 0.01})
     refused("first 2 and last 1 of 3 layers are protected", method={"protect_first": 2})
@@ -207,15 +207,15 @@ def test_bad_input(tiny_model, tiny_config, data, tmp_path):
     with pytest.raises(JpruneError, match="kernels of experts get no adapters"):
         plan_loraprune(folder, method=LoRAPrune(ratio=0.5))
     for options, match in [
-        ({}, r"--ratio\) or of weights \(--sparsity"),
+        ({}, r"`ratio`\) or of weights \(`sparsity`"),
         ({"ratio": 0.5, "sparsity": 0.5}, "either a share of heads"),
-        ({"ratio": 1.0}, "--ratio lies between 0 and 1, got 1.0"),
-        ({"sparsity": 0.0}, "--sparsity lies between 0 and 1, got 0.0"),
-        ({"ratio": 0.5, "every": 0}, "--every must be at least 1"),
-        ({"ratio": 0.5, "begin": 0.9, "end": 0.9}, "--begin < --end"),
-        ({"ratio": 0.5, "protect_last": -1}, "--protect-last must not be negative"),
-        ({"sparsity": 0.5, "uniform": True}, "--uniform is about the sizes"),
-        ({"ratio": 0.5, "rank": 0}, "--rank must be at least 1"),
+        ({"ratio": 1.0}, "`ratio` lies between 0 and 1, got 1.0"),
+        ({"sparsity": 0.0}, "`sparsity` lies between 0 and 1, got 0.0"),
+        ({"ratio": 0.5, "every": 0}, "`every` must be at least 1"),
+        ({"ratio": 0.5, "begin": 0.9, "end": 0.9}, "`begin` < `end`"),
+        ({"ratio": 0.5, "protect_last": -1}, "`protect_last` must not be negative"),
+        ({"sparsity": 0.5, "uniform": True}, "`uniform` is about the sizes"),
+        ({"ratio": 0.5, "rank": 0}, "`rank` must be at least 1"),
     ]:
         with pytest.raises(JpruneError, match=match):
             LoRAPrune(**options)

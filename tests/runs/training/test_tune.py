@@ -196,12 +196,12 @@ def test_bad_input(tiny_model, data, tmp_path):
     refused("blocks/9.* matches none", Lora(**SHORT, targets="blocks/9/"))
     refused("a warm-up of 9 steps leaves none of the 4", Lora(**SHORT | {"warmup": 9}))
     for kind, options, match in [
-        (Lora, {"rank": 0}, "--rank must be at least 1"),
-        (Lora, {"dropout": 1.0}, r"--dropout must be in \[0, 1\)"),
-        (Lora, {"steps": 1, "epochs": 1}, "either --steps or --epochs"),
-        (Full, {"temperature": 2.0}, "give --teacher"),
-        (Full, {"teacher": "x", "temperature": 0.0}, "--temperature must be above 0"),
-        (Full, {"batch_size": 0}, "--batch-size must be at least 1"),
+        (Lora, {"rank": 0}, "`rank` must be at least 1"),
+        (Lora, {"dropout": 1.0}, r"`dropout` must be in \[0, 1\)"),
+        (Lora, {"steps": 1, "epochs": 1}, "either `steps` or `epochs`"),
+        (Full, {"temperature": 2.0}, "give `teacher`"),
+        (Full, {"teacher": "x", "temperature": 0.0}, "`temperature` must be above 0"),
+        (Full, {"batch_size": 0}, "`batch_size` must be at least 1"),
     ]:
         with pytest.raises(JpruneError, match=match):
             kind(**options)
