@@ -1,7 +1,7 @@
 """Collects what the pins compare, in a process of its own: one CPU device, no checks of shapes, nothing patched.
 
-    python tests/pins/collect.py found.json --all      # what the code does now
-    python tests/pins/collect.py --update              # makes that the snapshots, with XLA's optimisations and without
+    python tests/pins/collect.py found.json  # what the code does now
+    python tests/pins/collect.py --update    # makes that the snapshots, with XLA's optimisations and without
 
 It uses what users use, and nothing else of jprune: the command line, the public names, and files. Weights and tokens
 are made of integers by NumPy, so that they are the same bits everywhere.
@@ -27,7 +27,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from typed import CALLS, HELP_OF_PARTS, MORE, RUNS, SAYS
+from typed import CALLS, HELP_OF_PARTS, RUNS, SAYS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -267,11 +267,10 @@ def _without_orbax(files: list[str]) -> list[str]:
     return sorted({re.sub(r"/(d|ocdbt\.process_\w+)/.*", "/...", f) for f in files})
 
 
-def collect_runs(shell: Shell, here: Path, *, everything: bool) -> dict[str, Any]:
+def collect_runs(shell: Shell, here: Path) -> dict[str, Any]:
     """Types the commands of RUNS and SAYS."""
     found: dict[str, Any] = {"keys": {}, "structure": {}, "bits": {}}
-    left_out = set() if everything else MORE
-    for name, line in ((n, each) for n, each in RUNS.items() if n not in left_out):
+    for name, line in RUNS.items():
         out = here / name.replace(" ", "_").replace(",", "")
         shell.names[name.replace(" ", "_")] = str(out)
         told = shell.json(line, "--out", str(out))
@@ -285,7 +284,7 @@ def collect_runs(shell: Shell, here: Path, *, everything: bool) -> dict[str, Any
         beside = sorted(p.name.replace(out.name, "OUT") for p in here.glob(f"{out.name}.*"))
         recipe = json.loads(json.dumps(record.get("recipe")).replace(str(here), "HERE"))
         found["structure"][name] = {"recipe": recipe, "beside": beside, **structure}
-    for name, line in ((n, each) for n, each in SAYS.items() if n not in left_out):
+    for name, line in SAYS.items():
         told = shell.json(line)
         found["keys"][name] = {"--json": schema(told)}
         if name in ("eval perplexity", "generate"):
@@ -400,7 +399,7 @@ def collect_python(names: dict[str, str], here: Path) -> dict[str, Any]:
     }
 
 
-def collect(*, everything: bool) -> dict[str, Any]:
+def collect() -> dict[str, Any]:
     """All parts."""
     with tempfile.TemporaryDirectory() as temporary:
         here = Path(temporary).resolve()
@@ -411,7 +410,7 @@ def collect(*, everything: bool) -> dict[str, Any]:
         return {
             "environment": environment(),
             "help": collect_help(shell),
-            **collect_runs(shell, here, everything=everything),
+            **collect_runs(shell, here),
             "statuses": collect_statuses(shell),
             "names": collect_names(),
             "python": collect_python(names, here),
@@ -431,12 +430,12 @@ def recorded_bits() -> list[tuple[Path, dict[str, Any]]]:
     return [(path, json.loads(path.read_text())) for path in sorted((HERE / "snapshots").glob("bits-*.json"))]
 
 
-def in_fresh_process(*, everything: bool, **variables: str) -> dict[str, Any]:
+def in_fresh_process(**variables: str) -> dict[str, Any]:
     """`collect` in a process of its own, of this working tree."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
         subprocess.run(
-            [sys.executable, __file__, path, *(["--all"] if everything else [])],
+            [sys.executable, __file__, path],
             env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", **variables},
             check=True,
         )
@@ -461,13 +460,12 @@ def _write(path: Path, contents: Any) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true")
-    parser.add_argument("--all", action="store_true")
     parser.add_argument("out", nargs="?", type=Path)
     options = parser.parse_args()
     if options.update == (options.out is not None):
         parser.error("give either a file for what is found, or --update")
     if options.update:
         for xla_flags in ("", WITHOUT_OPTIMISATIONS):
-            update(in_fresh_process(everything=True, XLA_FLAGS=xla_flags))
+            update(in_fresh_process(XLA_FLAGS=xla_flags))
     else:
-        _write(options.out, collect(everything=options.all))
+        _write(options.out, collect())

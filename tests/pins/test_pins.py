@@ -1,8 +1,7 @@
 """What users can see stays as it is: flags, keys of JSON, public names, exit statuses, and what every command writes.
 
 Prose is free: of a help text only the flags, what they take and their defaults are compared. Bits are compared where
-they were recorded for the same packages, kind of processor and flags of XLA; everything else is compared always. Runs
-that compile more are in test_more_pins.py.
+they were recorded for the same packages, kind of processor and flags of XLA; everything else is compared always.
 
 Where a change is meant, `python tests/pins/collect.py --update` rewrites the snapshots, and the diff is what to review.
 """
@@ -10,7 +9,7 @@ Where a change is meant, `python tests/pins/collect.py --update` rewrites the sn
 import collect
 import pytest
 from comparing import KNOWN, differences, same, same_bits, same_keys, same_structure, without_new
-from typed import MORE, RUNS, SAYS
+from typed import RUNS, SAYS
 
 
 def test_commands(found):
@@ -34,17 +33,17 @@ def test_every_command_is_pinned(found):
             assert any(line.startswith(f"{name} ") for line in planned), f"no plan of `jprune {name}` is pinned"
 
 
-@pytest.mark.parametrize("name", [name for name in KNOWN["keys"] if name not in MORE])
+@pytest.mark.parametrize("name", KNOWN["keys"])
 def test_keys_of_json(found, name):
     same_keys(found, name)
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name not in MORE])
+@pytest.mark.parametrize("name", RUNS)
 def test_structure(found, name):
     same_structure(found, name)
 
 
-@pytest.mark.parametrize("name", [name for name in [*RUNS, "eval perplexity", "generate"] if name not in MORE])
+@pytest.mark.parametrize("name", [*RUNS, "eval perplexity", "generate"])
 def test_bits(found, name):
     same_bits(found, name)
 
@@ -52,7 +51,6 @@ def test_bits(found, name):
 def test_every_run_has_a_snapshot():
     assert list(KNOWN["keys"]) == [*RUNS, *SAYS]
     assert list(KNOWN["structure"]) == list(RUNS)
-    assert set(KNOWN["keys"]) >= MORE
 
 
 def test_exit_statuses(found):

@@ -64,21 +64,6 @@ SAYS: dict[str, str] = {
 }
 """Commands that write nothing, less --json."""
 
-MORE = {
-    "sparsegpt 2:4",
-    "sparsegpt --keep-zeros",
-    "sparsegpt, kernel by kernel",
-    "sparsegpt from its record",
-    "llm-pruner by both orders",
-    "llm-pruner, channels",
-    "tune lora --keep-adapters",
-    "tune full --teacher",
-    "loraprune --sparsity",
-    "prune-and-tune, adapters",
-    "prune sparsegpt --plan",
-}
-"""Those that are left out without --all."""
-
 CALLS: list[str] = [
     "",
     "--help",

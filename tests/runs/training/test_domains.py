@@ -162,7 +162,7 @@ def test_bad_input(tiny_model, tmp_path):
     refused("reference losses: none is given for 'little'; every domain needs one", dynamic_loading=missing)
     other = DynamicLoading(reference=str(tiny_model("other", vocab_size=97)))
     refused("vocabulary of the reference model .* has 97 tokens and the model's 96", dynamic_loading=other)
-    refused("are about domains; give --data NAME=SOURCE", data=DATA["much"], proportions=None, dynamic_loading=LOADING)
+    refused("are about domains; give `data` NAME=SOURCE", data=DATA["much"], proportions=None, dynamic_loading=LOADING)
     with pytest.raises(JpruneError, match="needs either a reference loss for every domain"):
         DynamicLoading()
     with pytest.raises(JpruneError, match="reference loss of domain 'a' must be a number above 0; it is 0"):

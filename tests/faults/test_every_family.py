@@ -1,7 +1,7 @@
 """What a family's table must pass to exist, for every variant it names; see docs/add-a-family.md.
 
 The truth is transformers: models of random weights are saved by it, loaded by us, and compared. What can be done with
-a family once it exists, and other sizes, is in tests/faults/test_every_family_pruned.py.
+a family once it exists, and other sizes, is in test_every_family_pruned.py.
 """
 
 import jax
