@@ -59,7 +59,7 @@ class Suggested:
 
 
 _USUAL = Suggested()
-# SparseGPT at 50 % with 16 windows: perplexity 18.29 (one seed); with 64, in four times the calibration, 18.09.
+# A quarter of the tokens of the published results; what it costs is in docs/prune-a-model.md.
 _DEMO = Suggested(samples=16, length=512, evaluation_length=512, training_length=256)
 
 
