@@ -26,7 +26,7 @@ FLOORS = [
     ["methods"],
     ["trace", "solvers"],
 ]
-GROUND = ["patterns", "masks", "statistics", "trees", "devices", "errors", "paths", "settings"]
+GROUND = ["patterns", "masks", "statistics", "trees", "devices", "errors", "paths", "places", "settings"]
 """Modules of one room: they may know each other, but not in a circle."""
 FLOOR = {room: level for level, rooms in enumerate([*FLOORS, GROUND]) for room in rooms}
 
