@@ -4,10 +4,14 @@ Each is a small pytree that starts at zero, takes batches of tokens and merges w
 devices, hosts), always summing in float32. Fields are not annotated with shapes because JAX also fills them with
 abstract values and placeholders. Sums are kept, not means: they merge by addition, and no method here
 depends on the scale. The authors of SparseGPT and Wanda keep 2/n sum x x^T and 1/n sum x^2 with n sequences.
+
+Tokens may have weights, as padding has 0: a token of weight w counts w times in every sum, one of weight 0 is not read
+at all (it may be NaN), and `tokens` is the number of those with a weight above 0.
 """
 
 import dataclasses
 import functools
+import inspect
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -15,8 +19,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from jprune import devices
+from jprune import devices, weighting
 from jprune.errors import JpruneError
+from jprune.weighting import Weights
 
 S = TypeVar("S")
 
@@ -41,7 +46,10 @@ class Statistic(Protocol):
         ...
 
     def update(self: S, x: Float[Array, "tokens d_in"]) -> S:
-        """Having seen `x` too."""
+        """Having seen `x` too.
+
+        With a second parameter ``weights=None``, ``[tokens]``, it can be gathered where tokens have weights.
+        """
         ...
 
     def merge(self: S, other: S) -> S:
@@ -57,7 +65,7 @@ class _Sum:
     total: Any
     """float32; its first axis numbers the inputs."""
     tokens: Any
-    """Number of tokens, int32 []."""
+    """Number of tokens with a weight above 0, int32 []."""
 
     @property
     def d_in(self) -> int:
@@ -89,9 +97,10 @@ class SquaredNorm(_Sum):
         """Bytes of one statistic: a float32 of each input, and the count."""
         return 4 * d_in + 4
 
-    def update(self, x: Float[Array, "tokens d_in"]) -> "SquaredNorm":
+    def update(self, x: Float[Array, "tokens d_in"], weights: Weights | None = None) -> "SquaredNorm":
         """Having seen `x` too."""
-        return SquaredNorm(self.total + jnp.sum(jnp.square(x.astype(jnp.float32)), axis=0), self.tokens + x.shape[0])
+        x, count = weighting.scaled(x, weights)
+        return SquaredNorm(self.total + jnp.sum(jnp.square(x.astype(jnp.float32)), axis=0), self.tokens + count)
 
 
 @jax.tree_util.register_dataclass
@@ -114,27 +123,30 @@ class Gram(_Sum):
         """Bytes of one statistic: a float32 matrix, and the count."""
         return 4 * d_in**2 + 4
 
-    def update(self, x: Float[Array, "tokens d_in"]) -> "Gram":
+    def update(self, x: Float[Array, "tokens d_in"], weights: Weights | None = None) -> "Gram":
         """Having seen `x` too."""
-        return Gram(self.total + _gram(x), self.tokens + x.shape[0])
+        x, count = weighting.scaled(x, weights)
+        return Gram(self.total + _gram(x), self.tokens + count)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Mean and variance of every input (population variance: divided by the number of tokens)."""
+    """Mean and variance of every input (population variance: divided by the number of tokens, or their weight)."""
 
     mean: Any
     """float32 [d_in]."""
     squares: Any
     """Sum of squared distances from the mean, float32 [d_in]."""
     tokens: Any
-    """Number of tokens, int32 []."""
+    """Number of tokens with a weight above 0, int32 []."""
+    weight: Any
+    """Sum of the weights of all tokens, float32 []; their number, where they have none."""
 
     @classmethod
     def zeros(cls, d_in: int) -> "Moments":
         """Nothing seen yet."""
-        return cls(jnp.zeros(d_in, jnp.float32), jnp.zeros(d_in, jnp.float32), jnp.int32(0))
+        return cls(jnp.zeros(d_in, jnp.float32), jnp.zeros(d_in, jnp.float32), jnp.int32(0), jnp.float32(0))
 
     @classmethod
     def flops(cls, tokens: int, d_in: int) -> float:
@@ -143,22 +155,27 @@ class Moments:
 
     @classmethod
     def nbytes(cls, d_in: int) -> int:
-        """Bytes of one statistic: two float32 of each input, and the count."""
-        return 8 * d_in + 4
+        """Bytes of one statistic: two float32 of each input, the count and the weight."""
+        return 8 * d_in + 8
 
-    def update(self, x: Float[Array, "tokens d_in"]) -> "Moments":
+    def update(self, x: Float[Array, "tokens d_in"], weights: Weights | None = None) -> "Moments":
         """Having seen `x` too."""
-        x = x.astype(jnp.float32)
-        mean = jnp.mean(x, axis=0)
-        return self.merge(Moments(mean, jnp.sum(jnp.square(x - mean), axis=0), jnp.int32(x.shape[0])))
+        each = weighting.each(x, weights)
+        counts = each[:, None] > 0
+        x = jnp.where(counts, x.astype(jnp.float32), 0.0)
+        weight = jnp.sum(each)
+        mean = jnp.sum(each[:, None] * x, axis=0) / jnp.where(weight > 0, weight, 1.0)
+        squares = jnp.sum(each[:, None] * jnp.square(x - mean), axis=0)
+        return self.merge(Moments(mean, squares, jnp.sum(counts, dtype=jnp.int32), weight))
 
     def merge(self, other: "Moments") -> "Moments":
         """Having seen what either has seen: Chan et al. (1979), which does not cancel as sum x^2 - n mean^2 does."""
-        tokens = self.tokens + other.tokens
-        share = other.tokens.astype(jnp.float32) / jnp.maximum(tokens, 1).astype(jnp.float32)
+        weight = self.weight + other.weight
+        share = other.weight / jnp.where(weight > 0, weight, 1.0)
         gap = other.mean - self.mean
-        between = jnp.square(gap) * share * self.tokens.astype(jnp.float32)
-        return Moments(self.mean + gap * share, self.squares + other.squares + between, tokens)
+        between = jnp.square(gap) * share * self.weight
+        squares = self.squares + other.squares + between
+        return Moments(self.mean + gap * share, squares, self.tokens + other.tokens, weight)
 
     @property
     def d_in(self) -> int:
@@ -168,7 +185,7 @@ class Moments:
     @property
     def variance(self) -> Float[Array, "d_in"]:
         """Population variance of every input."""
-        return self.squares / jnp.maximum(self.tokens, 1).astype(jnp.float32)
+        return self.squares / jnp.where(self.weight > 0, self.weight, 1.0)
 
 
 @jax.tree_util.register_dataclass
@@ -176,11 +193,12 @@ class Moments:
 class Stacked:
     """A sum for each of a stack of kernels that have inputs of their own, such as experts.
 
-    A token that is not sent to an expert has zeros there; they add nothing to a sum, and are not counted.
+    A token that is not sent to an expert has zeros there, or a weight of 0; either adds nothing to a sum, and is not
+    counted.
     """
 
     each: Any
-    """A `SquaredNorm` or `Gram` with one more axis in front of every field."""
+    """A `SquaredNorm` or `Gram` with one more axis in front of every field; or another statistic, to be merged only."""
 
     @classmethod
     def zeros(cls, kind: Any, d_in: int, count: int) -> "Stacked":
@@ -195,22 +213,35 @@ class Stacked:
     @property
     def d_in(self) -> int:
         """Number of inputs of each kernel."""
-        return self.each.total.shape[1]
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.each).d_in
 
     @property
     def tokens(self) -> Any:
         """Number of tokens that each kernel has seen, int32 [count]."""
         return self.each.tokens
 
-    def update(self, x: Float[Array, "count tokens d_in"]) -> "Stacked":
-        """Having seen `x` too."""
-        added = jax.vmap(lambda each, x: each.update(x))(self.each, x)
-        seen = jnp.sum(jnp.any(x != 0, axis=-1), axis=-1, dtype=jnp.int32)
+    def update(self, x: Float[Array, "*count tokens d_in"], weights: Weights | None = None) -> "Stacked":
+        """Having seen `x` too.
+
+        Args:
+          x: ``[count, tokens, d_in]``, inputs of each kernel; or ``[tokens, d_in]``, those of all of them, of which
+            each sees what `weights` say.
+          weights: of the tokens of each kernel, ``[count, tokens]``, or of all alike, ``[tokens]``. Where a router
+            picks experts by their number, it is the one-hot form of the picks.
+        """
+        count, tokens = len(self.each.total), x.shape[-2]
+        if weights is not None:
+            weights = weighting.checked(weights, (count, tokens) if weights.ndim == 2 else (tokens,))
+        axes = (0, 0 if x.ndim == 3 else None, 0 if weights is not None and weights.ndim == 2 else None)
+        added = jax.vmap(update, in_axes=axes)(self.each, x, weights)
+        seen = jnp.any(x != 0, axis=-1)
+        seen = seen if weights is None else seen & (weights > 0)
+        seen = jnp.sum(jnp.broadcast_to(seen, (count, tokens)), axis=-1, dtype=jnp.int32)
         return Stacked(dataclasses.replace(added, tokens=self.each.tokens + seen))
 
     def merge(self, other: "Stacked") -> "Stacked":
         """Having seen what either has seen."""
-        return Stacked(self.each.merge(other.each))
+        return Stacked(jax.vmap(lambda a, b: a.merge(b))(self.each, other.each))
 
     def of(self, index: int) -> Any:
         """What one kernel has seen."""
@@ -225,6 +256,23 @@ class Stacked:
 def zeros(kind: Any, d_in: int, *stack: int) -> Any:
     """A statistic that has seen nothing: of one kernel, or of a stack of so many."""
     return Stacked.zeros(kind, d_in, *stack) if stack else kind.zeros(d_in)
+
+
+def update(statistic: Any, x: Float[Array, "*stack tokens d_in"], weights: Weights | None = None) -> Any:
+    """The statistic having seen `x` too, each token by its weight if they have any.
+
+    Raises:
+      JpruneError: there are weights, and the class's `update` has no parameter for them; or they do not fit.
+    """
+    if weights is None:
+        return statistic.update(x)
+    parameters = inspect.signature(statistic.update).parameters.values()
+    if not any(p.name == "weights" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        raise JpruneError(
+            f"expected a statistic that takes weights of tokens, {type(statistic).__name__}.update has no parameter "
+            "`weights`: give it one, `def update(self, x, weights=None)`, or gather it without weights"
+        )
+    return statistic.update(x, weights=weights)
 
 
 def flops(kind: Any, tokens: int, d_in: int) -> float:
@@ -265,7 +313,9 @@ def update_in_parts(parts: S, x: Float[Array, "*stack tokens d_in"], mesh: Mesh)
 
 def merge_parts(parts: S) -> S:
     """One statistic that has seen what all parts have, which are numbered by the first axis of every field."""
-    if isinstance(parts, _Sum | Stacked):  # one sum, and so one reduction over devices
+    if isinstance(
+        parts.each if isinstance(parts, Stacked) else parts, _Sum
+    ):  # one sum, and so one reduction over devices
         return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0, dtype=leaf.dtype), parts)
     count = len(jax.tree.leaves(parts)[0])
     return functools.reduce(lambda a, b: a.merge(b), [jax.tree.map(lambda x, i=i: x[i], parts) for i in range(count)])

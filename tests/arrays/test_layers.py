@@ -26,7 +26,10 @@ FLOORS = [
     ["methods"],
     ["trace", "solvers"],
 ]
-GROUND = ["patterns", "masks", "statistics", "trees", "devices", "errors", "paths", "places", "settings"]
+GROUND = [
+    *("patterns", "masks", "counts", "statistics", "weighting", "evidence", "places"),
+    *("trees", "devices", "errors", "paths", "settings"),
+]
 """Modules of one room: they may know each other, but not in a circle."""
 FLOOR = {room: level for level, rooms in enumerate([*FLOORS, GROUND]) for room in rooms}
 
