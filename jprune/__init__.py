@@ -122,12 +122,16 @@ _LAZY = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        value = getattr(importlib.import_module(_LAZY[name]), name)
-    elif name in _MODULES:
-        value = importlib.import_module(_MODULES[name])
-    else:
+    where = _LAZY.get(name) or _MODULES.get(name)
+    if where is None:
         raise AttributeError(f"module 'jprune' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        from jprune.packages import missing
+
+        raise missing(error, f"jprune.{name}") from error
+    value = getattr(module, name) if name in _LAZY else module
     globals()[name] = value
     return value
 

@@ -17,8 +17,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt
 
+from jprune.annotations import Array, Bool, Float, Int, UInt
 from jprune.errors import JpruneError
 
 

@@ -19,9 +19,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
 
 from jprune import masks, trees
+from jprune.annotations import Array, Bool, Float
 from jprune.errors import JpruneError
 
 Scope = Literal["output", "block", "kernel"]

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Shaped
 
+from jprune.annotations import Array, Shaped
 from jprune.errors import JpruneError
 
 

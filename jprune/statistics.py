@@ -17,9 +17,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
 
 from jprune import devices, weighting
+from jprune.annotations import Array, Float
 from jprune.errors import JpruneError
 from jprune.weighting import Weights
 

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Shaped
 
+from jprune.annotations import Array, Shaped
 from jprune.errors import JpruneError
 
 PyTree = Any

@@ -8,8 +8,8 @@ count as 0.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
 
+from jprune.annotations import Array, Float, Int, Shaped
 from jprune.errors import JpruneError
 
 Weights = Shaped[Array | np.ndarray, "..."]

@@ -28,7 +28,7 @@ SHAPED = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for package in ("jprune", "pallas_kernels")
     for path in sorted((ROOT / package).rglob("*.py"))
-    if "from jaxtyping import" in path.read_text()
+    if "from jprune.annotations import" in path.read_text()
 ]
 jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
 

@@ -23,6 +23,7 @@ from jprune.checkpoints.huggingface.read import read_side_files
 from jprune.checkpoints.model import Model
 from jprune.checkpoints.source import Source, StoredTensor, identify, reason
 from jprune.errors import JpruneError
+from jprune.packages import require
 
 PART_BYTES = 2**28
 """Parameters are saved in parts of at least this size, which are in memory at one time."""
@@ -53,6 +54,7 @@ def save(folder: Path, checkpoint: Model, params: Mapping[str, Any], contents: M
     Raises:
         JpruneError: parameters do not fit the model, or the disk is full.
     """
+    require("orbax.checkpoint")
     from orbax.checkpoint import v1 as ocp
 
     leaves = trees.flatten(params)
@@ -83,6 +85,7 @@ class Writer:
     """
 
     def __init__(self, folder: Path, checkpoint: Model, dtypes: Mapping[str, Any] | None = None):
+        require("orbax.checkpoint")
         self._folder, self._checkpoint, self._dtypes = folder, checkpoint, dtypes or {}
         self._pending = dict(checkpoint.shapes)
         self._written: dict[str, np.dtype] = {}
@@ -143,6 +146,7 @@ def open_source(folder: Path) -> Source:
     Raises:
         JpruneError: an Orbax checkpoint without a config, or one that is damaged.
     """
+    require("orbax.checkpoint")
     from orbax.checkpoint import v1 as ocp
 
     if not (folder / _PARAMS / _MARK).exists() or not (folder / "config.json").exists():

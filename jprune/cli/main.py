@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jprune.errors import JpruneError, UsageError
+from jprune.packages import missing
 from jprune.pipeline.registry import IN_ROUNDS, ONE_SHOT, PRUNERS, STRUCTURED, TRAINED, TUNERS, Methods
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _tell(command.run(), form, as_json=command.json)
     except JpruneError as error:
         return _fail(error, 2 if isinstance(error, UsageError) else 1, form)
+    except ModuleNotFoundError as error:
+        return _fail(missing(error, "this command"), 1, form)
     except KeyboardInterrupt as error:
         return _fail(f"interrupted; {error or 'nothing was written'}", 130, form)
     except (MemoryError, RuntimeError) as error:

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, Int32, Integer
 
+from jprune.annotations import Int, Int32, Integer
 from jprune.data import sources, windows
 from jprune.data.stream import Batch, Stream, check_place
 from jprune.data.windows import Spec, Tokenizer
 from jprune.errors import JpruneError
+from jprune.packages import require
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +153,7 @@ class BatchIterator(Iterator[Batch]):
     """Goes through `Batches`; knows its place, and can be set to another one."""
 
     def __init__(self, batches: Batches):
+        require("grain")
         import grain
 
         self._batches = batches

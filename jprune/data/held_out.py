@@ -5,8 +5,8 @@ Sources with splits keep the two apart; local files do only if the user names tw
 """
 
 import numpy as np
-from jaxtyping import Integer
 
+from jprune.annotations import Integer
 from jprune.data.batches import Batches
 from jprune.data.mixture import Mixture
 

@@ -19,8 +19,8 @@ from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int
 
+from jprune.annotations import Int
 from jprune.data.chat import ChatTemplate
 from jprune.data.records import Record, found
 from jprune.data.stream import Batch

@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
+from jprune.annotations import Int
 from jprune.data import windows
 from jprune.data.batches import Batches, Examples
 from jprune.data.stream import Batch, Stream, check_place
 from jprune.errors import JpruneError
+from jprune.packages import require
 
 HELD_OUT_SHARE = 20
 """By default one window in this many is held out of a domain."""
@@ -153,6 +154,7 @@ class MixtureIterator(Iterator[Batch]):
     """
 
     def __init__(self, mixture: Mixture):
+        require("grain")
         import grain
 
         self._mixture = mixture

@@ -24,8 +24,8 @@ from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Integer
 
+from jprune.annotations import Integer
 from jprune.data import records
 from jprune.errors import JpruneError
 

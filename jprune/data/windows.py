@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32, Integer
 
+from jprune.annotations import Int32, Integer
 from jprune.data import sources
 from jprune.errors import JpruneError
 

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32
 
+from jprune.annotations import Array, Float, Int, Int32
 from jprune.models import decoder
 from jprune.models.config import DecoderConfig
 from jprune.models.weights import Weights

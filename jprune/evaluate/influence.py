@@ -6,8 +6,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float64, Int32
 
+from jprune.annotations import Array, Float, Float64, Int32
 from jprune.models import decoder
 from jprune.models.batching import windows_at_once
 from jprune.models.weights import Weights

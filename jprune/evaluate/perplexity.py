@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float64, Int, Integer
 
 from jprune import devices, trees
+from jprune.annotations import Array, Float, Float64, Int, Integer
 from jprune.errors import JpruneError
 from jprune.models import decoder
 from jprune.models.batching import windows_at_once

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
 
 from jprune import masks
+from jprune.annotations import Array, Bool, Float
 from jprune.patterns import Pattern, Scope, known
 from jprune.solvers.pruned import Pruned
 from jprune.statistics import Statistic

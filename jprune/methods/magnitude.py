@@ -8,8 +8,8 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from jprune.annotations import Array, Float
 from jprune.methods.base import ByScore
 from jprune.patterns import Scope
 

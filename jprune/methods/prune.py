@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Array, Bool
-
 from jprune import trees
+from jprune.annotations import Array, Bool
 from jprune.errors import JpruneError
 from jprune.methods.base import Method
 from jprune.patterns import Pattern, known

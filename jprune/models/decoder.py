@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int, Key
 
 from jprune import trees
+from jprune.annotations import Array, DTypeLike, Float, Int, Key
 from jprune.models.attention import Cache
 from jprune.models.config import DecoderConfig, shapes
 from jprune.models.modules import Block, Embed, Linear, Norm, NormOptions, Options, Params, norm_options

@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
 
+from jprune.annotations import Array, Float, Int, Key
 from jprune.errors import JpruneError
 from jprune.models import decoder
 from jprune.models.attention import Cache

@@ -16,8 +16,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
+from jprune.annotations import Array, Float, Int
 from jprune.errors import JpruneError
 from jprune.models import decoder, stacked
 from jprune.models.config import DecoderConfig

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
 
+from jprune.annotations import Array, Bool, Float, Int
 from jprune.errors import JpruneError
 from jprune.models.attention import Cache, alibi_slopes, attend
 from jprune.models.config import DecoderConfig

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
+from jprune.annotations import Array, Float, Int
 from jprune.errors import JpruneError
 
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")

@@ -19,9 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from jprune import trees
+from jprune.annotations import Array, Float, Int
 from jprune.errors import JpruneError
 from jprune.models import decoder
 from jprune.models.config import DecoderConfig

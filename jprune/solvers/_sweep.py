@@ -12,9 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jprune import masks
+from jprune.annotations import Array, Bool, Float, Int, Shaped
 from jprune.solvers.pruned import Pruned
 
 _GROUP = 16

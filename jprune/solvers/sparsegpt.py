@@ -32,9 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
 
 from jprune import devices, masks
+from jprune.annotations import Array, Bool, Float, Int
 from jprune.errors import JpruneError
 from jprune.patterns import Pattern, known
 from jprune.solvers._sweep import Factor, Kind, block_count, pruning_scores, sweep_blocks

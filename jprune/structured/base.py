@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
 
+from jprune.annotations import Float
 from jprune.structured.importance import Vectors
 from jprune.structured.selection import Kept
 from jprune.structured.units import Kind, Units

@@ -3,8 +3,8 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float
 
+from jprune.annotations import Float
 from jprune.errors import JpruneError
 from jprune.structured.base import Needs, UnitMethod
 

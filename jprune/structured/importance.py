@@ -29,9 +29,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64
 
 from jprune import trees
+from jprune.annotations import Array, Float, Float64
 from jprune.errors import JpruneError
 from jprune.structured.units import Units
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
 
+from jprune.annotations import Float
 from jprune.errors import JpruneError
 from jprune.structured import importance, selection
 from jprune.structured.base import Needs, UnitMethod

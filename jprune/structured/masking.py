@@ -19,9 +19,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from jprune import trees
+from jprune.annotations import Array, Float
 from jprune.errors import JpruneError
 from jprune.structured.units import UnitMember, Units
 from jprune.trace.coupling.residual import Outlet

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int
 
+from jprune.annotations import Float, Int
 from jprune.errors import JpruneError
 from jprune.structured.units import Units
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int
 
+from jprune.annotations import Int
 from jprune.errors import JpruneError
 from jprune.structured.surgery import Positions, checked
 

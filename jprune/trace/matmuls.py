@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from jax.extend import core as jex
-from jaxtyping import Array, Shaped
 
 from jprune import trees
+from jprune.annotations import Array, Shaped
 from jprune.errors import JpruneError
 from jprune.trace.jaxpr import (
     CASTS,

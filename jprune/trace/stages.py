@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend import core as jex
-from jaxtyping import Array, Shaped
 
+from jprune.annotations import Array, Shaped
 from jprune.errors import JpruneError
 from jprune.trace.jaxpr import ELEMENTWISE, LAYOUTS, Atom, Equation, PyTree, Trace, Var, trace, variables
 from jprune.trace.matmuls import Found, ParamMatmul, Where, find

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Shaped
 
+from jprune.annotations import Array, Shaped
 from jprune.trace.jaxpr import IDENTITIES
 
 

@@ -10,7 +10,8 @@ over the batch.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+
+from jprune.annotations import Array, Float
 
 
 def forward_kl(

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from jprune import masks, scores, trees
+from jprune.annotations import Array, Bool, Float, Int, UInt8
 from jprune.errors import JpruneError
 from jprune.patterns import Scope
 from jprune.train.keep_masked import pack, to_zero, unpack

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Shaped, UInt8
 
 from jprune import trees
+from jprune.annotations import Array, Bool, Shaped, UInt8
 from jprune.errors import JpruneError
 
 PyTree = Any

@@ -21,8 +21,8 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array
 
+from jprune.annotations import Array
 from jprune.errors import JpruneError
 from jprune.train import metrics, sharding
 from jprune.train.clock import Clock, Progress

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key, Shaped
 
 from jprune import trees
+from jprune.annotations import Array, Float, Key, Shaped
 from jprune.errors import JpruneError
 from jprune.trace.jaxpr import Equation, Trace, Var, trace, variables
 from jprune.trace.matmuls import Operand, find

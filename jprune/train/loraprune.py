@@ -34,9 +34,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from jprune import masks, trees
+from jprune.annotations import Array, Bool, Float, Int, Shaped, UInt8
 from jprune.errors import JpruneError
 from jprune.train import lora
 from jprune.train.keep_masked import pack, unpack

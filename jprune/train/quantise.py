@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8
 
 from jprune import trees
+from jprune.annotations import Array, Float, Int8
 
 PyTree = Any
 

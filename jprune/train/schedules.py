@@ -14,8 +14,8 @@ sparsity times a size, so that what is reached in the end is exactly what the pa
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
+from jprune.annotations import Array, Bool, Float, Int
 from jprune.errors import JpruneError
 
 Step = Int[Array, ""] | int

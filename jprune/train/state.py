@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from jprune.errors import JpruneError
+from jprune.packages import require
 from jprune.settings import begin_or_resume
 
 PyTree = Any
@@ -40,6 +41,7 @@ class StateFolder:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, resume: bool):
+        require("orbax.checkpoint")
         self.path = path.resolve()
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key
 
+from jprune.annotations import Array, Float, Key
 from jprune.train import sharding
 
 PyTree = Any

@@ -20,10 +20,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from jprune import trees
 from jprune.anatomy.units import units_of_block, units_of_blocks
+from jprune.annotations import Array
 from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.models import stacked

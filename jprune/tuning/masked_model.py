@@ -19,11 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from jprune import trees
 from jprune.anatomy.parts import parts
 from jprune.anatomy.units import reading_axes, units_of_blocks, units_of_hidden
+from jprune.annotations import Array, Float
 from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.models import stacked

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
 
+from jprune.annotations import Array, Float, Key
 from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.models import loss, stacked

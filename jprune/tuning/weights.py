@@ -9,10 +9,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from jprune import trees
 from jprune.anatomy.kernels import matmul_kernels
+from jprune.annotations import Array, Float
 from jprune.checkpoints import Checkpoint
 from jprune.checkpoints.dtypes import activation_dtype
 from jprune.errors import JpruneError

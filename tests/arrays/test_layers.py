@@ -28,7 +28,7 @@ FLOORS = [
 ]
 GROUND = [
     *("patterns", "masks", "counts", "statistics", "weighting", "evidence", "places"),
-    *("trees", "devices", "errors", "paths", "settings"),
+    *("trees", "devices", "errors", "paths", "settings", "annotations", "packages"),
 ]
 """Modules of one room: they may know each other, but not in a circle."""
 FLOOR = {room: level for level, rooms in enumerate([*FLOORS, GROUND]) for room in rooms}
@@ -105,6 +105,8 @@ def test_imports_point_down(name):
             wrong.append(f"line {line}: the library never imports {module}")
         elif module.split(".")[0] == "pallas_kernels" and room(name) not in ("sparse", "pipeline", "cli"):
             wrong.append(f"line {line}: only sparse execution uses the kernels")
+        elif module.split(".")[0] == "jaxtyping" and name != "jprune.annotations":
+            wrong.append(f"line {line}: take it from jprune.annotations; jaxtyping need not be there")
     assert not wrong, f"{JPRUNE[name].relative_to(ROOT)}\n" + "\n".join(wrong)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jprune.errors import JpruneError
+from jprune.packages import require
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -52,6 +53,7 @@ def read(path: Path) -> Header:
     Raises:
         JpruneError: not a GGUF file, a version or byte order that we do not read, or a truncated or damaged file.
     """
+    require("gguf")
     try:
         with path.open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Shaped
 
+from jprune.annotations import Shaped
 from jprune.checkpoints.gguf import families as gguf_families
 from jprune.checkpoints.gguf import header as gguf_header
 from jprune.checkpoints.gguf.tensors import PLAIN, read_tensor

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jprune.checkpoints.gguf.header import Header
 from jprune.checkpoints.source import reason
 from jprune.errors import JpruneError
+from jprune.packages import require
 
 if TYPE_CHECKING:
     import tokenizers
@@ -73,6 +74,7 @@ def tokenizer_files(header: Header) -> dict[str, bytes]:
         raise JpruneError(
             f"{header.path}: tokenizer.ggml.tokens and token_type must be lists of one length; the file is damaged"
         )
+    require("tokenizers")
     try:
         if kind == "gpt2":
             tokenizer, begins = _byte_level(header, tokens)

@@ -5,6 +5,7 @@ from pathlib import Path
 from jprune.checkpoints.huggingface.files import SIDE_FILES
 from jprune.checkpoints.source import reason
 from jprune.errors import JpruneError
+from jprune.packages import require
 
 
 def download(repo_id: str, *, weights: bool = True) -> Path:
@@ -15,6 +16,7 @@ def download(repo_id: str, *, weights: bool = True) -> Path:
     Raises:
         JpruneError: no such model, no permission, or no network and not in the cache.
     """
+    require("huggingface_hub")
     import huggingface_hub
     from huggingface_hub import errors
 

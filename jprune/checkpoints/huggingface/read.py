@@ -19,6 +19,7 @@ from jprune.checkpoints.source import FLOAT_DTYPES, Source, StoredTensor, identi
 from jprune.errors import JpruneError
 from jprune.models import families
 from jprune.models.config import shapes
+from jprune.packages import require
 
 _STORED_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -138,6 +139,7 @@ def _read_index(index: Path) -> dict[str, Path]:
 
 
 def _open_file(path: Path) -> dict[str, StoredTensor]:
+    require("safetensors")
     from safetensors import SafetensorError, safe_open
 
     try:

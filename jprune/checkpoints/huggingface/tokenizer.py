@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from jprune.checkpoints.source import reason
 from jprune.errors import JpruneError
+from jprune.packages import require
 
 
 @runtime_checkable
@@ -25,6 +26,7 @@ class _Fast:
     """tokenizer.json: which tokens begin and end a text is written there too, in its post-processor."""
 
     def __init__(self, tokenizer_json: bytes):
+        require("tokenizers")
         import tokenizers
 
         try:
@@ -45,6 +47,7 @@ class _Slow:
     """Whatever transformers.AutoTokenizer makes of the files (sentencepiece models, vocab.json and merges.txt, ...)."""
 
     def __init__(self, files: Mapping[str, bytes], hf_config: dict):
+        require("transformers")
         import transformers
 
         # AutoTokenizer reads folders only; the config.json tells it which class to take.

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
-from jaxtyping import Array, Bool, Int
 
+from jprune.annotations import Array, Bool, Int
 from jprune.errors import JpruneError
 
 

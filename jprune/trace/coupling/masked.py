@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
-from jaxtyping import Array, Bool, Shaped
 
+from jprune.annotations import Array, Bool, Shaped
 from jprune.errors import JpruneError
 from jprune.trace.coupling.atoms import ONE, Axis, find, leaves
 from jprune.trace.coupling.group import Group

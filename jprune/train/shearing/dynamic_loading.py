@@ -16,8 +16,8 @@ are exactly at theirs. And only the program smooths. The defaults are the progra
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64
 
+from jprune.annotations import Float64
 from jprune.errors import JpruneError
 
 

@@ -11,7 +11,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+
+from jprune.annotations import Array, Float, Key
 
 LOW, HIGH = -0.1, 1.1
 """To which a number in (0, 1) is stretched before it is cut."""

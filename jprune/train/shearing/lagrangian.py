@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
 
+from jprune.annotations import Array, Float, Int
 from jprune.errors import JpruneError
 from jprune.train.optimizer import AdamW
 from jprune.train.shearing import hard_concrete

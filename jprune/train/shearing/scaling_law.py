@@ -14,8 +14,8 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64
 
+from jprune.annotations import Float64
 from jprune.errors import JpruneError
 
 HUBER = 1e-3
