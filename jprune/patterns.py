@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jprune import masks, trees
+from jprune import counts, masks, trees
 from jprune.annotations import Array, Bool, Float
 from jprune.errors import JpruneError
 
@@ -164,7 +164,7 @@ class Unstructured(Pattern):
     """Zeros anywhere: `sparsity` of the elements, chosen among the elements of each `per`.
 
     Attributes:
-      sparsity: share of zeros, in [0, 1).
+      sparsity: share of zeros, in [0, 1), as it is written: 0.29 of 100 are 29 (see `jprune.counts`).
       per: where scores compete. "output": among the d_in inputs of one output, so that every output loses exactly
         floor(d_in x sparsity). "block": among all outputs of 128 consecutive inputs. "kernel": in the whole kernel.
         None leaves it to the method, which takes what its authors took: magnitude "kernel", Wanda "output",
@@ -192,7 +192,9 @@ class Unstructured(Pattern):
 
     def zeros(self, d_in: int, d_out: int) -> int:
         """Exact number of zeros in a kernel ``[d_in, d_out]``."""
-        return int(d_in * self.sparsity) * d_out if self.per == "output" else int(d_in * d_out * self.sparsity)
+        if self.per == "output":
+            return counts.floor(d_in, self.sparsity) * d_out
+        return counts.floor(d_in * d_out, self.sparsity)
 
     def select(self, scores, keep=None):
         """The mask that prunes the lowest scores of each output, which an open `per` stands for, or of the kernel."""
@@ -212,7 +214,7 @@ class Unstructured(Pattern):
         if self.per == "kernel":
             return None
         width = 1 if self.per == "output" else d_out
-        ends = [int(min(i * block, d_in) * width * self.sparsity) for i in range(-(-d_in // block) + 1)]
+        ends = [counts.floor(min(i * block, d_in) * width, self.sparsity) for i in range(-(-d_in // block) + 1)]
         return Schedule(block, tuple(b - a for a, b in itertools.pairwise(ends)), per_output=self.per == "output")
 
     def json(self) -> dict[str, Any]:

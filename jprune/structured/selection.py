@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from jprune import counts
 from jprune.annotations import Float, Int
 from jprune.errors import JpruneError
 from jprune.structured.units import Units
@@ -55,7 +56,7 @@ class Target:
 
     def most(self, whole: int) -> int:
         """The most parameters to stay of a model with `whole`; for targets that are not shares of units."""
-        return self.parameters if self.parameters is not None else int(whole * (1 - (self.share or 0)))
+        return counts.floor(whole, 1 - counts.exact(self.share or 0)) if self.parameters is None else self.parameters
 
     def reach(self, choose: Callable[[float], Kept], count: Callable[[Kept], int], whole: int) -> Kept:
         """What stays; arguments as for `fit`, and the parameters that the model had before the first step."""
@@ -179,7 +180,7 @@ def _order(units: Units, scores: Float[np.ndarray, " count"]) -> Int[np.ndarray,
 
 
 def _kept(count: int, width: int, ratio: float) -> int:
-    return -(-int(count * width * (1 - ratio)) // width)
+    return -(-counts.floor(count * width, 1 - counts.exact(ratio)) // width)
 
 
 def _ranked(
@@ -198,7 +199,9 @@ def _ranked(
             divisor[kind] = float(getattr(together, normalise)()) or 1.0
     ranks = [scores[u.name][order[u.name]].sum(0) / divisor[u.kind] for u in units]
     owner = np.repeat(np.arange(len(units)), [len(r) for r in ranks])
-    gone = np.argsort(np.concatenate(ranks), kind="stable")[: max(len(owner) - int(before * (1 - ratio)), 0)]
+    gone = np.argsort(np.concatenate(ranks), kind="stable")[
+        : max(len(owner) - counts.floor(before, 1 - counts.exact(ratio)), 0)
+    ]
     lost = np.bincount(owner[gone], minlength=len(units))
     return {u.name: len(r) - int(n) for u, r, n in zip(units, ranks, lost)}
 

@@ -15,6 +15,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from jprune import counts
 from jprune.annotations import Array, Bool, Float, Int
 from jprune.errors import JpruneError
 
@@ -60,7 +61,7 @@ class SparsitySchedule:
 
         In between it is the nearest whole number, for the next lower one would hang on the last bit of a float32.
         """
-        first, last = int(size * self.initial), int(size * self.final)
+        first, last = counts.floor(size, self.initial), counts.floor(size, self.final)
         progress = self.progress(step)
         between = jnp.minimum(jnp.round((last - first) * progress).astype(jnp.int32), last - first)
         return jnp.where(progress >= 1, last, first + between).astype(jnp.int32)

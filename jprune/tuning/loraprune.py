@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 
+from jprune import counts
 from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.models import stacked
@@ -126,7 +127,7 @@ class LoRAPrune(Adapters):
         first, last = self.protected(config.layers)
         kind = UnitMasks if self.sparsity is None else WeightMasks
         masks = kind(adapted, first=first, last=last)
-        if not any(times and int(count * self.share) for count, times in masks.sizes().values()):
+        if not any(times and counts.floor(count, self.share) for count, times in masks.sizes().values()):
             raise JpruneError(f"a share of {self.share} is less than one of any layer's: nothing to prune; give more")
         return masks
 

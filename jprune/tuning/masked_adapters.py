@@ -21,7 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jprune import trees
+from jprune import counts, trees
 from jprune.anatomy.units import units_of_block, units_of_blocks
 from jprune.annotations import Array
 from jprune.checkpoints import Checkpoint
@@ -117,7 +117,7 @@ class Masks(abc.ABC):
         """
         gone = of = 0
         for path, (count, times) in self.sizes().items():
-            expected = int(count * share)
+            expected = counts.floor(count, share)
             if times and not np.all(self.gone(keep, path) == expected):
                 raise JpruneError(
                     f"{path}: {expected} of {count} should have gone by the end of the training, and have not: there "
@@ -213,7 +213,9 @@ class UnitMasks(Masks):
 
     def planned(self, share: float) -> Checkpoint:
         """The model without the first units of each layer: its shapes do not depend on which they are."""
-        kept = {name: np.arange(int(count * share), count) for name, (count, times) in self.sizes().items() if times}
+        kept = {
+            name: np.arange(counts.floor(count, share), count) for name, (count, times) in self.sizes().items() if times
+        }
         return self._adapted.checkpoint.select(positions(self._units.values(), kept))
 
     def result(self, trainable: PyTree) -> tuple[Checkpoint, Callable[[str], np.ndarray]]:

@@ -1,0 +1,25 @@
+"""Counts from shares, by exact arithmetic: 0.29 of 100 are 29, though ``100 * 0.29`` is 28.999999999999996."""
+
+import functools
+from fractions import Fraction
+
+_SIMPLE = 10**6
+"""Denominators up to here are what somebody can have meant: decimals of six digits, thirds, shares of a small count."""
+
+
+@functools.lru_cache(maxsize=1024)
+def exact(share: float | Fraction) -> Fraction:
+    """The number that a float stands for: the simplest fraction that rounds to it, or else the decimal as written.
+
+    0.29 is 29/100 and not the nearest multiple of 2^-54, and 1 / 3 is a third.
+    """
+    if isinstance(share, Fraction):
+        return share
+    written = Fraction(str(share))
+    simple = written.limit_denominator(_SIMPLE)
+    return simple if float(simple) == float(written) else written
+
+
+def floor(count: int, share: float | Fraction) -> int:
+    """The highest whole number that is at most `share` of `count`."""
+    return int(int(count) * exact(share) // 1)
