@@ -7,7 +7,8 @@ batch exactly as its tokens weigh, whatever the micro-batches. Then Optax makes 
 The loop knows functions, pytrees and iterators: no model, no file format. Trainable and frozen parameters and the
 optimizer's state may lie sharded on a mesh (`jprune.train.sharding`). All randomness follows from the seed, the number
 of the step and that of the micro-batch, and the place in the data is part of the state, so a resumed run continues
-bit for bit as if nothing had happened.
+bit for bit as if nothing had happened. What a loss draws, as dropout, is drawn for each micro-batch: another number of
+rows at once draws other numbers.
 """
 
 import contextlib
@@ -55,7 +56,8 @@ class Schedule:
     steps: int
     """Updates of the parameters."""
     micro_batch: int | None = None
-    """Rows of a batch computed at once; all of them by default. The result does not depend on it but for rounding."""
+    """Rows of a batch computed at once; all of them by default. The result does not depend on it but for rounding, if
+    the loss draws nothing at random: dropout is drawn for each micro-batch."""
     evaluate_every: int | None = None
     """Steps between two evaluations; the last step is evaluated too."""
     checkpoint_every: int | None = None

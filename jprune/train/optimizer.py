@@ -22,7 +22,9 @@ class AdamW:
     floor: float = 0.0
     """What the learning rate ends at, as a share of its highest."""
     warmup: int | None = None
-    """Steps over which the learning rate rises to its highest; by default 100, but at most a tenth of all."""
+    """Steps over which the learning rate rises to its highest; by default a tenth of all, but at most `most_warmup`."""
+    most_warmup: int | None = 100
+    """The most that `warmup` is by default; None for a tenth of all, however many these are."""
     weight_decay: float = 0.0
     """Share of every trained parameter that is taken off at each step, times the learning rate."""
     b1: float = 0.9
@@ -55,7 +57,8 @@ class AdamW:
         Raises:
           JpruneError: the warm-up takes all the steps.
         """
-        warmup = min(100, steps // 10) if self.warmup is None else self.warmup
+        tenth = steps // 10 if self.most_warmup is None else min(self.most_warmup, steps // 10)
+        warmup = tenth if self.warmup is None else self.warmup
         if warmup and warmup >= steps:
             raise JpruneError(f"a warm-up of {warmup} steps leaves none of the {steps}; give fewer, or more steps")
         rest = steps - warmup

@@ -103,7 +103,8 @@ class Tuning:
     batch_size: int = 64
     """Windows an update."""
     micro_batch: int | None = None
-    """Windows computed at once. By default as many as have 1024 tokens on CPU, elsewhere 8192."""
+    """Windows computed at once. By default as many as have 1024 tokens on CPU, elsewhere 8192. Dropout and random masks
+    are drawn for each such part; without them the result does not depend on it but for rounding."""
     seed: int = 0
     """Seed of the order of the data, the adapters' start and dropout."""
 
@@ -139,7 +140,8 @@ class TrainedMethod(Tuning, abc.ABC):
     keep_best: ClassVar[bool] = True
     """Whether the best state on the evaluation data is the result, or the last: masks cost quality while they grow."""
     only_how: ClassVar[tuple[str, ...]] = ("micro_batch",)
-    """Fields that say how to compute or to write, on which no trained number depends: they may change on resuming."""
+    """Fields that say how to compute or to write, which may change on resuming. No trained number depends on them, but
+    for what is drawn at random for each micro-batch."""
 
     trains_weights: ClassVar[bool] = True
     """Whether the model's weights have gradients and moments; adapters beside them take next to nothing."""

@@ -55,6 +55,8 @@ class Shearing(TrainedMethod):
     """Instead of `target`: at most so many parameters, as 1.3B; all sizes shrink alike, nearly."""
     schedule: Schedule = "cosine"
     """Of all three learning rates after the warm-up: constant, linear or cosine, down to a tenth at the end."""
+    warmup: int | None = None
+    """Steps of warm-up, of all three learning rates. By default a tenth of all, as 320 of 3200."""
     batch_size: int = 32
     """Windows an update."""
     mask_learning_rate: float = 1.0
@@ -80,7 +82,7 @@ class Shearing(TrainedMethod):
 
     def adamw(self) -> AdamW:
         """The optimizer of the weights."""
-        return dataclasses.replace(super().adamw(), floor=FLOOR, b2=0.95)
+        return dataclasses.replace(super().adamw(), floor=FLOOR, b2=0.95, most_warmup=None)
 
     def prepare(self, checkpoint: Checkpoint) -> Prepared:
         """The target is resolved: what a run depends on are sizes, however they were said."""

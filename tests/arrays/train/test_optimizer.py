@@ -53,6 +53,7 @@ def test_schedules():
     assert float(default.rate(5)(0)) == 1  # too short for a warm-up
     np.testing.assert_allclose(default.rate(50)(0), 1 / 6, rtol=1e-6)  # five steps of it
     np.testing.assert_allclose(default.rate(10_000)(0), 1 / 101, rtol=1e-6)
+    np.testing.assert_allclose(AdamW(learning_rate=1.0, most_warmup=None).rate(3200)(0), 1 / 321, rtol=1e-4)
 
 
 def test_bad_options():

@@ -171,3 +171,13 @@ def test_refusals(checkpoint, data, tmp_path):
     fails("have run away .* lower `multiplier_learning_rate`", **run_away)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.run").exists()
+
+
+def test_a_tenth_of_the_steps_is_warm_up():
+    """320 of the authors' 3200, from nearly nothing to the whole rate, for weights and masks alike."""
+    method = Shearing(parameters="1B")
+    for adamw, highest in ((method.adamw(), 1e-4), (method._mask_adamw(1.0), 1.0)):
+        rate = adamw.rate(3200)
+        np.testing.assert_allclose(
+            [rate(0), rate(160), rate(320)], np.array([1 / 321, 161 / 321, 1]) * highest, rtol=1e-4
+        )
