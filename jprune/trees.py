@@ -1,11 +1,13 @@
 """Parameter pytrees: leaves by path, masks over them, and their sparsity.
 
 A path is the "/"-joined keys of a leaf, as in ``blocks/3/attn/q/kernel``; the ``/value`` that NNX puts at the end is
-left out. Filters are regular expressions searched for anywhere in the path.
+left out. Filters are regular expressions searched for anywhere in the path. What is no array, as the functions in a
+module of Equinox, has no path here, and stays where it is.
 """
 
 import dataclasses
 import difflib
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -28,8 +30,27 @@ def path_name(path: tuple) -> str:
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
-    """All leaves of a tree by their path."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    """All arrays of a tree, and what stands for one and has its shape, by their path."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if is_array(leaf)}
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, or stands for one and has its shape."""
+    return hasattr(leaf, "shape")
+
+
+def is_kernel(leaf: Any) -> bool:
+    """Whether a leaf can be a kernel: floating-point numbers, with at least one input and one output axis."""
+    return is_array(leaf) and len(leaf.shape) > 1 and jnp.issubdtype(getattr(leaf, "dtype", np.void), jnp.floating)
+
+
+def check_floating(leaf: Any, where: str) -> None:
+    """Raises a `JpruneError` that names `where` if these are no floating-point numbers."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise JpruneError(
+            f"{where}: expected weights in floating point, got {jnp.dtype(leaf.dtype)}; prune before quantising, or "
+            "convert them and choose a scale yourself"
+        )
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict:
@@ -45,8 +66,8 @@ def unflatten(leaves: Mapping[str, Any]) -> dict:
 
 
 def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
-    """The tree with its leaves taken from `leaves`, by path."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], tree)
+    """The tree with its arrays taken from `leaves`, by path."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: leaves[path_name(path)] if is_array(x) else x, tree)
 
 
 def to_matrix(kernel: Shaped[Array, "..."], in_axes: tuple[int, ...]) -> Shaped[Array, "d_in d_out"]:
@@ -65,15 +86,31 @@ def from_matrix(
 
 
 def leading_axes(shape: tuple[int, ...], d_in: int | None, path: str) -> tuple[int, ...]:
-    """The leading axes whose sizes multiply to `d_in`: where Flax keeps a kernel's inputs. One axis, if None."""
+    """The leading axes whose sizes multiply to `d_in`: where Flax keeps a kernel's inputs. One axis, if None.
+
+    Raises:
+      JpruneError: it has no output axis, no leading axes fit, or others would fit as well.
+    """
     if len(shape) < 2:
         raise JpruneError(f"{path}: a kernel has at least one input and one output axis, this leaf's shape is {shape}")
     if d_in is None:
         return (0,)
-    for n in range(1, len(shape)):
-        if math.prod(shape[:n]) == d_in:
-            return tuple(range(n))
-    raise JpruneError(f"{path}: no leading axes of shape {shape} make the {d_in} inputs of its statistic")
+    leading = [tuple(range(n)) for n in range(1, len(shape)) if math.prod(shape[:n]) == d_in]
+    if not leading:
+        raise JpruneError(
+            f"{path}: no leading axes of shape {shape} make the {d_in} inputs of its statistic; if others do, say "
+            "which by `in_axes`, for example as jprune.matmuls returns them"
+        )
+    wide = [axis for axis, size in enumerate(shape) if size > 1]  # axes of one number change no matrix view
+    subsets = (axes for n in range(1, len(wide) + 1) for axes in itertools.combinations(wide, n))
+    fits = [axes for axes in subsets if math.prod(shape[axis] for axis in axes) == d_in]
+    if len(fits) > 1:
+        raise JpruneError(
+            f"{path}: its statistic has {d_in} inputs, and of shape {shape} axes {' or '.join(map(str, fits))} may be "
+            f"these; say which: in_axes={{{path!r}: {leading[0]}}} as Flax has them, or in_axes=jprune.matmuls(...), "
+            "or prune by what jprune.observe returns, which knows"
+        )
+    return leading[0]
 
 
 def choose(paths: Iterable[str], where: Filter | None = None, skip: Filter = ()) -> list[str]:
@@ -82,7 +119,7 @@ def choose(paths: Iterable[str], where: Filter | None = None, skip: Filter = ())
     Raises:
       JpruneError: an expression does not compile, or finds nothing; the message lists the nearest paths.
     """
-    paths = list(paths)
+    paths = paths if isinstance(paths, Mapping) else list(paths)
     where = [where] if isinstance(where, str) else where
     skip = [skip] if isinstance(skip, str) else skip
     wanted = set(paths) if where is None else {p for pattern in where for p in found(pattern, paths)}
@@ -91,16 +128,27 @@ def choose(paths: Iterable[str], where: Filter | None = None, skip: Filter = ())
 
 
 def found(pattern: str, paths: Iterable[str]) -> list[str]:
-    """The paths in which `pattern` is found; an error that lists near misses if there are none."""
-    paths = list(paths)
+    """The paths in which `pattern` is found; an error that lists near misses if there are none.
+
+    Of leaves by path, those that can be kernels are the nearer misses.
+    """
+    paths = paths if isinstance(paths, Mapping) else list(paths)
     try:
         regex = re.compile(pattern)
     except re.error as error:
         raise JpruneError(f"{pattern!r} is not a regular expression: {error}") from error
     if hits := [p for p in paths if regex.search(p)]:
         return hits
-    near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
-    raise JpruneError(f"{pattern!r} matches none of the {len(paths)} kernels; near misses: {', '.join(near)}")
+    what = "leaves" if isinstance(paths, Mapping) and any(map(is_array, paths.values())) else "kernels"
+    raise JpruneError(f"{pattern!r} matches none of the {len(paths)} {what}; {_near(pattern, paths)}")
+
+
+def _near(wanted: str, paths: Mapping[str, Any] | list[str]) -> str:
+    """The three paths that are most like the one wanted, kernels first if leaves are given by path."""
+    first = {p for p, leaf in paths.items() if is_kernel(leaf)} if isinstance(paths, Mapping) else set[str]()
+    parts = [p for p in paths if p in first], [p for p in paths if p not in first]
+    near = [p for part in parts for p in difflib.get_close_matches(wanted, part, n=3, cutoff=0.0)]
+    return f"near misses: {', '.join(near[:3])}" if near else "there are none at all"
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
@@ -118,8 +166,7 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     leaves = flatten(params)
     for path, mask in by_path.items():
         if path not in leaves:
-            near = difflib.get_close_matches(path, leaves, n=3, cutoff=0.0)
-            raise JpruneError(f"there is a mask for {path!r} but no such parameter; near misses: {', '.join(near)}")
+            raise JpruneError(f"there is a mask for {path!r} but no such parameter; {_near(path, leaves)}")
         if mask.shape != leaves[path].shape:
             raise JpruneError(f"{path}: the mask's shape is {mask.shape}, the parameter's {leaves[path].shape}")
         leaves[path] = jnp.where(mask, leaves[path], jnp.zeros_like(leaves[path]))

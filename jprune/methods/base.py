@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jprune import masks
+from jprune import evidence, masks
 from jprune.annotations import Array, Bool, Float
 from jprune.patterns import Pattern, Scope, known
 from jprune.solvers.pruned import Pruned
 from jprune.statistics import Statistic
+from jprune.trees import check_floating
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,11 @@ class Method(abc.ABC):
     ) -> Pruned:
         """Prunes one kernel (matrix view); elements where `keep` is False were pruned before and stay zero."""
 
+    def needs_axes(self, pattern: Pattern) -> bool:
+        """Whether it matters to the result which axes of a kernel are its inputs; by default it does."""
+        del pattern
+        return True
+
     def together(
         self,
         kernels: Mapping[str, Float[Array, "d_in _"]],
@@ -41,6 +47,8 @@ class Method(abc.ABC):
         keeps: Mapping[str, Bool[Array, "d_in _"]],
     ) -> dict[str, Pruned]:
         """Prunes kernels that read the same input, by name; for methods that share work between them."""
+        if self.statistic is not None:
+            evidence.check(statistic, ", ".join(kernels))
         return {name: self(kernel, statistic, patterns[name], keeps.get(name)) for name, kernel in kernels.items()}
 
     def flops(self, d_in: int, d_out: int) -> float:
@@ -75,8 +83,13 @@ class ByScore(Method):
     def score(self, kernel: Float[Array, "d_in d_out"], statistic: Any) -> Float[Array, "d_in d_out"]:
         """Importance of each element of a kernel (matrix view), float32; higher = keep."""
 
+    def needs_axes(self, pattern: Pattern) -> bool:
+        """Whether the score depends on inputs, or the pattern does where scores compete as they do here."""
+        return self.statistic is not None or known(pattern).among(self.per).by_input
+
     def __call__(self, kernel, statistic, pattern, keep=None) -> Pruned:
         """Prunes one kernel, see `Method`; the score is compiled once for each shape."""
+        check_floating(kernel, "kernel")
         pattern = known(pattern).among(self.per)
         return masked(kernel, masks.select(_score(self, kernel, statistic), pattern, keep=keep))
 

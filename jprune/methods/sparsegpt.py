@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from jprune import devices
+from jprune import devices, evidence
 from jprune.errors import JpruneError
 from jprune.methods.base import Method
 from jprune.solvers.pruned import Pruned
@@ -35,8 +35,10 @@ class SparseGPT(Method):
 
     def together(self, kernels, statistic, patterns, keeps) -> dict[str, Pruned]:
         """Prunes kernels that read the same input, with one factorisation and one sweep over all outputs."""
+        names = ", ".join(kernels)
+        evidence.check_seen(statistic, names)
         factor = devices.on_one_device(factorise, statistic.total, self.damping)
-        check_factor(factor, statistic.total, ", ".join(kernels))
+        check_factor(factor, statistic.total, names)
         pruned = sweep(
             list(kernels.values()),
             factor,

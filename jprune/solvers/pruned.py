@@ -16,4 +16,5 @@ class Pruned:
     mask: Any
     """bool; True = kept."""
     loss: Any = None
-    """float32 []: reconstruction loss 1/2 ||X (W_new - W_old)||^2, damped where a solver damps; None if not known."""
+    """float32 []: reconstruction loss 1/2 ||X (W_new - W_old)||^2, damped where a solver damps (but not for inputs that
+    were zero for every token, whose weights cost nothing); None if not known."""

@@ -20,7 +20,8 @@ Deviations from the authors' code (methods that differ only in rounding are not 
 - Exact counts. They threshold with `<=` at the k-th score and prune k + 1 elements per block, and all ties.
 - H is a sum, not 2/n times a sum: the result does not depend on its scale.
 - Dead inputs (H_ii = 0) get the mean of the live diagonal instead of 1, so that damping is not diluted by them. Their
-  weights become zero, as in the original.
+  weights become zero, as in the original, before anything else: that costs nothing, and the loss does not count it.
+  Where all are dead, the whole kernel becomes zero.
 - With `keep`, elements pruned before stay zero; the original revives them.
 - d_in need not be a multiple of the block size, also for N:M.
 """
@@ -34,15 +35,16 @@ import numpy as np
 from jax import lax
 
 from jprune import devices, masks
-from jprune.annotations import Array, Bool, Float, Int
+from jprune.annotations import Array, Bool, Float, Int, Shaped
 from jprune.errors import JpruneError
 from jprune.patterns import Pattern, known
 from jprune.solvers._sweep import Factor, Kind, block_count, pruning_scores, sweep_blocks
 from jprune.solvers.pruned import Pruned
+from jprune.trees import check_floating
 
 
 def sparsegpt(
-    kernel: Float[Array, "d_in d_out"],
+    kernel: Shaped[Array, "d_in d_out"],
     gram: Float[Array, "d_in d_in"],
     pattern: Pattern | Bool[Array, "d_in d_out"],
     *,
@@ -53,7 +55,7 @@ def sparsegpt(
     """Prunes a kernel and updates what is left to keep its outputs.
 
     Args:
-      kernel: weights, any float dtype; solved in float32.
+      kernel: weights, any float dtype; solved in float32. Those of dead inputs count as zero from the start.
       gram: sum over the calibration tokens of x x^T (any positive multiple of it gives the same result).
       pattern: `Unstructured` (compared per block of `block_size` inputs unless it says otherwise), `NM`, any other
         pattern, or a mask that is taken as it is (True = keep), so that only the weights are solved for. A pattern
@@ -66,11 +68,12 @@ def sparsegpt(
       block_size: inputs whose mask is chosen together.
 
     Returns:
-      `Pruned` with loss 1/2 tr(D^T H D), D = new - old weights and H the damped Gram matrix.
+      `Pruned` with loss 1/2 tr(D^T H D), D = new - old weights and H the damped Gram matrix. What dead inputs lose is
+      not in it: such inputs had no part in any output, so that D counts as zero there.
 
     Raises:
-      JpruneError: the pattern does not fit d_in, or is none; the Gram matrix is not finite or cannot be factorised (not
-        raised under `jax.jit`, where the result is NaN instead).
+      JpruneError: the kernel's dtype is no float; the pattern does not fit d_in, or is none; the Gram matrix is not
+        finite, has a negative diagonal or cannot be factorised (not raised under `jax.jit`, where the result is NaN).
     """
     factor = factorise(gram, damping)
     check_factor(factor, gram, "kernel")
@@ -79,12 +82,16 @@ def sparsegpt(
 
 @jax.jit
 def factorise(gram: Float[Array, "d_in d_in"], damping: Float[Array, ""] | float) -> Factor:
-    """Damps and factorises a Gram matrix; raises the damping tenfold, at most twice, until that succeeds."""
+    """Damps and factorises a Gram matrix; raises the damping tenfold, at most twice, until that succeeds.
+
+    One that is not finite, or whose diagonal is negative somewhere, gives NaN.
+    """
     gram = gram.astype(jnp.float32)
     diagonal = jnp.diagonal(gram)
     dead = diagonal == 0
     mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(~dead), 1).astype(jnp.float32)
     mean = jnp.where(mean > 0, mean, 1.0)
+    mean = jnp.where(jnp.any(diagonal < 0), jnp.nan, mean)  # no sum of squares, though damping might hide it
     # Reversed axes: the lower Cholesky factor of the reversed matrix, reversed back, is the upper R with R R^T = H.
     reversed_gram = gram[::-1, ::-1]
     filled = jnp.where(dead, mean, 0.0)[::-1]
@@ -115,6 +122,11 @@ def check_factor(factor: Factor, gram: Float[Array, "d_in d_in"], where: str) ->
             f"{len(values)} inputs; the activations overflow before this kernel: use a wider dtype or check the weights"
         )
     diagonal = np.diagonal(values)
+    if count := int((diagonal < 0).sum()):
+        raise JpruneError(
+            f"{where}: the Gram matrix of its inputs, a sum of x x^T, has a negative diagonal in {count} of "
+            f"{len(values)} inputs; gather it with jprune.observe, or with `update` from zeros"
+        )
     live = diagonal[diagonal > 0]
     raise JpruneError(
         f"{where}: the Gram matrix of its inputs is not positive definite even with damping {float(factor.damping):g} "
@@ -123,7 +135,7 @@ def check_factor(factor: Factor, gram: Float[Array, "d_in d_in"], where: str) ->
 
 
 def sweep(
-    kernels: Sequence[Float[Array, "d_in _"]],
+    kernels: Sequence[Shaped[Array, "d_in _"]],
     factor: Factor,
     patterns: Sequence[Any],
     keeps: Sequence[Bool[Array, "d_in _"] | None] | None = None,
@@ -134,6 +146,8 @@ def sweep(
 
     Outputs are independent, so the result is that of one call a kernel, in fewer and larger steps.
     """
+    for kernel in kernels:
+        check_floating(kernel, "kernel")
     keeps = [None] * len(kernels) if keeps is None else keeps
     groups: dict[tuple[int, int] | None, list[int]] = {}
     for i, (kernel, pattern) in enumerate(zip(kernels, patterns, strict=True)):

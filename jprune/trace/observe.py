@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jprune.errors import JpruneError
+from jprune.places import Observed, Place
 from jprune.statistics import zeros
 from jprune.trace.jaxpr import PyTree, trace
 from jprune.trace.matmuls import Where, find
@@ -14,7 +15,7 @@ from jprune.trace.matmuls import Where, find
 
 def observe(
     f: Callable[..., PyTree], statistic: type[Any], *, where: Where = None, stacked: bool = False
-) -> Callable[..., tuple[PyTree, dict[str, Any]]]:
+) -> Callable[..., tuple[PyTree, Observed]]:
     """``f`` that also returns a statistic of the inputs of every matmul against a parameter.
 
     Args:
@@ -25,8 +26,8 @@ def observe(
       stacked: whether stacks of kernels count, as in `matmuls`; their statistic is a `Stacked`.
 
     Returns:
-      A function (params, *args) -> (f(params, *args), {path: statistic}), to be jitted like f. Its derivatives are not
-      those of f where f defines custom ones.
+      A function (params, *args) -> (f(params, *args), statistics by path), to be jitted like f. The statistics are an
+      `Observed`, which knows where each kernel lies. Its derivatives are not those of f where f defines custom ones.
 
     Raises:
       JpruneError: when called, if `where` finds nothing, a matmul that counts lies inside control flow, or one
@@ -34,7 +35,7 @@ def observe(
     """
 
     @functools.wraps(f)
-    def observed(params: PyTree, *args: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    def observed(params: PyTree, *args: PyTree) -> tuple[PyTree, Observed]:
         flat = trace(f, params, *args)
         found = find(flat, where, stacked=stacked)
         run = flat.runner("observe", flat.equations, flat.args, [*flat.outputs, *(i.value for i in found.inputs)])
@@ -43,15 +44,16 @@ def observe(
         matrices = [i.matrix(x) for i, x in zip(found.inputs, values[len(flat.outputs) :])]
         seen = [zeros(statistic, x.shape[-1], *x.shape[:-2]).update(x) for x in matrices]
         statistics: dict[str, Any] = {}
-        in_axes: dict[str, tuple[int, ...]] = {}
+        places: dict[str, Place] = {}
         for matmul in found.matmuls.values():
             path, new = matmul.path, seen[matmul.input_id]
-            if in_axes.setdefault(path, matmul.in_axes) != matmul.in_axes:
+            place = Place(path=path, in_axes=matmul.in_axes, batch_axes=matmul.batch_axes)
+            if places.setdefault(path, place) != place:
                 raise JpruneError(
-                    f"expected every matmul against {path} to sum over the same axes, found {in_axes[path]} and "
+                    f"expected every matmul against {path} to sum over the same axes, found {places[path].in_axes} and "
                     f"{matmul.in_axes}: their statistics do not add; leave it out with `where`"
                 )
             statistics[path] = statistics[path].merge(new) if path in statistics else new
-        return output, statistics
+        return output, Observed(statistics, places)
 
     return observed

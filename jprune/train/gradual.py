@@ -8,18 +8,20 @@ What is pruned stays pruned. In the paper that follows: a pruned weight is zero,
 Here it is made sure of, so that it also holds for scores of other kinds, and where other weights become zero.
 """
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jprune import masks, scores, trees
+from jprune import masks, places, scores, trees
 from jprune.annotations import Array, Bool, Float, Int, UInt8
 from jprune.errors import JpruneError
 from jprune.patterns import Scope
+from jprune.places import Place
 from jprune.train.keep_masked import pack, to_zero, unpack
 from jprune.train.schedules import SparsitySchedule
 
@@ -45,7 +47,7 @@ def gradual(
     per: Scope = "kernel",
     where: trees.Filter = "kernel$",
     skip: trees.Filter = (),
-    in_axes: Mapping[str, tuple[int, ...]] | None = None,
+    in_axes: Mapping[str, tuple[int, ...]] | Iterable[Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes while training; to be chained last: ``optax.chain(optax.adamw(1e-4), gradual(cubic(0.8, end=5000)))``.
 
@@ -63,7 +65,8 @@ def gradual(
       per: where scores compete: in the whole kernel, or among the inputs of each output.
       where: regular expressions over paths; a leaf is pruned if one is found in its path.
       skip: regular expressions; a leaf in whose path one is found is left alone.
-      in_axes: the input axes of kernels by path, where they are not the first, or not as many as the statistic has.
+      in_axes: the input axes of kernels by path, or what `jprune.matmuls` returns; needed for ``per="output"`` where no
+        statistic tells which axes are inputs, or others would fit it as well.
 
     Returns:
       A transformation whose ``update(updates, state, params, statistics=...)`` needs the parameters and, for a score of
@@ -71,27 +74,23 @@ def gradual(
       All can be jitted, and the state sharded.
 
     Raises:
-      JpruneError: `every` is below 1; in ``init``, a filter finds nothing, or which axes of a kernel are inputs is not
-        known; in ``update``, parameters or statistics are missing.
+      JpruneError: `every` is below 1; in ``init``, a filter finds nothing, a leaf is of no floats or by `in_axes` of
+        several kernels, or which of its axes are inputs is not known; in ``update``, parameters or statistics are
+        missing.
     """
     if every < 1:
         raise JpruneError(f"masks are chosen anew every 1 or more steps, got {every}")
     if per == "block":
         raise JpruneError('per="block" is for SparseGPT, which sees a kernel block by block; use "output" or "kernel"')
     reads_statistic = _required(score) > 1
-    axes_of = in_axes or {}
-
-    def matrix_axes(path: str, shape: tuple[int, ...], statistic: Any) -> tuple[int, ...]:
-        if path in axes_of:
-            return axes_of[path]
-        if statistic is None and len(shape) > 2 and per == "output" and not reads_statistic:
-            raise JpruneError(f"{path}: which axes of shape {shape} are inputs? Give them as in_axes")
-        return trees.leading_axes(shape, None if statistic is None else len(statistic), path)
+    said = places.given(() if in_axes is None else in_axes)
+    matrix_axes = functools.partial(_input_axes, said, needed=per == "output" and not reads_statistic)
 
     def init(params: PyTree) -> GradualState:
         leaves = trees.flatten(params)
         chosen = trees.choose(leaves, where, skip)
         for path in chosen:
+            trees.check_floating(leaves[path], path)
             matrix_axes(path, leaves[path].shape, None)
         return GradualState(jnp.int32(0), {path: pack(jnp.ones(leaves[path].shape, bool)) for path in chosen})
 
@@ -133,6 +132,23 @@ def gradual(
         return to_zero(updates, params, chosen), GradualState(optax.safe_increment(state.step), chosen)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _input_axes(
+    said: Mapping[str, Sequence[Place]], path: str, shape: tuple[int, ...], statistic: Any, *, needed: bool
+) -> tuple[int, ...]:
+    """The input axes of a leaf: as somebody says, or else read from its statistic and Flax's layout."""
+    if path in said:
+        first, *others = said[path]
+        if others or first.part is not None or first.shape is not None:
+            raise JpruneError(f"expected `in_axes` of whole leaves, got {first}; gradual prunes no parts: leave it out")
+        return first.in_axes
+    if statistic is None and needed:
+        raise JpruneError(
+            f"{path}: which axes of shape {shape} are inputs? Give in_axes={{{path!r}: (0,)}} if it is the first, or "
+            "in_axes=jprune.matmuls(...)"
+        )
+    return trees.leading_axes(shape, None if statistic is None else len(statistic), path)
 
 
 def _required(score: Score) -> int:

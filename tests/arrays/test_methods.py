@@ -13,9 +13,10 @@ from flax import linen, nnx
 import jprune
 from jprune import masks, trees
 from jprune.errors import JpruneError
-from jprune.methods import Magnitude, Method, SparseGPT, Wanda, masked
+from jprune.methods import ByScore, Magnitude, Method, SparseGPT, Wanda, masked
 from jprune.patterns import NM, Unstructured
 from jprune.pipeline.registry import ONE_SHOT
+from jprune.places import Observed, Place
 from jprune.statistics import Gram, SquaredNorm
 
 D, HEADS, HEAD_DIM, FF = 24, 4, 6, 24  # one matrix shape, so that solvers compile once
@@ -43,8 +44,14 @@ def inputs(rng, n=80):
     return dict(zip(("attn/q/kernel", "attn/o/kernel", "mlp/up/kernel"), x.astype(np.float32), strict=True))
 
 
+AXES = {"attn/q/kernel": (0,), "attn/o/kernel": (0, 1), "mlp/up/kernel": (0,)}
+"""Input axes. All kernels have 24 inputs and 24 outputs, so no size tells them."""
+
+
 def gathered(tokens, kind):
-    return {path: kind.zeros(x.shape[1]).update(jnp.asarray(x)) for path, x in tokens.items()}
+    """Statistics as `observe` gives them, which know their axes."""
+    seen = {path: kind.zeros(x.shape[1]).update(jnp.asarray(x)) for path, x in tokens.items()}
+    return Observed(seen, {path: Place(path=path, in_axes=AXES[path]) for path in seen})
 
 
 def matrix(kernel):
@@ -56,8 +63,7 @@ def matrix(kernel):
 def test_magnitude(rng, pattern):
     """No data; unstructured scores compete in the whole kernel, as the authors of SparseGPT and Wanda have it."""
     params = attention_params(rng)
-    axes = {"attn/o/kernel": (0, 1), "attn/q/kernel": (0,)}
-    new, by_path = jprune.prune(params, None, Magnitude(), pattern, in_axes=axes)
+    new, by_path = jprune.prune(params, None, Magnitude(), pattern, in_axes=AXES)
     words = {"nm": (2, 4)} if isinstance(pattern, NM) else {"sparsity": 0.5, "per": "kernel"}
     assert sorted(by_path) == ["attn/o/kernel", "attn/q/kernel", "mlp/up/kernel"]
     for path in by_path:
@@ -68,11 +74,30 @@ def test_magnitude(rng, pattern):
         np.testing.assert_array_equal(trees.flatten(new)[path], np.where(expected, old, 0))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes(ByScore):
+    """Magnitude, among the inputs of each output if the pattern does not say."""
+
+    def score(self, kernel, statistic):
+        return jnp.abs(kernel)
+
+
 def test_inputs_must_be_known_where_they_matter(rng):
-    params = attention_params(rng)
-    for pattern in (NM(2, 4), Unstructured(0.5, "output")):
-        with pytest.raises(JpruneError, match="in_axes"):
-            jprune.prune(params, None, Magnitude(), pattern)
+    """A matrix may be [d_in, d_out] or [d_out, d_in], and only one of both is right."""
+    params, norms = attention_params(rng), gathered(inputs(rng), SquaredNorm)
+    cases = [(Magnitude(), NM(2, 4)), (Magnitude(), Unstructured(0.5, "output")), (Sizes(), Unstructured(0.5))]
+    for method, pattern in cases:
+        for where in ("attn/o", "mlp/up"):
+            with pytest.raises(JpruneError, match=r"which axes of shape .*in_axes=.*jprune\.matmuls.*jprune\.observe"):
+                jprune.prune(params, None, method, pattern, where=where)
+    for path, axes in (("attn/o/kernel", r"\(2,\) or \(0, 1\)"), ("mlp/up/kernel", r"\(0,\) or \(1,\)")):
+        with pytest.raises(JpruneError, match=rf"{path}: its statistic has 24 inputs, and .* axes {axes} may be"):
+            jprune.prune(params, dict(norms), Wanda(), Unstructured(0.5), where=path)
+    matmuls = [jprune.trace.ParamMatmul(path=p, in_axes=a, out_axes=(), stage=0, input_id=0) for p, a in AXES.items()]
+    expected = jprune.prune(params, norms, Wanda(), NM(2, 4))
+    for in_axes in (AXES, matmuls):
+        result = jprune.prune(params, dict(norms), Wanda(), NM(2, 4), in_axes=in_axes)
+        jax.tree.map(np.testing.assert_array_equal, result, expected)
 
 
 def test_a_mask_to_keep_must_be_of_a_chosen_kernel(rng):
@@ -84,7 +109,7 @@ def test_a_mask_to_keep_must_be_of_a_chosen_kernel(rng):
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
 def test_wanda(rng, pattern):
-    """The inputs of o are heads x head_dim: its statistic says so, and groups of four run along head_dim."""
+    """The inputs of o are heads x head_dim: its place says so, and groups of four run along head_dim."""
     params, tokens = attention_params(rng), inputs(rng)
     new, by_path = jprune.prune(params, gathered(tokens, SquaredNorm), Wanda(), pattern)
     words = {"nm": (2, 4)} if isinstance(pattern, NM) else {"sparsity": 0.5, "per": "output"}
@@ -190,15 +215,54 @@ def test_statistics_that_are_missing_or_wrong(rng):
     params, tokens = attention_params(rng), inputs(rng)
     with pytest.raises(JpruneError, match=r"attn/o/kernel: Wanda needs a SquaredNorm .* got NoneType; .*observe"):
         jprune.prune(params, None, Wanda(), Unstructured(0.5))
-    statistics = gathered(tokens, SquaredNorm)
+    statistics = dict(gathered(tokens, SquaredNorm))
     with pytest.raises(JpruneError, match="SparseGPT needs a Gram of its inputs, got SquaredNorm"):
         jprune.prune(params, statistics, SparseGPT(), Unstructured(0.5))
     del statistics["mlp/up/kernel"]
     with pytest.raises(JpruneError, match="mlp/up/kernel: Wanda needs"):
-        jprune.prune(params, statistics, Wanda(), Unstructured(0.5))
+        jprune.prune(params, statistics, Wanda(), Unstructured(0.5), in_axes=AXES)
     statistics["mlp/up/kernel"] = SquaredNorm.zeros(20)
     with pytest.raises(JpruneError, match=r"mlp/up/kernel: no leading axes of shape \(24, 24\) make the 20 inputs"):
-        jprune.prune(params, statistics, Wanda(), Unstructured(0.5))
+        jprune.prune(params, statistics, Wanda(), Unstructured(0.5), where="mlp")
+    with pytest.raises(JpruneError, match="mlp/up/kernel: expected a statistic of 24 inputs, got one of 20"):
+        jprune.prune(params, statistics, Wanda(), Unstructured(0.5), in_axes=AXES)
+
+
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT()])
+def test_statistics_that_no_inputs_can_have(rng, method):
+    """Not finite, negative, or of no token; what is zero for every token is dead, and no error."""
+    params = {"kernel": jnp.asarray(rng.normal(size=(D, 8)), jnp.float32)}
+    seen = method.statistic.zeros(D).update(jnp.asarray(rng.normal(size=(60, D)), jnp.float32))
+
+    def prune(total, tokens=60):
+        statistic = dataclasses.replace(seen, total=total, tokens=jnp.int32(tokens))
+        return jprune.prune(params, {"kernel": statistic}, method, Unstructured(0.5))
+
+    at = (5, 5) if isinstance(method, SparseGPT) else 5
+    for value, words in ((np.nan, "NaN or inf in 1 of 24"), (np.inf, "NaN or inf in 1 of 24"), (-1.0, "in 1 of 24")):
+        with pytest.raises(JpruneError, match=rf"^kernel: .*{words} inputs"):
+            prune(seen.total.at[at].set(value))
+    with pytest.raises(JpruneError, match="kernel: its statistic has seen no token"):
+        prune(seen.total * 0, tokens=0)
+    new, masks_by_path = prune(seen.total * 0)
+    assert (np.asarray(masks_by_path["kernel"]).sum(0) == 12).all()
+    assert (np.asarray(new["kernel"]) == 0).all() == isinstance(method, SparseGPT), "its dead inputs lose their weights"
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, bool])
+def test_weights_that_are_no_floats(rng, dtype):
+    params = {"kernel": jnp.asarray(rng.integers(0, 2, size=(24, 8)), dtype)}
+    gram = Gram.zeros(24).update(jnp.asarray(rng.normal(size=(60, 24)), jnp.float32))
+    norm = SquaredNorm(jnp.diagonal(gram.total), gram.tokens)
+    for method, statistic in ((Magnitude(), None), (Wanda(), norm), (SparseGPT(), gram)):
+        with pytest.raises(JpruneError, match=r"kernel: expected weights in floating point, got (int|bool)"):
+            jprune.prune(params, {"kernel": statistic} if statistic else None, method, Unstructured(0.5))
+        with pytest.raises(JpruneError, match="expected weights in floating point"):
+            method(params["kernel"], statistic, Unstructured(0.5))
+    with pytest.raises(JpruneError, match="expected weights in floating point"):
+        jprune.solvers.sparsegpt(params["kernel"], gram.total, NM(2, 4))
+    with pytest.raises(JpruneError, match="expected weights in floating point"):
+        jprune.gradual(jprune.schedules.constant(0.5)).init(params)
 
 
 def test_errors_name_the_kernel(rng):

@@ -13,7 +13,7 @@ from jprune.errors import JpruneError
 
 NAMES = st.text("abk_01", min_size=1, max_size=3)
 NESTED = st.recursive(
-    st.integers(), lambda inner: st.dictionaries(NAMES, inner, min_size=1, max_size=3), max_leaves=8
+    st.integers(0, 99).map(np.int64), lambda inner: st.dictionaries(NAMES, inner, min_size=1, max_size=3), max_leaves=8
 ).filter(lambda tree: isinstance(tree, dict))
 
 
@@ -34,11 +34,11 @@ def test_paths_of_every_container():
     module = Module(nnx.Rngs(0))
     assert list(trees.flatten(module)) == ["q/bias", "q/kernel"]
     assert list(trees.flatten(nnx.state(module))) == ["q/bias", "q/kernel"]
-    assert list(trees.flatten({"params": {"q": [1, (2,)]}})) == ["params/q/0", "params/q/1/0"]
+    assert list(trees.flatten({"params": {"q": [np.ones(1), (np.ones(2),)]}})) == ["params/q/0", "params/q/1/0"]
 
 
 def test_replace_keeps_the_containers():
-    tree = {"a": [1, (2, 3)], "b": None}
+    tree = {"a": [np.int8(1), (np.int8(2), np.int8(3))], "b": None}
     assert trees.replace(tree, {"a/0": 10, "a/1/0": 20, "a/1/1": 30}) == {"a": [10, (20, 30)], "b": None}
 
 
@@ -57,9 +57,18 @@ def test_matrix_view(rng, shape, in_axes):
 
 
 def test_leading_axes():
-    assert trees.leading_axes((12, 4, 3), 12, "q") == (0,)
-    assert trees.leading_axes((4, 3, 12), 12, "o") == (0, 1)
+    assert trees.leading_axes((12, 4, 2), 12, "q") == (0,)
+    assert trees.leading_axes((4, 3, 10), 12, "o") == (0, 1)
+    assert trees.leading_axes((12, 1), 12, "one output") == (0,)
+    assert trees.leading_axes((1, 12, 1, 5), 12, "axes of one") == (0, 1)
     assert trees.leading_axes((4, 3, 12), None, "o") == (0,)
+    for shape, said in (
+        ((12, 12), r"\(0,\) or \(1,\)"),
+        ((4, 3, 12), r"\(2,\) or \(0, 1\)"),
+        ((12, 3, 4), r"\(1, 2\)"),
+    ):
+        with pytest.raises(JpruneError, match=rf"o: its statistic has 12 inputs, .*{said} may be"):
+            trees.leading_axes(shape, 12, "o")
     with pytest.raises(JpruneError, match=r"o: no leading axes of shape \(4, 3, 12\) make the 5 inputs"):
         trees.leading_axes((4, 3, 12), 5, "o")
     with pytest.raises(JpruneError, match=r"scale: .* shape is \(12,\)"):
@@ -167,3 +176,29 @@ def test_sparsity_is_printed_with_both_denominators():
     assert str(trees.Sparsity(0, 6_476_000_000, 6_738_000_000)) == "0.0 % of 6.476 B prunable (0.0 % of 6.738 B)"
     assert str(trees.Sparsity(1, 2000, 2500)) == "0.1 % of 2 k prunable (0.0 % of 2.5 k)"
     assert str(trees.Sparsity(0, 0, 0)) == "0.0 % of 0 prunable (0.0 % of 0)"
+
+
+def test_what_is_no_array_stays_where_it_is():
+    """Modules of Equinox have functions and other things among their leaves."""
+    tree = {"layer": {"kernel": jnp.ones((2, 3)), "activation": jax.nn.relu, "name": "first", "size": 3, "bias": None}}
+    assert list(trees.flatten(tree)) == ["layer/kernel"]
+    pruned = trees.apply_masks(tree, {"layer/kernel": MASK})
+    assert pruned["layer"] | {"kernel": 0} == tree["layer"] | {"kernel": 0}
+    np.testing.assert_array_equal(pruned["layer"]["kernel"], MASK)
+    counted = trees.sparsity(pruned)
+    assert (counted.zeros, counted.total_parameters) == (2, 6)
+
+
+def test_kernels_are_the_nearer_misses():
+    leaves = {
+        "attn/q/bias": jnp.ones(3),
+        "attn/q/kernal": jnp.ones(3),
+        "attn/ids": jnp.ones((3, 3), jnp.int32),
+        "mlp/up/weight": jnp.ones((3, 3)),
+        "mlp/down/weight": jnp.ones((3, 3), jnp.bfloat16),
+    }
+    near = r"near misses: mlp/(up|down)/weight, mlp/(up|down)/weight, attn/q/kernal"
+    with pytest.raises(JpruneError, match=rf"'attn/q/kernel' matches none of the 5 leaves; {near}"):
+        trees.choose(leaves, "attn/q/kernel")
+    with pytest.raises(JpruneError, match="matches none of the 0 kernels; there are none at all"):
+        trees.choose([], "kernel$")

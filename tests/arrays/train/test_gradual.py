@@ -74,7 +74,8 @@ def test_magnitude_along_a_cubic_schedule_is_the_slow_loop(rng, per):
     """begin 2, end 11, every 4: due at 2, 6, 10 and 11; progress 1 - (1 - (t - 2) / 9)^3 is 0, 604/729, 728/729, 1."""
     params, gradient = setup(rng)
     schedule = schedules.cubic(0.7, begin=2, end=11)
-    seen, _ = train(jprune.gradual(schedule, every=4, per=per), params, gradient)
+    axes = {"up/kernel": (0,), "down/kernel": (0,)}
+    seen, _ = train(jprune.gradual(schedule, every=4, per=per, in_axes=axes), params, gradient)
     for name in ("up", "down"):
         kernel = np.asarray(params[name]["kernel"])
         size = len(kernel) if per == "output" else kernel.size

@@ -40,7 +40,7 @@ def test_a_pattern_of_ones_own(method, rng, tiny_model, token_file, tmp_path):
     params = {"up": {"kernel": jnp.asarray(rng.normal(size=(24, 12)), jnp.float32)}}
     x = jnp.asarray(rng.normal(size=(90, 24)), jnp.float32)
     seen = {"up/kernel": method.statistic.zeros(24).update(x)} if method.statistic else None
-    pruned, masks = jprune.prune(params, seen, method, Runs(4))
+    pruned, masks = jprune.prune(params, seen, method, Runs(4), in_axes={"up/kernel": (0,)})
     assert is_in_runs(masks["up/kernel"], 4)
     assert jprune.sparsity(pruned).zeros == Runs(4).zeros(24, 12)
 
