@@ -17,7 +17,10 @@ from jprune.statistics import SquaredNorm, Statistic
 
 
 def wanda(kernel: Float[Array, "d_in d_out"], squared_norm: Float[Array, "d_in"]) -> Float[Array, "d_in d_out"]:
-    """|W_ij| ||x_i||, with ||x_i||^2 = `squared_norm[i]` summed over the calibration tokens."""
+    """|W_ij| ||x_i||, with ||x_i||^2 = `squared_norm[i]` summed over the calibration tokens.
+
+    Weights of dead inputs, which were zero for every token, score 0 and go first.
+    """
     norm = jnp.sqrt(squared_norm.astype(jnp.float32))
     return jnp.abs(kernel.astype(jnp.float32)) * norm[:, None]
 
