@@ -48,8 +48,8 @@ def check_floating(leaf: Any, where: str) -> None:
     """Raises a `JpruneError` that names `where` if these are no floating-point numbers."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise JpruneError(
-            f"{where}: expected weights in floating point, got {jnp.dtype(leaf.dtype)}; prune before they are quantised, "
-            "or leave them out"
+            f"{where}: expected weights in floating point, got {jnp.dtype(leaf.dtype)}; prune before they are "
+            "quantised, or leave them out"
         )
 
 
