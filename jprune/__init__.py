@@ -51,7 +51,9 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune.structured.selection import Target as Target
     from jprune.trace import coupled_axes as coupled_axes
     from jprune.trace.matmuls import matmuls as matmuls
+    from jprune.trace.matmuls import skipped as skipped
     from jprune.trace.observe import observe as observe
+    from jprune.trace.report import report as report
     from jprune.trace.stages import stages as stages
     from jprune.train import schedules as schedules
     from jprune.train.gradual import gradual as gradual
@@ -91,8 +93,9 @@ _NAMES = {
     "jprune.structured": ("DropLayers", "LLMPruner", "shrink"),
     "jprune.structured.selection": ("Target",),
     "jprune.trace": ("coupled_axes",),
-    "jprune.trace.matmuls": ("matmuls",),
+    "jprune.trace.matmuls": ("matmuls", "skipped"),
     "jprune.trace.observe": ("observe",),
+    "jprune.trace.report": ("report",),
     "jprune.trace.stages": ("stages",),
     "jprune.train.gradual": ("gradual",),
     "jprune.train.keep_masked": ("keep_masked",),

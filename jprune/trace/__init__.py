@@ -9,5 +9,8 @@ from jprune.trace.matmuls import Skipped as Skipped
 from jprune.trace.matmuls import matmuls as matmuls
 from jprune.trace.matmuls import skipped as skipped
 from jprune.trace.observe import observe as observe
+from jprune.trace.report import Leaf as Leaf
+from jprune.trace.report import Report as Report
+from jprune.trace.report import report as report
 from jprune.trace.stages import Stages as Stages
 from jprune.trace.stages import stages as stages

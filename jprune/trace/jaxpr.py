@@ -10,15 +10,17 @@ import dataclasses
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 from jax.extend import source_info_util
 
 from jprune.errors import JpruneError
+from jprune.trace.leaves import PARAMETERS, is_array, split
 from jprune.trees import path_name
 
 Var = Any  # jex.Var; the type checker does not know that its aval has a shape
@@ -69,8 +71,13 @@ class Trace:
     equations: tuple[Equation, ...]
     outputs: tuple[Atom, ...]
     params_tree: Any
+    """With the leaves that are no arrays, as the activation functions in a module of equinox."""
     args_tree: Any
     output_tree: Any
+
+    def leaves(self, params: PyTree) -> list[Any]:
+        """The parameters' leaves that are arrays."""
+        return split(params, PARAMETERS)[0]
 
     def runner(
         self, name: str, equations: Iterable[Equation], inputs: Sequence[Var], outputs: Sequence[Atom]
@@ -79,29 +86,50 @@ class Trace:
         equations = list(equations)
         needed = {x for e in equations for x in variables(e)}.union(x for x in outputs if isinstance(x, jex.Var))
         constants = {v: value for v, value in self.constants.items() if v in needed}
-        jaxpr = jex.Jaxpr(
-            [],
-            [*constants, *self.params.values(), *inputs],
-            list(outputs),
-            equations,
-            frozenset[Any]().union(*(e.effects for e in equations)),
-            jex.DebugInfo("jprune.trace", name, None, None),
-        )
+        own = runner(name, equations, [*constants, *self.params.values(), *inputs], outputs)
 
         def run(leaves: Sequence[Any], values: Sequence[Any]) -> list:
-            return list(jax.core.eval_jaxpr(jaxpr, (), *constants.values(), *leaves, *values))
+            return own([*constants.values(), *leaves, *values])
 
         return run
 
 
-def trace(f: Callable, params: PyTree, *args: PyTree) -> Trace:
-    """Traces ``f(params, *args)``; arrays and `jax.ShapeDtypeStruct`s serve alike.
+def runner(
+    name: str, equations: Sequence[Equation], inputs: Sequence[Var], outputs: Sequence[Atom]
+) -> Callable[[Sequence[Any]], list]:
+    """A function (values of `inputs`) -> values of `outputs` that runs `equations`."""
+    jaxpr = jex.Jaxpr(
+        [],
+        list(inputs),
+        list(outputs),
+        list(equations),
+        frozenset[Any]().union(*(e.effects for e in equations)),
+        jex.DebugInfo("jprune.trace", name, None, None),
+    )
+
+    def run(values: Sequence[Any]) -> list:
+        return list(jax.core.eval_jaxpr(jaxpr, (), *values))
+
+    return run
+
+
+def trace(f: Callable, params: PyTree, *args: PyTree, unroll: bool = False, **kwargs: PyTree) -> Trace:
+    """Traces ``f(params, *args, **kwargs)``; arrays and `jax.ShapeDtypeStruct`s serve alike, and all else is constant.
+
+    Where `unroll` says so, scans are written out: their bodies as often as they run.
 
     Raises:
       JpruneError: f raises while it is traced; the message says at which line.
     """
+    params_leaves, params_tree = split(params, PARAMETERS)
+    args_leaves, args_tree = split((args, kwargs))
+
+    def call(params_leaves: list[Any], args_leaves: list[Any]) -> Any:
+        args, kwargs = args_tree.fill(args_leaves)
+        return f(params_tree.fill(params_leaves), *args, **kwargs)
+
     try:
-        closed, output = jax.make_jaxpr(f, return_shape=True)(params, *args)
+        closed, output = jax.make_jaxpr(call, return_shape=True)(params_leaves, args_leaves)
     except JpruneError:
         raise
     except Exception as error:
@@ -110,11 +138,12 @@ def trace(f: Callable, params: PyTree, *args: PyTree) -> Trace:
             f"expected a function that JAX can trace, but tracing it failed at {_written_at(error)} with "
             f"{type(error).__name__}: {words}"
         ) from error
-    flat = _Inliner()
+    flat = _Inliner(unroll=unroll)
     inputs = getattr(closed, "jaxpr", closed).invars
     outputs = flat.run(closed, inputs)
-    leaves, params_tree = jax.tree_util.tree_flatten_with_path(params)
-    paths = [path_name(path) for path, _ in leaves]
+    paths = [
+        path_name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if is_array(leaf, PARAMETERS)
+    ]
     if len(set(paths)) < len(paths):
         twice = next(path for i, path in enumerate(paths) if path in paths[:i])
         raise JpruneError(
@@ -127,39 +156,9 @@ def trace(f: Callable, params: PyTree, *args: PyTree) -> Trace:
         equations=_live(flat.equations, outputs),
         outputs=tuple(outputs),
         params_tree=params_tree,
-        args_tree=jax.tree.structure(args),
+        args_tree=args_tree,
         output_tree=jax.tree.structure(output),
     )
-
-
-def bodies(equation: Equation) -> Iterator[tuple[Any, list[Sequence[Atom]]]]:
-    """The jaxprs inside an equation, and for each of their input variables the operands that it may come from.
-
-    In control flow that is one operand; where the correspondence is not known, it is all of them.
-    """
-    operands, params = equation.invars, equation.params
-    match equation.primitive.name:
-        case "while":
-            cond, body = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-            known = [
-                (params["cond_jaxpr"], operands[:cond] + operands[body:]),
-                (params["body_jaxpr"], operands[cond:]),
-            ]
-        case "cond":
-            known = [(branch, operands[1:]) for branch in params["branches"]]
-        case _:
-            known = [(jaxpr, operands) for jaxpr in jex.jaxprs_in_params(params)]
-    for closed, inputs in known:
-        length = len(getattr(closed, "jaxpr", closed).invars)
-        yield closed, [[x] for x in inputs] if length == len(inputs) else [list(operands)] * length
-
-
-def inlined(closed: Any) -> tuple[list[Equation], Sequence[Var]]:
-    """The equations of a jaxpr with calls replaced by their bodies, and its input variables."""
-    flat = _Inliner()
-    inputs = getattr(closed, "jaxpr", closed).invars
-    flat.run(closed, inputs)
-    return flat.equations, inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -216,7 +215,8 @@ def _file_of(module: str) -> str | None:
 
 
 class _Inliner:
-    def __init__(self) -> None:
+    def __init__(self, *, unroll: bool = False) -> None:
+        self.unroll = unroll
         self.constants: dict[Var, Any] = {}
         self.equations: list[Equation] = []
         self.seen: dict[Any, list[Var]] = {}
@@ -247,10 +247,35 @@ class _Inliner:
             elif name in ("optimization_barrier", "name"):
                 # They only speak to the compiler, and a barrier would tie values together that nothing else does.
                 results = operands
+            elif name == "scan" and self.unroll:
+                results = self.written_out(equation, operands)
             else:
                 results = self.emit(equation, operands)
             names.update(zip(equation.outvars, results, strict=True))
         return [read(x) for x in jaxpr.outvars]
+
+    def written_out(self, equation: Equation, operands: list[Atom]) -> list[Atom]:
+        """Appends the body of a scan as often as it runs."""
+        consts, carried = scan_counts(equation)
+        params, results = equation.params, equation.outvars
+        state, rows = operands[consts : consts + carried], []
+        self.callers.append(self.source(equation))
+        for i in reversed(range(params["length"])) if params["reverse"] else range(params["length"]):
+            xs = [self.apply(lambda x, i=i: x[i], [x])[0] for x in operands[consts + carried :]]
+            outputs = self.run(params["jaxpr"], [*operands[:consts], *state, *xs])
+            state = outputs[:carried]
+            rows.append(outputs[carried:])
+        rows = rows[::-1] if params["reverse"] else rows
+        ys = [self.apply(lambda *each: jnp.stack(each), list(each))[0] for each in zip(*rows)]
+        self.callers.pop()
+        return [
+            *state,
+            *(ys or self.apply(lambda: [jnp.zeros(x.aval.shape, x.aval.dtype) for x in results[carried:]], [])),
+        ]
+
+    def apply(self, function: Callable, operands: list[Atom]) -> list[Atom]:
+        """Appends what a function does."""
+        return self.run(jax.make_jaxpr(function)(*(x.aval for x in operands)), operands)
 
     def emit(self, equation: Equation, operands: list[Atom]) -> list[Var]:
         """Appends an equation with new operands and results, unless an equal one has computed the same values."""

@@ -1,30 +1,17 @@
 """Every matmul of a value against a parameter: which leaf, which of its axes, what feeds it, and how deep it lies."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
-
-import numpy as np
-from jax.extend import core as jex
+from collections.abc import Callable, Iterable, Mapping
 
 from jprune import trees
-from jprune.annotations import Array, Shaped
 from jprune.errors import JpruneError
-from jprune.trace.jaxpr import (
-    CASTS,
-    MATMULS,
-    Equation,
-    PyTree,
-    Trace,
-    Var,
-    bodies,
-    inlined,
-    trace,
-    variables,
-    where_written,
-)
-from jprune.trace.views import Axes, Digit, follow, join, matrix, regroup, whole
+from jprune.places import Place
+from jprune.trace.inputs import Input
+from jprune.trace.jaxpr import PyTree, Trace, Var, trace, variables
+from jprune.trace.levels import End, Level
+from jprune.trace.products import Product
+from jprune.trace.uses import walk
+from jprune.trace.views import Axes
 
 Where = trees.Filter | Callable[[str], bool] | None
 """Which parameters' matmuls count: expressions searched for in their paths, or a function of the path; None = all."""
@@ -32,7 +19,7 @@ Where = trees.Filter | Callable[[str], bool] | None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParamMatmul:
-    """One matmul of a value against a parameter leaf."""
+    """One matmul of a value against a parameter leaf, or a part of one."""
 
     path: str
     in_axes: tuple[int, ...]
@@ -40,11 +27,21 @@ class ParamMatmul:
     out_axes: tuple[int, ...]
     """The other axes of the leaf, ascending."""
     stage: int
-    """How many matmuls lie before this one on the longest path that leads to it."""
+    """How many matmuls lie before this one on the longest path that leads to it; a loop's body counts once."""
     input_id: int
     """Equal for matmuls that read the same value over the same axes."""
     batch_axes: tuple[int, ...] = ()
-    """Axes of the leaf that run along with axes of the value: it is a stack of kernels, each with inputs of its own."""
+    """Axes of the leaf that number a stack of kernels, each with inputs of its own: they run along with axes of the
+    value (experts), a scan goes along them (layers), or an index picks from them."""
+    part: tuple[tuple[int, int], ...] | None = None
+    """Start and stop along every axis of the leaf, if the kernel is not all of it."""
+    shape: tuple[int, ...] | None = None
+    """What the part is reshaped to before its axes are counted, if an axis of the leaf is of several kinds."""
+
+    @property
+    def place(self) -> Place:
+        """Where the kernel lies."""
+        return Place(path=self.path, in_axes=self.in_axes, batch_axes=self.batch_axes, part=self.part, shape=self.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,24 +55,6 @@ class Skipped:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Input:
-    """What a matmul reads: a value, and the digits of its index that number the input features."""
-
-    value: Var
-    columns: tuple[Digit, ...]
-    batch: tuple[Digit, ...] = ()
-    """The digits that number the kernels of a stack."""
-
-    def matrix(self, x: Shaped[Array | np.ndarray, "..."]) -> Shaped[Array | np.ndarray, "*stack tokens d_in"]:
-        """The matrix view of the value: features in the order of the kernel's `in_axes`; for a stack, one for each."""
-        if not self.batch:
-            return matrix(x, self.columns)
-        count = math.prod(d.size for d in self.batch)
-        rows = matrix(x, (*self.batch, *self.columns))
-        return rows.reshape(len(rows), count, -1).swapaxes(0, 1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Operand:
     """The operand of a matmul that is a view of a parameter leaf."""
 
@@ -86,13 +65,21 @@ class Operand:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Site:
+    """One listed matmul, where it is in the program."""
+
+    matmul: ParamMatmul
+    level: Level
+    result: Var
+    product: Product
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Found:
     """Everything that the faces of `jprune.trace` need to know about the matmuls of a trace."""
 
-    matmuls: dict[Var, ParamMatmul]
-    """By the variable of their result."""
-    kernels: dict[Var, Operand]
-    """The operand that is the kernel, of each of these matmuls."""
+    sites: tuple[Site, ...]
+    """Of all matmuls that count, in the order in which they are written."""
     inputs: tuple[Input, ...]
     """By input_id."""
     depth: dict[Var, int]
@@ -100,242 +87,181 @@ class Found:
     origins: dict[Var, frozenset[str]]
     """Paths of the parameters that a value is made of; only for values that do not depend on the arguments."""
     skipped: tuple[Skipped, ...]
+    ends: tuple[End, ...]
+    top: Level
+
+    @property
+    def matmuls(self) -> dict[Var, ParamMatmul]:
+        """Those outside of loops and branches, by the variable of their result."""
+        return {s.result: s.matmul for s in self.sites if s.level is self.top}
+
+    @property
+    def inside(self) -> tuple[Site, ...]:
+        """Those inside of loops and branches."""
+        return tuple(s for s in self.sites if s.level is not self.top)
+
+    @property
+    def kernels(self) -> dict[Var, Operand]:
+        """The operand that is the kernel, of each of `matmuls`."""
+        here = [s for s in self.sites if s.level is self.top]
+        return {s.result: Operand(side=s.product.side, axes=s.product.axes) for s in here}
 
 
 def matmuls(
-    f: Callable, params: PyTree, *args: PyTree, where: Where = None, stacked: bool = False
+    f: Callable, params: PyTree, *args: PyTree, where: Where = None, stacked: bool = True, **kwargs: PyTree
 ) -> tuple[ParamMatmul, ...]:
-    """Every matmul of ``f(params, *args)`` against a parameter leaf, in the order in which they are written.
+    """Every matmul of ``f(params, *args, **kwargs)`` against a parameter leaf, in the order in which they are written.
 
-    A parameter counts wherever it has gone through casts, transposes, reshapes and the like on its way to the matmul,
-    in any function of JAX, Linen or NNX, under jit, remat and custom derivatives. One that is used twice is listed
-    twice. What cannot be listed, as convolutions, stacked experts and slices of a kernel, `skipped` names.
+    A parameter counts wherever it has gone through casts, transposes, reshapes, slices and the like on its way to the
+    matmul, in any function of JAX, Linen or NNX, under jit, remat and custom derivatives, and inside of scans, loops
+    and branches. Convolutions count too. One that is used twice is listed twice. A parameter of which some use cannot
+    be followed is not listed at all, because what is known of its inputs would not be all; `skipped` says why.
 
     Args:
       f: any traceable function.
       params: its parameters: a pytree of arrays or of `jax.ShapeDtypeStruct`s.
-      *args: its other arguments, likewise. Nothing is computed.
+      *args: its other arguments, likewise; what is no array is handed to f as it is. Nothing is computed.
       where: which parameters' matmuls count; the others are equations like any other, and add nothing to `stage`.
-      stacked: whether stacks of kernels count (experts: see `ParamMatmul.batch_axes`).
+      stacked: whether stacks of kernels count (experts, layers of a scan: see `ParamMatmul.batch_axes`).
+      **kwargs: other arguments of f, likewise.
 
     Raises:
-      JpruneError: `where` finds nothing, or a matmul that counts lies inside control flow.
+      JpruneError: `where` finds nothing that can be listed.
     """
-    return tuple(find(trace(f, params, *args), where, stacked=stacked).matmuls.values())
+    return tuple(s.matmul for s in find(trace(f, params, *args, **kwargs), where, stacked=stacked).sites)
 
 
-def skipped(f: Callable, params: PyTree, *args: PyTree) -> tuple[Skipped, ...]:
+def skipped(f: Callable, params: PyTree, *args: PyTree, **kwargs: PyTree) -> tuple[Skipped, ...]:
     """Which matmuls against something made of parameters `matmuls` does not list, and why."""
-    return find(trace(f, params, *args), lambda path: False).skipped
+    return find(trace(f, params, *args, **kwargs), lambda path: False).skipped
 
 
-def find(flat: Trace, where: Where = None, *, stacked: bool = False) -> Found:
-    """Walks the equations of a trace: first for what each value is, then for the depth of the matmuls that count."""
-    values = _classify(flat, stacked)
-    wanted = _choose(values, where)
-    for equation, paths in values.inside:
-        if refused := sorted(wanted & paths):
-            raise JpruneError(
-                f"expected matmuls against parameters outside of control flow, found {', '.join(refused)} used inside "
-                f"{equation.primitive.name} at {where_written(equation)}: trace one iteration (call it per block), "
-                "unroll the loop, or leave these parameters out with `where`"
-            )
-    depth = {x: 0 for x in flat.args}
-    inputs: dict[Input, int] = {}
-    chosen: dict[Var, ParamMatmul] = {}
-    kernels: dict[Var, Operand] = {}
-    for equation in flat.equations:
-        level = max((depth[x] for x in variables(equation) if x in depth), default=0)
-        for result in equation.outvars:
-            product = values.products.get(result)
-            if product is not None and product.path in wanted:
-                kernels[result] = product.kernel
-                chosen[result] = ParamMatmul(
-                    path=product.path,
-                    in_axes=product.in_axes,
-                    out_axes=product.out_axes,
-                    stage=level,
-                    input_id=inputs.setdefault(product.input, len(inputs)),
-                    batch_axes=product.batch_axes,
-                )
-            if result not in values.origins:
-                depth[result] = level + (result in chosen)
+def find(flat: Trace, where: Where = None, *, stacked: bool = True) -> Found:
+    """Follows every use of the parameters, then finds the depth of the matmuls that count."""
+    top, ends = walk(flat)
+    usable, left = _judge(ends, stacked)
+    wanted = _choose(usable, left, where)
+    finder = _Finder(wanted)
+    finder.run(top, {x: 0 for x in flat.args})
     return Found(
-        matmuls=chosen,
-        kernels=kernels,
-        inputs=tuple(inputs),
-        depth=depth,
-        origins=values.origins,
-        skipped=tuple(values.skipped),
+        sites=tuple(finder.sites),
+        inputs=tuple(finder.inputs),
+        depth=finder.depth,
+        origins=top.origins,
+        skipped=tuple(left),
+        ends=tuple(ends),
+        top=top,
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Product:
-    """A matmul against a leaf, before it is known whether it counts."""
+class _Finder:
+    """Numbers the matmuls that count, from top to bottom."""
 
-    path: str
-    in_axes: tuple[int, ...]
-    out_axes: tuple[int, ...]
-    batch_axes: tuple[int, ...]
-    kernel: Operand
-    input: Input
+    def __init__(self, wanted: set[str]) -> None:
+        self.wanted = wanted
+        self.sites: list[Site] = []
+        self.inputs: dict[Input, int] = {}
+        self.depth: dict[Var, int] = {}
+
+    def run(self, level: Level, known: Mapping[Var, int]) -> int:
+        """Walks through a level whose inputs have these depths; returns the largest depth in it."""
+        depth = dict(known)
+        deepest = max(depth.values(), default=0)
+        for equation in level.body.equations:
+            before = max((depth[x] for x in variables(equation) if x in depth), default=0)
+            after = before
+            for inner in level.inner.get(equation.outvars[0], ()) if equation.outvars else ():
+                after = max(after, self.run(inner, {x: before for x in inner.body.inputs if x not in inner.origins}))
+            for result in equation.outvars:
+                product = level.products.get(result)
+                if product is not None and product.place.path in self.wanted:
+                    self.add(level, result, product, before)
+                    after = before + 1
+                if result not in level.origins:
+                    depth[result] = after
+            deepest = max(deepest, max((depth.get(x, 0) for x in equation.outvars), default=0))
+        if level.depth == 0:
+            self.depth = depth
+        return deepest
+
+    def add(self, level: Level, result: Var, product: Product, stage: int) -> None:
+        place = product.place
+        taken = {*place.in_axes, *place.batch_axes}
+        # The axes are those of the leaf, or of what its part is reshaped to.
+        ndim = len(place.shape) if place.shape is not None else product.ndim
+        matmul = ParamMatmul(
+            path=place.path,
+            in_axes=place.in_axes,
+            out_axes=tuple(i for i in range(ndim) if i not in taken),
+            stage=stage,
+            input_id=self.inputs.setdefault(product.input, len(self.inputs)),
+            batch_axes=place.batch_axes,
+            part=place.part,
+            shape=place.shape,
+        )
+        self.sites.append(Site(matmul=matmul, level=level, result=result, product=product))
 
 
-@dataclasses.dataclass(kw_only=True)
-class _Values:
-    """What each value of a trace is, found from top to bottom."""
+def _judge(ends: Iterable[End], stacked: bool) -> tuple[list[str], list[Skipped]]:
+    """The paths all of whose uses are products that can be listed, and of all others why they are not."""
+    products: dict[str, list[End]] = {}
+    left: list[Skipped] = []
+    others: dict[str, End] = {}
+    for end in ends:
+        if end.product is not None:
+            products.setdefault(end.product.place.path, []).append(end)
+            continue
+        for path in end.paths:
+            others.setdefault(path, end)
+        if end.skipped:
+            left.append(Skipped(paths=end.paths, reason=end.what, source=end.source))
+    usable = []
+    for path, own in products.items():
+        if (reason := _not_whole(own, others.get(path), stacked)) is None:
+            usable.append(path)
+        else:
+            left.append(Skipped(paths=(path,), reason=reason, source=own[0].source))
+    return usable, left
 
-    origins: dict[Var, frozenset[str]]
-    views: dict[Var, tuple[Var, Axes]] = dataclasses.field(default_factory=dict)
-    """The value that a value is a view of. Of parameters, casts are views too; elsewhere they change what is read."""
-    products: dict[Var, _Product] = dataclasses.field(default_factory=dict)
-    inside: list[tuple[Equation, frozenset[str]]] = dataclasses.field(default_factory=list)
-    """Equations with matmuls against parameters inside, and the paths of these."""
-    skipped: list[Skipped] = dataclasses.field(default_factory=list)
 
-    def view(self, x: Var) -> tuple[Var, Axes]:
-        return self.views.get(x, (x, whole(x.aval.shape)))
-
-
-def _classify(flat: Trace, stacked: bool) -> _Values:
-    paths = {x: path for path, x in flat.params.items()}
-    values = _Values(origins=dict.fromkeys(flat.constants, frozenset()) | {x: frozenset([p]) for x, p in paths.items()})
-    makers: dict[Var, Equation] = {}
-    for equation in flat.equations:
-        operands = variables(equation)
-        made_of = frozenset[str]().union(*(values.origins.get(x, ()) for x in operands))
-        fixed = all(x in values.origins for x in operands) and not equation.effects
-        if fixed:
-            values.origins.update(dict.fromkeys(equation.outvars, made_of))
-        elif made_of and equation.primitive.name in MATMULS:
-            product = _product(equation, values, paths, makers, stacked)
-            if isinstance(product, _Product):
-                values.products[equation.outvars[0]] = product
-            elif product is not None:
-                values.skipped.append(
-                    Skipped(paths=tuple(sorted(made_of)), reason=product, source=where_written(equation))
+def _not_whole(own: list[End], other: End | None, stacked: bool) -> str | None:
+    """Why matmuls against a parameter are not all that can be said of it, or None."""
+    places = list(dict.fromkeys(end.product.place for end in own if end.product is not None))
+    if other is not None:
+        what = "by a product that is skipped" if other.skipped else f"elsewhere ({other.what})"
+        return f"the parameter is also read {what} at {other.source}, so that this is not all that its values are for"
+    for i, a in enumerate(places):
+        for b in places[:i]:
+            if a.part == b.part:
+                return (
+                    f"its matmuls sum over different axes, {b.in_axes} and {a.in_axes}: what is known of their inputs "
+                    "does not add"
                 )
-        elif made_of and (inside := frozenset(_inside(equation, values.origins))):
-            values.inside.append((equation, inside))
-        if operands and len(equation.outvars) == 1:
-            root, axes = values.view(operands[0])
-            cast = fixed and equation.primitive.name in CASTS
-            if (seen := axes if cast else follow(equation, axes)) is not None:
-                values.views[equation.outvars[0]] = root, seen
-        makers.update(dict.fromkeys(equation.outvars, equation))
-    return values
-
-
-def _product(
-    equation: Equation, values: _Values, paths: Mapping[Var, str], makers: Mapping[Var, Equation], stacked: bool
-) -> _Product | str | None:
-    """The matmul, or why it is none of a value against a leaf; None if no operand is made of parameters alone."""
-    sides = [i for i, x in enumerate(equation.invars[:2]) if isinstance(x, jex.Var) and values.origins.get(x)]
-    if not sides:
-        return None
-    side = sides[0]
-    if equation.primitive.name != "dot_general":
-        return f"{equation.primitive.name} is not a plain matmul"
-    kernel, axes = values.view(equation.invars[side])
-    if kernel not in paths:
-        maker = makers[kernel]
-        return f"its kernel is no view of a parameter, but made by {maker.primitive.name} at {where_written(maker)}"
-    contracted, batch = equation.params["dimension_numbers"]
-    along = [i for i in batch[side] if equation.invars[side].aval.shape[i] > 1]
-    if along and not stacked:
+            if a.part is None or b.part is None or _overlap(a.part, b.part):
+                return f"its matmuls read parts of it that overlap, {b.key} and {a.key}"
+    if not stacked and any(place.batch_axes for place in places):
         return "its kernel has a batch axis (stacked kernels, as of experts)"
-    batch_axes = {d.axis for i in along for d in axes[i]}
-    in_axes = {d.axis for i in contracted[side] for d in axes[i]}
-    out_axes = {d.axis for i, digits in enumerate(axes) if i not in (*contracted[side], *along) for d in digits}
-    if cut := in_axes & out_axes or batch_axes & (in_axes | out_axes):
-        return f"a reshape of the kernel leaves part of axis {min(cut)} to be summed over, and part not"
-    # A reshape loses sight of axes of size one. They may count as either, but a matmul has at least one input axis.
-    unseen = [i for i in range(kernel.aval.ndim) if i not in in_axes | out_axes | batch_axes]
-    in_axes = in_axes or set(unseen[:1])
-    if not in_axes or not contracted[side]:
-        return "it sums over no axis of the parameter"
-    return _Product(
-        path=paths[kernel],
-        in_axes=tuple(sorted(in_axes)),
-        out_axes=tuple(i for i in range(kernel.aval.ndim) if i not in in_axes | batch_axes),
-        batch_axes=tuple(sorted(batch_axes)),
-        kernel=Operand(side=side, axes=axes),
-        input=_input(
-            values,
-            equation.invars[1 - side],
-            contracted[1 - side],
-            [axes[i] for i in contracted[side]],
-            [theirs for own, theirs in zip(batch[side], batch[1 - side]) if own in along],
-            [axes[i] for i in along],
-        ),
-    )
+    return None
 
 
-def _input(
-    values: _Values,
-    operand: Var,
-    contracted: Sequence[int],
-    kernel: Sequence[Sequence[Digit]],
-    batch: Sequence[int],
-    stack: Sequence[Sequence[Digit]],
-) -> Input:
-    """The operand of a matmul whose axes `contracted` meet the digits `kernel` of the leaf, in the leaf's order.
-
-    Its axes `batch` run along with the digits `stack` of the leaf.
-    """
-    # If the kernel's digits cut across the axes of the value that the operand is a view of, they do not cut across the
-    # axes of the operand itself: those that are contracted have the kernel's sizes.
-    met: list[Axes | None] = []
-    ours, theirs = [*contracted, *batch], [*kernel, *stack]
-    for root, axes in (values.view(operand), (operand, whole(operand.aval.shape))):
-        value, met = root, [regroup(axes[i], [d.size for d in digits]) for i, digits in zip(ours, theirs)]
-        if None not in met:
-            break
-
-    count = len(contracted)
-    return Input(value=value, columns=_ordered(kernel, met[:count]), batch=_ordered(stack, met[count:]))
+def _overlap(a: tuple[tuple[int, int], ...], b: tuple[tuple[int, int], ...]) -> bool:
+    return all(start < other_stop and other < stop for (start, stop), (other, other_stop) in zip(a, b))
 
 
-def _ordered(digits: Sequence[Sequence[Digit]], met: Sequence[Axes | None]) -> tuple[Digit, ...]:
-    """The digits that `digits` of a leaf have met, in the leaf's order."""
-    pairs = [pair for own, other in zip(digits, met) for pair in zip(own, other or ())]
-    pairs.sort(key=lambda pair: (pair[0].axis, -pair[0].stride))
-    return join(d for _, other in pairs for d in other)
-
-
-def _inside(equation: Equation, origins: Mapping[Any, frozenset[str]]) -> Iterator[str]:
-    """Paths of the parameters that matmuls inside an equation may read; errs towards naming too many."""
-    for body, operands in bodies(equation):
-        flat, inputs = inlined(body)
-        known = {}
-        for x, sources in zip(inputs, operands):
-            fixed = [s for s in sources if isinstance(s, jex.Literal) or s in origins]
-            if fixed and (len(sources) > 1 or fixed == list(sources)):
-                known[x] = frozenset[str]().union(*(origins.get(s, ()) for s in fixed if isinstance(s, jex.Var)))
-        for inner in flat:
-            made_of = [known.get(x) for x in variables(inner)]
-            if inner.primitive.name in MATMULS:
-                yield from frozenset[str]().union(*(m for m in made_of if m))
-            yield from _inside(inner, known)
-            if None not in made_of:
-                known.update(dict.fromkeys(inner.outvars, frozenset[str]().union(*(m for m in made_of if m))))
-
-
-def _choose(values: _Values, where: Where) -> set[str]:
-    usable = dict.fromkeys(
-        [p.path for p in values.products.values()] + [p for _, ps in values.inside for p in sorted(ps)]
-    )
+def _choose(usable: list[str], left: list[Skipped], where: Where) -> set[str]:
     if where is None:
         return set(usable)
     if callable(where):
         return {path for path in usable if where(path)}
-    reasons = {path: s for s in values.skipped for path in s.paths}
-    chosen = trees.choose(usable | reasons, where)
-    if not usable.keys() & chosen:
+    reasons: dict[str, Skipped] = {}
+    for s in left:
+        for path in s.paths:
+            reasons.setdefault(path, s)
+    chosen = trees.choose(dict.fromkeys(usable) | reasons, where)
+    if not set(usable) & set(chosen):
         path = chosen[0]
         raise JpruneError(
             f"expected {where!r} to find a kernel that `matmuls` lists, found only {', '.join(chosen)}; {path} is used "
             f"at {reasons[path].source}, but {reasons[path].reason}"
         )
-    return usable.keys() & chosen
+    return set(usable) & set(chosen)

@@ -18,8 +18,20 @@ from jax.extend import core as jex
 
 from jprune.annotations import Array, Shaped
 from jprune.errors import JpruneError
-from jprune.trace.jaxpr import ELEMENTWISE, LAYOUTS, Atom, Equation, PyTree, Trace, Var, trace, variables
+from jprune.trace.jaxpr import (
+    ELEMENTWISE,
+    LAYOUTS,
+    Atom,
+    Equation,
+    PyTree,
+    Trace,
+    Var,
+    trace,
+    variables,
+)
+from jprune.trace.leaves import ARGUMENTS, PARAMETERS, Tree, is_array, split
 from jprune.trace.matmuls import Found, ParamMatmul, Where, find
+from jprune.trace.observe import warn
 
 Carry = tuple[Any, ...]
 
@@ -43,9 +55,9 @@ class Stages:
     carries: tuple[tuple[Atom, ...], ...]
     """The variables in the carry that each segment takes, and at the end those that the last one returns."""
 
-    def start(self, *args: PyTree) -> Carry:
+    def start(self, *args: PyTree, **kwargs: PyTree) -> Carry:
         """The carry that segment 0 takes: those leaves of f's other arguments that are needed."""
-        leaves = _leaves(args, self.trace.args_tree, self.trace.args, "arguments")
+        leaves = _leaves((args, kwargs), self.trace.args_tree, self.trace.args, "arguments")
         values = dict(zip(self.trace.args, leaves))
         return tuple(values[x] for x in self.carries[0])
 
@@ -53,15 +65,25 @@ class Stages:
         """What the matmuls of a stage read, by input_id, out of the carry that segment `stage` returned."""
         values = dict(zip(self.carries[stage + 1], carry, strict=True))
         ids = dict.fromkeys(m.input_id for m in self.matmuls[stage])
-        return {i: self.found.inputs[i].matrix(values[self.found.inputs[i].value]) for i in ids}
+        reads = {i: self.found.inputs[i] for i in ids}
+        return {i: read.matrix(*(values[x] for x in read.variables)) for i, read in reads.items()}
 
     def finish(self, carry: Carry) -> PyTree:
         """The output of f, out of the carry that the last segment returned."""
         return jax.tree.unflatten(self.trace.output_tree, carry)
 
 
-def stages(f: Callable, params: PyTree, *args: PyTree, where: Where = None, stacked: bool = False) -> Stages:
-    """Cuts ``f(params, *args)`` into segments between its stages.
+def stages(
+    f: Callable,
+    params: PyTree,
+    *args: PyTree,
+    where: Where = None,
+    stacked: bool = True,
+    unroll: bool = False,
+    shared: bool = False,
+    **kwargs: PyTree,
+) -> Stages:
+    """Cuts ``f(params, *args, **kwargs)`` into segments between its stages.
 
     Args:
       f: any traceable function.
@@ -69,23 +91,51 @@ def stages(f: Callable, params: PyTree, *args: PyTree, where: Where = None, stac
       *args: its other arguments, likewise. The segments work for arrays of these shapes and dtypes.
       where: which parameters' matmuls count, as in `matmuls`.
       stacked: whether stacks of kernels count, as in `matmuls`.
+      unroll: whether a scan with kernels in it is written out, so that the layers it goes through are stages of their
+        own. The programs grow with the number of layers.
+      shared: whether a kernel may be used in several stages. It is for those who prune it before the first, or not at
+        all: pruned between stages, it would be pruned again in each.
+      **kwargs: other arguments of f, likewise.
 
     Raises:
-      JpruneError: `where` finds nothing, or a matmul that counts lies inside control flow.
+      JpruneError: `where` finds nothing that can be listed; a matmul that counts lies inside a loop or branch (that is
+        not written out); a kernel is used in several stages, and `shared` does not say that this is meant.
     """
-    flat = trace(f, params, *args)
+    flat = trace(f, params, *args, unroll=unroll, **kwargs)
     found = find(flat, where, stacked=stacked)
+    _check(found, unroll=unroll, shared=shared)
+    warn(found, flat, where)
     depth = max((m.stage + 1 for m in found.matmuls.values()), default=0)
     by_stage = tuple(tuple(m for m in found.matmuls.values() if m.stage == s) for s in range(depth))
     plan = _Plan(flat, found)
     segments: list[Callable[[PyTree, Carry], Carry]] = []
     carries = [flat.outputs]
     for s in reversed(range(depth + 1)):
-        read = {found.inputs[m.input_id].value for m in by_stage[s - 1]} if s else set()
+        read = {x for m in by_stage[s - 1] for x in found.inputs[m.input_id].variables} if s else set()
+        read -= found.origins.keys()
         equations, carry = plan.segment(s, carries[0], read)
         segments.insert(0, _segment(flat, f"segment_{s}", equations, carry, carries[0]))
         carries.insert(0, carry)
     return Stages(matmuls=by_stage, segments=tuple(segments), trace=flat, found=found, carries=tuple(carries))
+
+
+def _check(found: Found, *, unroll: bool, shared: bool) -> None:
+    for site in found.inside:
+        hint = "" if unroll else "write scans out with `unroll=True`, "
+        raise JpruneError(
+            f"expected matmuls against parameters outside of control flow, found {site.matmul.path} used inside a loop "
+            f"or branch: {hint}trace one iteration (call it per block), or leave this parameter out with `where`"
+        )
+    if shared:
+        return
+    stage: dict[str, int] = {}
+    for m in found.matmuls.values():
+        if stage.setdefault(m.place.key, m.stage) != m.stage:
+            raise JpruneError(
+                f"expected every kernel in one stage, found {m.place.key} in stages {stage[m.place.key]} and "
+                f"{m.stage}: pruned in each, it would be pruned twice; prune it before the first (`shared=True`), "
+                "leave it out with `where`, or let `jprune.prune_function` do so"
+            )
 
 
 def _segment(
@@ -93,9 +143,11 @@ def _segment(
 ) -> Callable[[PyTree, Carry], Carry]:
     run = flat.runner(name, equations, takes, returns)
 
+    tree = split(tuple(x.aval for x in takes))[1]
+
     def segment(params: PyTree, carry: Carry) -> Carry:
         leaves = _leaves(params, flat.params_tree, tuple(flat.params.values()), "params")
-        return tuple(run(leaves, _leaves(carry, jax.tree.structure(tuple(takes)), takes, "carry")))
+        return tuple(run(leaves, _leaves(carry, tree, takes, "carry")))
 
     segment.__name__ = segment.__qualname__ = name
     return segment
@@ -107,8 +159,6 @@ class _Plan:
     def __init__(self, flat: Trace, found: Found) -> None:
         self.equations = flat.equations
         self.depth = found.depth
-        self.origins = found.origins
-        self.changing = {m.path for m in found.matmuls.values()}
         self.maker = {x: i for i, equation in enumerate(flat.equations) for x in equation.outvars}
         self.order = {x: i for i, x in enumerate([*flat.args, *self.maker])}
 
@@ -164,23 +214,23 @@ class _Plan:
         return carry
 
     def _repeatable(self, equation: Equation) -> bool:
-        """Whether an equation costs little and gives the same in a later segment, after parameters have changed."""
-        made_of = frozenset[str]().union(*(self.origins.get(x, ()) for x in variables(equation)))
-        return equation.primitive.name in CHEAP and not equation.effects and made_of.isdisjoint(self.changing)
+        """Whether an equation costs little. What it reads never changes: a kernel that may is read by matmuls alone."""
+        return equation.primitive.name in CHEAP and not equation.effects
 
 
 def _bytes(x: Var) -> int:
     return x.aval.size * x.aval.dtype.itemsize
 
 
-def _leaves(tree: PyTree, structure: Any, traced: Sequence[Var], what: str) -> list:
+def _leaves(tree: PyTree, structure: Tree, traced: Sequence[Var], what: str) -> list:
     """The leaves of a tree that has the structure, shapes and dtypes that were traced; an error if it has not."""
-    leaves, got = jax.tree.flatten(tree)
-    if got != structure:
-        raise JpruneError(f"expected {what} with the tree that `stages` was called with, {structure}; got {got}")
-    for (path, leaf), x in zip(jax.tree.leaves_with_path(tree), traced):
+    numbers = PARAMETERS if what == "params" else ARGUMENTS
+    leaves = structure.arrays(tree, what, numbers)
+    named = [(path, leaf) for path, leaf in jax.tree.leaves_with_path(tree) if is_array(leaf, numbers)]
+    for (path, leaf), x in zip(named, traced):
         given = jax.typeof(leaf)
         if (given.shape, given.dtype) != (x.aval.shape, x.aval.dtype):
+            path = path[1:] if what == "arguments" and path[0].idx == 0 else path
             raise JpruneError(
                 f"expected {what}{jax.tree_util.keystr(path)} to be {x.aval.str_short()} as in the call of `stages`, "
                 f"got {given.str_short()}; call it again for other shapes"

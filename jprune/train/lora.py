@@ -27,7 +27,8 @@ from jprune import trees
 from jprune.annotations import Array, Float, Key, Shaped
 from jprune.errors import JpruneError
 from jprune.trace.jaxpr import Equation, Trace, Var, trace, variables
-from jprune.trace.matmuls import Operand, find
+from jprune.trace.leaves import split
+from jprune.trace.matmuls import Found, Operand, find
 from jprune.trace.views import Digit
 
 PyTree = Any
@@ -90,20 +91,22 @@ def adapt(f: Callable[..., PyTree], *, alpha: int | float, dropout: float = 0.0)
 
     Raises:
       JpruneError: a probability outside [0, 1). When called: an adapter whose kernel is in no matmul that
-        `jprune.matmuls` lists, or whose shapes are not those of its kernel.
+        `jprune.matmuls` lists, or in one that is no plain matmul (in a loop, a stack, a part); or whose shapes are not
+        those of its kernel.
     """
     if not 0 <= dropout < 1:
         raise JpruneError(f"a dropout probability is in [0, 1), got {dropout}")
 
     @functools.wraps(f)
-    def adapted(params: PyTree, adapters: PyTree, key: Key[Array, ""] | None, *args: PyTree) -> PyTree:
-        flat = trace(f, params, *args)
+    def adapted(
+        params: PyTree, adapters: PyTree, key: Key[Array, ""] | None, *args: PyTree, **kwargs: PyTree
+    ) -> PyTree:
+        flat = trace(f, params, *args, **kwargs)
         given = by_path(adapters)
         found = find(flat, lambda path: path in given)
-        if lost := sorted(given.keys() - {m.path for m in found.matmuls.values()}):
-            raise JpruneError(f"there is an adapter for {lost[0]!r}, but no matmul against it; see jprune.skipped")
-        values: dict[Var, Any] = dict(zip(flat.args, jax.tree.leaves(args), strict=True))
-        leaves = jax.tree.leaves(params)
+        _check_all(found, given)
+        values: dict[Var, Any] = dict(zip(flat.args, split((args, kwargs))[0], strict=True))
+        leaves = flat.leaves(params)
         seen: dict[int, Array] = {}  # what adapters read, by input_id
         for part in _parts(flat, found.matmuls):
             made = {x for e in part for x in e.outvars}
@@ -133,6 +136,21 @@ def adapt(f: Callable[..., PyTree], *, alpha: int | float, dropout: float = 0.0)
         return jax.tree.unflatten(flat.output_tree, rest(leaves, list(values.values())))
 
     return adapted
+
+
+def _check_all(found: Found, given: Mapping[str, Any]) -> None:
+    """Refuses adapters whose product could not stand beside every use of their kernel."""
+    for path in sorted(given):
+        own = [site for site in found.sites if site.matmul.path == path]
+        why = next((f"it is used at {s.source}, but {s.reason}" for s in found.skipped if path in s.paths), None)
+        if any(site.level is not found.top for site in own):
+            why = "it is used inside of a loop or branch; adapt the function of one iteration"
+        elif any(not site.product.plain for site in own):
+            why = "it is used as a stack, in parts, in copies or by a convolution, and adapters are of whole kernels"
+        elif not own and why is None:
+            why = "no matmul reads it"
+        if why is not None:
+            raise JpruneError(f"there is an adapter for {path!r}, but {why}; see jprune.report")
 
 
 def _parts(flat: Trace, ends: Mapping[Var, Any]) -> list[list[Equation]]:

@@ -10,12 +10,12 @@ import numpy as np
 from jax.extend import core as jex
 
 from jprune.annotations import Array, Bool, Shaped
-from jprune.errors import JpruneError
 from jprune.trace.coupling.atoms import ONE, Axis, find, leaves
 from jprune.trace.coupling.group import Group
 from jprune.trace.coupling.layout import Layout
 from jprune.trace.coupling.removed import Mean, Removed
 from jprune.trace.jaxpr import Atom, Equation, PyTree, Trace, Var, scan_counts
+from jprune.trace.leaves import PARAMETERS
 
 Keep = Mapping[Axis, np.ndarray]  # per atom, bool: which units stay
 
@@ -28,15 +28,12 @@ def masked(
     run = _Run(layout, removed, units)
 
     def masked_f(params: PyTree, *args: PyTree) -> Any:
-        for what, tree, structure in (("parameters", params, flat.params_tree), ("arguments", args, flat.args_tree)):
-            if jax.tree.structure(tree) != structure:
-                raise JpruneError(
-                    f"expected {what} with the tree that was traced, {structure}; got {jax.tree.structure(tree)}"
-                )
+        leaves = flat.params_tree.arrays(params, "parameters", PARAMETERS)
+        given = flat.args_tree.arrays((args, {}), "arguments")
         values: dict[Var, Any] = dict(flat.constants)
-        for var, leaf in zip(flat.params.values(), jax.tree.leaves(params), strict=True):
+        for var, leaf in zip(flat.params.values(), leaves, strict=True):
             values[var] = _zeroed(jnp.asarray(leaf), layout.axes[var], units)
-        values.update(zip(flat.args, jax.tree.leaves(args), strict=True))
+        values.update(zip(flat.args, given, strict=True))
         return jax.tree.unflatten(flat.output_tree, run(flat.equations, values, flat.outputs))
 
     return masked_f

@@ -86,7 +86,7 @@ class _Check:
             for shape, var in zip(shapes, self.flat.params.values(), strict=True)
         ]
         try:
-            larger = trace(self.f, jax.tree.unflatten(self.flat.params_tree, leaves), *self.args)
+            larger = trace(self.f, self.flat.params_tree.fill(leaves), *self.args)
         except Exception:  # sizes are written into f: whatever it raises, it cannot be compared
             return None
         return self._compare(larger, grown)

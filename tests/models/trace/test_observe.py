@@ -62,13 +62,21 @@ def test_columns_follow_the_axes_of_the_leaf(rng, rows):
     np.testing.assert_allclose((seen["w"].x @ kernel).reshape(output.shape), output, rtol=1e-5)
 
 
-def test_embedding_is_no_matmul_but_its_tied_head_is(rng, rows):
-    def f(p, tokens):
-        return p["embedding"][tokens] @ p["embedding"].T
+def test_a_kernel_that_is_read_elsewhere_too_is_left_out_with_a_warning(rows):
+    """Of a tied embedding, a Gram of what the head reads would not be all that its values are for."""
 
-    p = {"embedding": jnp.asarray(rng.normal(size=(7, 3)), jnp.float32)}
-    _, seen = observe(f, rows)(p, jnp.array([[2, 5]]))
-    np.testing.assert_array_equal(seen["embedding"].x, p["embedding"][jnp.array([2, 5])])
+    def f(p, tokens):
+        return p["embedding"][tokens] @ p["w"] @ p["embedding"].T
+
+    args = {"embedding": jnp.ones((7, 3)), "w": jnp.ones((3, 3))}, jnp.array([[2, 5]])
+    with pytest.warns(
+        UserWarning, match=r"70 % of the parameters are left out; the largest is embedding: .*\(gather\)"
+    ):
+        _, seen = observe(f, rows)(*args)
+    assert list(seen) == ["w"]
+    assert list(observe(f, rows, where="w")(*args)[1]) == ["w"]
+    with pytest.raises(JpruneError, match=r"found only embedding; .*also read elsewhere"):
+        observe(f, rows, where="emb")(*args)
 
 
 def test_one_parameter_along_two_axes_is_refused(rows):
@@ -76,8 +84,36 @@ def test_one_parameter_along_two_axes_is_refused(rows):
         return x @ p["w"] @ p["w"].T
 
     args = {"w": jnp.ones((3, 4))}, jnp.ones((2, 3))
-    with pytest.raises(JpruneError, match=r"against w to sum over the same axes, found \(0,\) and \(1,\)"):
-        observe(f, rows)(*args)
+    with pytest.raises(JpruneError, match=r"its matmuls sum over different axes, \(0,\) and \(1,\)"):
+        observe(f, rows, where="w")(*args)
+
+
+def test_keywords_and_arguments_that_are_no_arrays(rows):
+    def f(p, x, kind, *, scale=1, act=None):
+        assert isinstance(scale, int)
+        return {"plain": lambda x: x}[kind](act(x) if act else x) @ p["w"] * scale
+
+    args = {"w": jnp.ones((3, 4))}, jnp.ones((2, 3)), "plain"
+    output, seen = observe(f, rows)(*args, scale=3, act=jnp.tanh)
+    np.testing.assert_allclose(output, f(*args, scale=3, act=jnp.tanh))
+    np.testing.assert_allclose(seen["w"].x, np.tanh(np.ones((2, 3))))
+
+
+def test_padding_does_not_count(rng):
+    def f(p, x):
+        return jnp.einsum("btnk,nkd->btd", jax.nn.relu(x @ p["a"]).reshape(2, 5, 2, 3), p["b"])
+
+    p = {"a": jnp.asarray(rng.normal(size=(4, 6)), jnp.float32), "b": jnp.ones((2, 3, 4))}
+    x = jnp.asarray(rng.normal(size=(2, 5, 4)), jnp.float32)
+    real = np.array([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+    _, seen = observe(f, Gram, weights=real)(p, x)
+    rows = np.asarray(x)[real == 1]
+    hidden = np.maximum(rows @ np.asarray(p["a"]), 0)
+    np.testing.assert_allclose(seen["a"].total, rows.T @ rows, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(seen["b"].total, hidden.T @ hidden, rtol=1e-5, atol=1e-5)
+    assert seen["a"].tokens == 6
+    with pytest.raises(JpruneError, match=r"a: weights of shape \(5, 2\) do not say which of its inputs"):
+        observe(f, Gram, weights=real.T)(p, x)
 
 
 def test_where(architecture):

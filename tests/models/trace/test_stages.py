@@ -1,6 +1,7 @@
 """Segments composed are the function; each matmul runs once; kernels may change before they are used."""
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -165,22 +166,28 @@ def test_what_is_cheap_is_repeated_rather_than_carried():
     assert sorted(third) == ["bfloat16[4,4]", "float32[4,4]"]
 
 
-def test_nothing_that_a_changed_parameter_made_is_repeated():
-    """x + embedding is carried: computed again, it would have another value once the tied head is pruned."""
+def test_a_kernel_with_another_use_is_in_no_stage():
+    """x + w would have another value once w is pruned, and its later use would not be that of f."""
 
     def f(p, x):
         h = x + p["w"]
         return (h @ p["w"]) * h @ p["v"]
 
-    p = {"w": jnp.eye(4), "v": jnp.ones((4, 4))}
-    x = jnp.arange(16.0).reshape(4, 4)
-    staged = stages(f, p, x)
-    carry = staged.segments[0](p, staged.start(x))
-    pruned = p | {"w": 2 * p["w"]}
-    for segment in staged.segments[1:]:
-        carry = segment(pruned, carry)
-    h = x + p["w"]
-    np.testing.assert_array_equal(staged.finish(carry), (h @ pruned["w"]) * h @ p["v"])
+    with pytest.warns(UserWarning, match=r"50 % of the parameters are left out; the largest is w: .* \(add\) at"):
+        staged = stages(f, {"w": shape(4, 4), "v": shape(4, 4)}, shape(4, 4))
+    assert [[m.path for m in stage] for stage in staged.matmuls] == [["v"]]
+
+
+def test_a_kernel_of_two_stages_is_refused():
+    """As in ALBERT, whose layers share their kernels: pruned in each stage, it would be pruned twice."""
+
+    def f(p, x):
+        return jnp.tanh(x @ p["w"]) @ p["w"]
+
+    args = {"w": jnp.eye(4)}, jnp.ones((2, 4))
+    with pytest.raises(JpruneError, match="found w in stages 0 and 1"):
+        stages(f, *args)
+    np.testing.assert_array_equal(run(stages(f, *args, shared=True), *args), f(*args))
 
 
 def test_where_makes_other_matmuls_equations(architecture):
@@ -217,7 +224,7 @@ def test_effects_happen_once(capfd):
         return h @ p["w"]
 
     args = {"w": jnp.eye(2)}, jnp.ones((1, 2))
-    staged = stages(f, *args)
+    staged = stages(f, *args, shared=True)
     run(staged, *args)
     jax.effects_barrier()
     assert capfd.readouterr().out == "h = 1.0\n"
@@ -233,12 +240,23 @@ def test_control_flow_of_values_is_an_equation(rng):
     np.testing.assert_allclose(run(stages(f, p, x), p, x), f(p, x), rtol=1e-6)
 
 
-def test_refuses_a_scan_over_layers():
+def test_a_scan_over_layers_is_written_out_or_refused(rng):
     def f(p, x):
-        return jax.lax.scan(lambda x, w: (x @ w, None), x, p["layers"])[0]
+        def layer(x, w):
+            h = jnp.tanh(x @ w["up"])
+            return x + h @ w["down"], jnp.sum(h)
 
-    with pytest.raises(JpruneError, match="layers used inside scan"):
-        stages(f, {"layers": shape(2, 4, 4)}, shape(3, 4))
+        return jax.lax.scan(layer, x, p, reverse=True)
+
+    shapes = {"up": (3, 4, 6), "down": (3, 6, 4)}
+    p = {n: jnp.asarray(rng.normal(size=s) / 2, jnp.float32) for n, s in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)
+    with pytest.raises(JpruneError, match=r"found up used inside a loop.*`unroll=True`"):
+        stages(f, p, x)
+    staged = stages(f, p, x, unroll=True)
+    parts = [(m.path, m.part[0]) for stage in staged.matmuls for m in stage]
+    assert parts == [(n, (i, i + 1)) for i in (2, 1, 0) for n in ("up", "down")]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), run(staged, p, x), f(p, x))
 
 
 def test_sharded_and_donated():
@@ -320,7 +338,9 @@ def test_any_network_composed_is_itself(network, where):
     x = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
     with jax.disable_jit():
         expected = f(p, x)
-    staged = stages(f, p, x, where=where)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of kernels with other uses
+        staged = stages(f, p, x, where=where, shared=True)
     carry, dots = staged.start(x), 0
     for s, segment in enumerate(staged.segments):
         dots += count(segment, p, carry)

@@ -1,0 +1,229 @@
+"""Kernels in loops, stacks, slices and convolutions: what `observe` gathers is what an eager run sees.
+
+Programs call `see(path, x)` beside each of their products. In an eager run, where JAX runs scans and branches as Python
+does, it notes the values; when the program is traced it does nothing.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jprune.statistics import Gram, SquaredNorm
+from jprune.trace import observe
+
+SEEN: dict[str, list] | None = None
+
+
+def see(path, x, index=None):
+    """Notes what a kernel is multiplied with: rows by features; of a stack, for the kernel number `index`."""
+    if SEEN is not None:
+        SEEN.setdefault(path, []).append(
+            (None if index is None else int(index), np.asarray(x).reshape(-1, x.shape[-1]))
+        )
+    return x
+
+
+@contextlib.contextmanager
+def noting():
+    global SEEN
+    SEEN = {}
+    try:
+        with jax.disable_jit():
+            yield SEEN
+    finally:
+        SEEN = None
+
+
+def normal(i, *shape):
+    return jax.random.normal(jax.random.key(i), shape)
+
+
+def scanned(p, x):
+    def layer(state, xs):
+        i, w = xs
+        h = jax.nn.gelu(see("up", state, i) @ w["up"])
+        return state + see("down", h, i) @ w["down"] + w["bias"], jnp.sum(h)
+
+    x, _ = jax.lax.scan(layer, x, (jnp.arange(3), {k: p[k] for k in ("up", "down", "bias")}))
+    return see("head", x) @ p["head"]
+
+
+def scanned_with_remat(p, x):
+    @jax.remat
+    def layer(w, x, i):
+        return jnp.tanh(see("up", x, i) @ w["up"])
+
+    return jax.lax.scan(lambda x, xs: (layer(xs[1], x, xs[0]), None), x, (jnp.arange(3), {"up": p["square"]}))[0]
+
+
+def backwards(p, x):
+    def layer(x, xs):
+        return jnp.tanh(see("square", x, xs[0]) @ xs[1]), x
+
+    return jax.lax.scan(layer, x, (jnp.arange(3), p["square"]), reverse=True)
+
+
+def nested(p, x):
+    def outer(x, xs):
+        i, w = xs  # [2, 4, 4]
+
+        def inner(x, ys):
+            j, w = ys
+            x = jnp.tanh(see("nested", x, 2 * i + j) @ w)
+            return see("shared", x) @ p["shared"], None
+
+        return jax.lax.scan(inner, x, (jnp.arange(2), w))[0], None
+
+    return jax.lax.scan(outer, x, (jnp.arange(3), p["nested"]))[0]
+
+
+def layers_last(p, x):
+    """The axis of layers is the last of the leaf, as `nn.scan` may be told."""
+    w = jnp.moveaxis(p["last"], -1, 0)
+    return jax.lax.scan(lambda x, xs: (see("last", x, xs[0]) @ xs[1], None), x, (jnp.arange(3), w))[0]
+
+
+def recurrent(p, x):
+    def step(h, x):
+        h = jnp.tanh(see("shared", h[None]) @ p["shared"])[0] + x
+        return h, h
+
+    return jax.lax.scan(step, jnp.ones(4), x)[1]
+
+
+def looped(p, x):
+    return jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(see("square", x, i) @ p["square"][i]), x)
+
+
+def while_true(p, x):
+    def body(state):
+        i, x = state
+        return i + 1, jnp.tanh(see("shared", x) @ p["shared"])
+
+    return jax.lax.while_loop(lambda s: (s[0] < 5) & (jnp.sum(s[1]) < 1e3), body, (0, x))[1]
+
+
+def branched(p, x):
+    def one(x):
+        return see("shared", x) @ p["shared"]
+
+    def two(x):
+        return see("other", 2 * x) @ p["other"].T
+
+    y = jax.lax.cond(x[0, 0] > 0, one, two, x)
+    return jax.lax.scan(lambda y, i: (jax.lax.switch(i % 3, [one, two, jnp.tanh], y), None), y, jnp.arange(4))[0]
+
+
+def mapped(p, x):
+    return jax.lax.map(lambda x: see("shared", x[None]) @ p["shared"], x)
+
+
+def gathered_experts(p, x):
+    i = jnp.argsort(x[:, :3], axis=-1)[:, :2]  # [tokens, 2]
+    if SEEN is not None:
+        for t in range(len(x)):
+            for e in i[t]:
+                see("experts", x[t : t + 1], e)
+    h = jnp.einsum("td,tkdf->tkf", x, p["experts"][i])
+    if SEEN is not None:
+        for t in range(len(x)):
+            for k, e in enumerate(i[t]):
+                see("back", jnp.tanh(h[t, k : k + 1]), e)  # the experts of a token differ
+    return jnp.einsum("tkf,tkfd->td", jnp.tanh(h), p["back"][i])
+
+
+def experts_twice_the_same(p, x):
+    """A token that is sent to one expert twice gives it the sum of two inputs."""
+    i = jnp.array([[0, 0], [1, 2], [2, 1], [1, 1], [0, 2], [2, 2]])
+    h = jnp.stack([x, jnp.tanh(x)], axis=1)
+    if SEEN is not None:
+        for t in range(len(x)):
+            for e in sorted({int(e) for e in i[t]}):
+                see("experts", jnp.sum(h[t] * (i[t] == e)[:, None], axis=0)[None], e)
+    return jnp.einsum("tkd,tkdf->tf", h, p["experts"][i])
+
+
+def adapters_by_user(p, x):
+    x = x.reshape(2, 3, 4)
+    users = jnp.array([2, 0])
+    for b in range(2):
+        see("experts", x[b], users[b])
+    return jnp.einsum("btd,bdf->btf", x, p["experts"][users])
+
+
+def ragged(p, x):
+    sizes = jnp.array([2, 1, 3])
+    for e, (a, b) in enumerate([(0, 2), (2, 3), (3, 6)]):
+        see("experts", x[a:b], e)
+    return jax.lax.ragged_dot(x, p["experts"], sizes)
+
+
+def layer_by_number(p, x, number):
+    return see("square", x, number) @ p["square"][number]
+
+
+def experts_side_by_side(p, x):
+    x = jnp.stack([x, 2 * x, jnp.tanh(x)])
+    for e in range(3):
+        see("experts", x[e], e)
+    return jnp.einsum("etd,edf->etf", x, p["experts"])
+
+
+def copies(p, x):
+    x = x.reshape(2, 3, 4)
+    return jnp.matmul(see("shared", x), jnp.broadcast_to(p["shared"], (2, 4, 4)))
+
+
+PARAMS = {
+    "up": normal(0, 3, 4, 6),
+    "down": normal(1, 3, 6, 4),
+    "bias": normal(2, 3, 4),
+    "head": normal(3, 4, 5),
+    "square": normal(4, 3, 4, 4),
+    "nested": normal(5, 3, 2, 4, 4),
+    "shared": normal(6, 4, 4),
+    "other": normal(7, 4, 4),
+    "last": normal(8, 4, 4, 3),
+    "experts": normal(9, 3, 4, 6),
+    "back": normal(10, 3, 6, 4),
+}
+STACKS = {"up": 3, "down": 3, "square": 3, "nested": 6, "last": 3, "experts": 3, "back": 3}
+
+
+@pytest.mark.parametrize("kind", [Gram, SquaredNorm])
+@pytest.mark.parametrize(
+    "f",
+    [
+        *(scanned, backwards, nested, layers_last, recurrent, looped, while_true, branched, mapped),
+        *(
+            gathered_experts,
+            experts_twice_the_same,
+            adapters_by_user,
+            ragged,
+            layer_by_number,
+            experts_side_by_side,
+            copies,
+        ),
+    ],
+)
+def test_what_is_gathered_is_what_is_read(f, kind):
+    x = normal(11, 6, 4)
+    more = (jnp.int32(1),) if f is layer_by_number else ()
+    with noting() as seen:
+        expected = f(PARAMS, x, *more)
+    output, observed = jax.jit(observe(f, kind))(PARAMS, x, *more)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), output, expected)
+    assert observed.keys() == seen.keys()
+    for path, rows in seen.items():
+        statistic, place = observed[path], observed.places[path]
+        assert place.matrices(PARAMS[path]).shape[1] == rows[0][1].shape[1]
+        for i in range(STACKS.get(path, 1)):
+            own = [x for index, x in rows if index in (None, i)]
+            x = np.concatenate([np.zeros((0, rows[0][1].shape[1])), *own])
+            of = statistic.of(i) if path in STACKS else statistic
+            total = x.T @ x if kind is Gram else np.sum(x * x, axis=0)
+            np.testing.assert_allclose(of.total, total, atol=1e-4, rtol=1e-4, err_msg=f"{path} {i}")
+            assert of.tokens == len(x)
