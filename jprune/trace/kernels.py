@@ -122,7 +122,7 @@ def _gather(equation: Equation, view: View) -> View | str:
     (dim,) = numbers.start_index_map
     if sizes[dim] != 1 or any(size != n for i, (size, n) in enumerate(zip(sizes, shape)) if i != dim):
         return "a gather of more than rows"
-    rows = indices.aval.shape[:-1]
+    rows = equation.invars[1].aval.shape[:-1]
 
     def along(axes: Axes) -> Axes:
         kept = iter([axes[i] for i in range(len(axes)) if i not in numbers.collapsed_slice_dims])

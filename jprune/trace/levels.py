@@ -47,6 +47,8 @@ class Level:
     """Why a value that is made of parameters alone is no view of one, and where it ceased to be one."""
     derived: dict[Var, tuple[Paths, Equation]] = dataclasses.field(default_factory=dict)
     """Kernels that depend on an argument, and where they begin to."""
+    looked_up: set[Var] = dataclasses.field(default_factory=set)
+    """Those of them that are rows picked from a leaf: something added to them, they are values like any other."""
     makers: dict[Var, Equation] = dataclasses.field(default_factory=dict)
     products: dict[Var, Product] = dataclasses.field(default_factory=dict)
     """By their result."""

@@ -9,7 +9,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,7 +81,7 @@ def observe(
         observer = _Observer(found, statistic, weights)
         outputs, seen = observer.run(found.top, values)
         return jax.tree.unflatten(flat.output_tree, outputs), collect(
-            found, {s: seen[i] for s, i in observer.slots.items()}
+            found.sites, {s: seen[i] for s, i in observer.slots.items()}
         )
 
     return observed
@@ -112,11 +112,11 @@ def warn(found: Found, flat: Trace, where: Where) -> None:
     )
 
 
-def collect(found: Found, seen: Mapping[Slot, Any]) -> Observed:
+def collect(sites: Iterable[Site], seen: Mapping[Slot, Any]) -> Observed:
     """Statistics by kernel, out of those by input."""
     statistics: dict[str, Any] = {}
     places = {}
-    for site in found.sites:
+    for site in sites:
         place, new = site.matmul.place, _stacked(site, seen)
         known = statistics.get(place.key)
         statistics[place.key] = new if known is None else known.merge(new)

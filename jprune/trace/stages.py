@@ -18,6 +18,7 @@ from jax.extend import core as jex
 
 from jprune.annotations import Array, Shaped
 from jprune.errors import JpruneError
+from jprune.places import Observed
 from jprune.trace.jaxpr import (
     ELEMENTWISE,
     LAYOUTS,
@@ -31,7 +32,7 @@ from jprune.trace.jaxpr import (
 )
 from jprune.trace.leaves import ARGUMENTS, PARAMETERS, Tree, is_array, split
 from jprune.trace.matmuls import Found, ParamMatmul, Where, find
-from jprune.trace.observe import warn
+from jprune.trace.observe import Slot, collect, warn
 
 Carry = tuple[Any, ...]
 
@@ -67,6 +68,26 @@ class Stages:
         ids = dict.fromkeys(m.input_id for m in self.matmuls[stage])
         reads = {i: self.found.inputs[i] for i in ids}
         return {i: read.matrix(*(values[x] for x in read.variables)) for i, read in reads.items()}
+
+    def observe(self, stage: int, statistic: type[Any], carry: Carry, weights: Any = None) -> Observed:
+        """Statistics of what the matmuls of a stage read, out of the carry that segment `stage` returned.
+
+        Args:
+          stage: its number.
+          statistic: a class as in `jprune.statistics`.
+          carry: what segment `stage` returned.
+          weights: how much each token counts, as in `jprune.observe`; all count if None.
+        """
+        values = dict(zip(self.carries[stage + 1], carry, strict=True)) | self.trace.constants
+        sites = [s for s in self.found.sites if s.matmul.stage == stage]
+        slots = {Slot.of(site): site for site in sites}
+        seen = {
+            slot: slot.input.update(
+                statistic, tuple(values[x] for x in slot.input.variables), weights, site.matmul.path
+            )
+            for slot, site in slots.items()
+        }
+        return collect(sites, seen)
 
     def finish(self, carry: Carry) -> PyTree:
         """The output of f, out of the carry that the last segment returned."""

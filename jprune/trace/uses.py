@@ -43,6 +43,7 @@ _ROWS = re.compile(
 CARRYING = CASTS | IDENTITIES | LAYOUTS | {"mul", "div", "add", "add_any", "sub", "neg", "select_n"}
 CARRYING = CARRYING | {"gather", "dynamic_slice", "slice", "split", "concatenate", "squeeze"}
 """Through these a kernel that depends on an argument is still that kernel."""
+SUMS = {"add", "add_any", "sub"}
 LOOPS = {"scan", "while", "cond"}
 
 
@@ -269,12 +270,17 @@ class _Walk:
                     self.skip(equation, made_of, f"{name} reads it, which is not followed")
                 else:
                     self.end(level, equation, x, name)
-                if kernel and not self.copied(level, equation, x):
+                picked = x in level.views and level.views[x].picked is not None
+                if kernel and not self.copied(level, equation, x) and not (picked and name in SUMS):
                     derived |= made_of
                     level.derived.update({y: (derived, equation) for y in equation.outvars})
-            elif x in level.derived and name in CARRYING:
+                    if picked or name == "gather":
+                        level.looked_up.update(equation.outvars)
+            elif x in level.derived and name in CARRYING and not (x in level.looked_up and name in SUMS):
                 for y in equation.outvars:
                     level.derived.setdefault(y, level.derived[x])
+                    if x in level.looked_up:
+                        level.looked_up.add(y)
             elif name == "reduce_sum":
                 self.summed(level, equation, x)
 
@@ -327,8 +333,12 @@ class _Walk:
         self.ends.append(End(paths=tuple(sorted(paths)), skipped=False, what=what, source=source))
 
     def skip(self, equation: Equation, paths: Paths, reason: str) -> None:
-        paths = frozenset(p for p in paths if self.is_kernel(frozenset([p]))) or paths
-        self.ends.append(End(paths=tuple(sorted(paths)), skipped=True, what=reason, source=where_written(equation)))
+        """Notes a product that is not followed, of those parameters that could be kernels; others only go into it."""
+        could = frozenset(p for p in paths if self.is_kernel(frozenset([p]))) or paths
+        source = where_written(equation)
+        self.ends.append(End(paths=tuple(sorted(could)), skipped=True, what=reason, source=source))
+        if rest := tuple(sorted(paths - could)):
+            self.ends.append(End(paths=rest, skipped=False, what="it goes into a kernel", source=source))
 
 
 def _whole(product: Product, shape: tuple[int, ...]) -> Product:

@@ -1,40 +1,18 @@
 """Kernels in loops, stacks, slices and convolutions: what `observe` gathers is what an eager run sees.
 
-Programs call `see(path, x)` beside each of their products. In an eager run, where JAX runs scans and branches as Python
-does, it notes the values; when the program is traced it does nothing.
+The truth is what a program notes itself in an eager run, see `noting` in tests/reference.
 """
-
-import contextlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from noting import is_noting, noting, see
 
 from jprune.statistics import Gram, SquaredNorm
-from jprune.trace import observe
-
-SEEN: dict[str, list] | None = None
-
-
-def see(path, x, index=None):
-    """Notes what a kernel is multiplied with: rows by features; of a stack, for the kernel number `index`."""
-    if SEEN is not None:
-        SEEN.setdefault(path, []).append(
-            (None if index is None else int(index), np.asarray(x).reshape(-1, x.shape[-1]))
-        )
-    return x
-
-
-@contextlib.contextmanager
-def noting():
-    global SEEN
-    SEEN = {}
-    try:
-        with jax.disable_jit():
-            yield SEEN
-    finally:
-        SEEN = None
+from jprune.trace import matmuls, observe
+from jprune.trace.jaxpr import trace
+from jprune.trace.matmuls import find
 
 
 def normal(i, *shape):
@@ -52,11 +30,8 @@ def scanned(p, x):
 
 
 def scanned_with_remat(p, x):
-    @jax.remat
-    def layer(w, x, i):
-        return jnp.tanh(see("up", x, i) @ w["up"])
-
-    return jax.lax.scan(lambda x, xs: (layer(xs[1], x, xs[0]), None), x, (jnp.arange(3), {"up": p["square"]}))[0]
+    layer = jax.remat(lambda w, x: jnp.tanh(x @ w))
+    return jax.lax.scan(lambda x, xs: (layer(xs[1], see("square", x, xs[0])), None), x, (jnp.arange(3), p["square"]))[0]
 
 
 def backwards(p, x):
@@ -123,12 +98,12 @@ def mapped(p, x):
 
 def gathered_experts(p, x):
     i = jnp.argsort(x[:, :3], axis=-1)[:, :2]  # [tokens, 2]
-    if SEEN is not None:
+    if is_noting():
         for t in range(len(x)):
             for e in i[t]:
                 see("experts", x[t : t + 1], e)
     h = jnp.einsum("td,tkdf->tkf", x, p["experts"][i])
-    if SEEN is not None:
+    if is_noting():
         for t in range(len(x)):
             for k, e in enumerate(i[t]):
                 see("back", jnp.tanh(h[t, k : k + 1]), e)  # the experts of a token differ
@@ -139,10 +114,10 @@ def experts_twice_the_same(p, x):
     """A token that is sent to one expert twice gives it the sum of two inputs."""
     i = jnp.array([[0, 0], [1, 2], [2, 1], [1, 1], [0, 2], [2, 2]])
     h = jnp.stack([x, jnp.tanh(x)], axis=1)
-    if SEEN is not None:
+    if is_noting():
         for t in range(len(x)):
             for e in sorted({int(e) for e in i[t]}):
-                see("experts", jnp.sum(h[t] * (i[t] == e)[:, None], axis=0)[None], e)
+                see("experts", jnp.sum(h[t][i[t] == e], axis=0)[None], e)
     return jnp.einsum("tkd,tkdf->tf", h, p["experts"][i])
 
 
@@ -197,7 +172,7 @@ STACKS = {"up": 3, "down": 3, "square": 3, "nested": 6, "last": 3, "experts": 3,
 @pytest.mark.parametrize(
     "f",
     [
-        *(scanned, backwards, nested, layers_last, recurrent, looped, while_true, branched, mapped),
+        *(scanned, scanned_with_remat, backwards, nested, layers_last, recurrent, looped, while_true, branched, mapped),
         *(
             gathered_experts,
             experts_twice_the_same,
@@ -227,3 +202,81 @@ def test_what_is_gathered_is_what_is_read(f, kind):
             total = x.T @ x if kind is Gram else np.sum(x * x, axis=0)
             np.testing.assert_allclose(of.total, total, atol=1e-4, rtol=1e-4, err_msg=f"{path} {i}")
             assert of.tokens == len(x)
+
+
+def with_slices(p, x):
+    gate, up = p["gating"][0], p["gating"][1]
+    q, k, v = jnp.split(p["fused"], 3, axis=1)
+    return jax.nn.gelu(x @ gate) * (x @ up), x @ q, jnp.tanh(x) @ k, x @ v
+
+
+def test_slices_of_a_leaf_are_kernels_of_their_own():
+    p = {"gating": normal(0, 2, 4, 6), "fused": normal(1, 4, 15), "half": normal(2, 4, 6)}
+    x = normal(3, 5, 4)
+    _, observed = observe(with_slices, Gram)(p, x)
+    gram, bent = x.T @ x, jnp.tanh(x).T @ jnp.tanh(x)
+    expected = {
+        "gating[0:1, 0:4, 0:6]": (gram, p["gating"][0]),
+        "gating[1:2, 0:4, 0:6]": (gram, p["gating"][1]),
+        "fused[0:4, 0:5]": (gram, p["fused"][:, :5]),
+        "fused[0:4, 5:10]": (bent, p["fused"][:, 5:10]),
+        "fused[0:4, 10:15]": (gram, p["fused"][:, 10:]),
+    }
+    assert observed.keys() == expected.keys()
+    for key, (total, kernel) in expected.items():
+        np.testing.assert_allclose(observed[key].total, total, rtol=1e-4, atol=1e-5)
+        place = observed.places[key]
+        np.testing.assert_array_equal(place.matrices(p[place.path])[0], kernel)
+
+
+PADDED = {"padding": [(1, 1), (0, 2)]}
+
+
+@pytest.mark.parametrize(
+    ("shape", "image", "options"),
+    [
+        ((3, 3, 2, 5), (2, 6, 6, 2), {}),
+        ((3, 2, 2, 6), (2, 5, 6, 4), {"feature_group_count": 2, "window_strides": (2, 1), "rhs_dilation": (1, 2)}),
+        ((3, 3, 1, 4), (2, 6, 6, 4), {"feature_group_count": 4, "padding": "VALID"}),
+        ((1, 1, 3, 5), (1, 4, 4, 3), {}),
+        ((4, 1, 6), (2, 9, 6), {"feature_group_count": 6, "padding": [(3, 0)]}),
+        (
+            (5, 2, 3, 3),
+            (1, 2, 6, 6),
+            {"dimension_numbers": ("NCHW", "OIHW", "NCHW"), "lhs_dilation": (2, 1), "padding": [(1, 1), (0, 2)]},
+        ),
+    ],
+)
+def test_a_convolution_reads_patches(shape, image, options):
+    """The matrix view applied to the rows of the Gram's own input gives what the convolution gives."""
+    numbers = ("NHWC", "HWIO", "NHWC") if len(shape) == 4 else ("NHC", "HIO", "NHC")
+    options = {"window_strides": (1,) * (len(shape) - 2), "padding": "SAME", "dimension_numbers": numbers, **options}
+    channels = options["dimension_numbers"][2].index("C")
+
+    def f(p, x):
+        return jax.lax.conv_general_dilated(x, p["w"], **options)
+
+    p, x = {"w": normal(0, *shape)}, normal(1, *image)
+    (matmul,) = matmuls(f, p, x)
+    expected = np.moveaxis(np.asarray(f(p, x)), channels, -1)
+    kernels = np.asarray(matmul.place.matrices(p["w"]))  # [groups, d_in, d_out]
+    (site,) = find(trace(f, p, x)).sites
+    rows = np.asarray(site.product.input.matrix(x)).reshape(len(kernels), -1, kernels.shape[1])
+    given = np.concatenate([r @ k for r, k in zip(rows, kernels)], axis=-1)
+    np.testing.assert_allclose(given.reshape(expected.shape), expected, rtol=1e-4, atol=1e-4)
+    _, observed = observe(f, Gram)(p, x)
+    total = observed["w"].each.total if len(kernels) > 1 else observed["w"].total[None]
+    np.testing.assert_allclose(total, rows.swapaxes(1, 2) @ rows, rtol=1e-4, atol=1e-3)
+
+
+def test_part_of_an_axis_may_be_summed_over():
+    """x [3, 2] times w [4, 6] reshaped to [2, 12]: the inputs are halves of the first axis."""
+
+    def f(p, x):
+        return x @ p["w"].reshape(2, 12)
+
+    p, x = {"w": normal(0, 4, 6)}, normal(1, 3, 2)
+    _, observed = observe(f, Gram)(p, x)
+    place = observed.places["w"]
+    np.testing.assert_allclose(x @ place.matrices(p["w"])[0], f(p, x), rtol=1e-5)
+    np.testing.assert_array_equal(place.put(p["w"], place.matrices(p["w"])), p["w"])
