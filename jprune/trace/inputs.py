@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
 
 from jprune import statistics
+from jprune.annotations import Array, Float, Shaped
 from jprune.errors import JpruneError
 from jprune.trace.jaxpr import Var
 from jprune.trace.views import Digit, all_digits, matrix

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
-from jaxtyping import Array, Shaped
 
+from jprune.annotations import Array, Shaped
 from jprune.places import Observed
 from jprune.statistics import Stacked
 from jprune.trace.inputs import Input

@@ -7,7 +7,6 @@ reason, or in something else, as adding a bias or looking up a row.
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,19 +31,9 @@ from jprune.trace.jaxpr import (
 )
 from jprune.trace.kernels import View
 from jprune.trace.levels import NONE, End, Level, Paths, constant
+from jprune.trace.primitives import CARRYING, HARMLESS, LOOPS, ROWS, SUMS
 from jprune.trace.products import Product
 from jprune.trace.views import COPIES, follow
-
-HARMLESS = ELEMENTWISE | LAYOUTS
-"""What reads a parameter in these is no product: biases, scales, positions."""
-_ROWS = re.compile(
-    r"^(gather|dynamic_slice|slice|split|concatenate|pad|rev|sort|top_k|dynamic_update_slice|scatter.*|reduce.*|arg.*|cum.*|iota|random.*|select_and.*)$"
-)
-CARRYING = CASTS | IDENTITIES | LAYOUTS | {"mul", "div", "add", "add_any", "sub", "neg", "select_n"}
-CARRYING = CARRYING | {"gather", "dynamic_slice", "slice", "split", "concatenate", "squeeze"}
-"""Through these a kernel that depends on an argument is still that kernel."""
-SUMS = {"add", "add_any", "sub"}
-LOOPS = {"scan", "while", "cond"}
 
 
 def walk(flat: Trace) -> tuple[Level, list[End]]:
@@ -266,7 +255,7 @@ class _Walk:
                 continue
             if made_of := self.paths(level, x):
                 kernel = self.is_kernel(made_of)
-                if kernel and name not in HARMLESS and not _ROWS.match(name):
+                if kernel and name not in HARMLESS and not ROWS.match(name):
                     self.skip(equation, made_of, f"{name} reads it, which is not followed")
                 else:
                     self.end(level, equation, x, name)
