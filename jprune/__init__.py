@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune.methods import SparseGPT as SparseGPT
     from jprune.methods import Wanda as Wanda
     from jprune.methods import masked as masked
+    from jprune.methods.function import prune_function as prune_function
     from jprune.methods.prune import prune as prune
     from jprune.models import decoder as decoder
     from jprune.patterns import NM as NM
@@ -72,6 +73,7 @@ _NAMES = {
     "jprune.checkpoints": ("load",),
     "jprune.errors": ("JpruneError",),
     "jprune.methods": ("ByScore", "Magnitude", "Method", "SparseGPT", "Wanda", "masked"),
+    "jprune.methods.function": ("prune_function",),
     "jprune.methods.prune": ("prune",),
     "jprune.patterns": ("NM", "Unstructured"),
     "jprune.pipeline.recipe": ("Recipe",),

@@ -19,6 +19,7 @@ its name on the command line.
 from jprune.methods.base import ByScore as ByScore
 from jprune.methods.base import Method as Method
 from jprune.methods.base import masked as masked
+from jprune.methods.function import prune_function as prune_function
 from jprune.methods.magnitude import Magnitude as Magnitude
 from jprune.methods.prune import prune as prune
 from jprune.methods.sparsegpt import SparseGPT as SparseGPT
