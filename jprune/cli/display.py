@@ -29,7 +29,6 @@ def progress() -> Iterator[Callable[["Step"], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
         console=console,
-        disable=not console.is_terminal,
     )
     tasks: dict[str, object] = {}
 
@@ -39,7 +38,8 @@ def progress() -> Iterator[Callable[["Step"], None]]:
         loss = "" if step.loss is None else f"  loss {step.loss:.3g}"
         bars.update(tasks[step.phase], completed=step.done, text=f"{step.text}{loss}")  # type: ignore[arg-type]
 
-    with bars:
+    # Elsewhere not even begun: rich 14 prints an empty line at the end of bars that are disabled.
+    with bars if console.is_terminal else contextlib.nullcontext():
         yield show
 
 

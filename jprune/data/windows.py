@@ -250,7 +250,8 @@ def check_ids(
 ) -> None:
     """An error that names the first id outside the vocabulary; call it before a cast, which would wrap such an id."""
     limit = 2**31 if vocab_size is None else vocab_size
-    bad = np.argwhere((tokens < 0) | (tokens >= limit))
+    # NumPy before 2.3 crashes where a slice is compared with a number that its dtype does not have.
+    bad = np.argwhere((tokens < 0) | (tokens > min(limit - 1, np.iinfo(tokens.dtype).max)))
     if len(bad):
         row, column = bad[0]
         raise JpruneError(

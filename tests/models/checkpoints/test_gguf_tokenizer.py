@@ -108,6 +108,8 @@ def test_byte_level_tokenizers_equal_those_of_transformers(tmp_path, pre, name):
     metadata = gguf_metadata(original(pre), pre)
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    if transformers.__version__ < "5":
+        pytest.skip("transformers 4 makes these of files only")
     theirs = getattr(transformers, name)(vocab=vocab, merges=merges, extra_special_tokens=SPECIAL)
     ours = from_files(gguf_tokenizer.tokenizer_files(header(tmp_path, **metadata)), {})
     for text in (*SAMPLES, *TEXT):
