@@ -118,6 +118,8 @@ class Groups(Command):
                 "members": [dataclasses.asdict(member) for member in group.members],
                 "frozen": group.frozen,
                 "renormalised": group.renormalised,
+                "proven": group.proven,
+                "evidence": group.evidence,
             }
             for group in groups
         ]
@@ -127,13 +129,15 @@ class Groups(Command):
 def _show_groups(groups: "list[Group]") -> None:
     alike: "dict[tuple, list[Group]]" = {}
     for group in groups:
-        key = (_anywhere(group.name), group.size, len(group.members), _anywhere(group.frozen or ""))
+        key = (_anywhere(group.name), group.size, len(group.members), _anywhere(group.frozen or ""), group.proven)
         alike.setdefault(key, []).append(group)
     rows = []
     for same in alike.values():
         group = same[0]
         name = _anywhere(group.name) if len(same) > 1 else group.name
         prunable = f"no: {group.frozen}" if group.frozen else "renormalised" if group.renormalised else "yes"
+        if not group.frozen and not group.proven:
+            prunable += f", but only believed: {group.evidence}"
         rows.append((name, len(same), group.size, _members(group), prunable))
     display.table(["group", "times", "size", "members", "prunable"], rows)
 

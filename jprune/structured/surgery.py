@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,6 @@ import numpy as np
 
 from jprune import trees
 from jprune.errors import JpruneError
-from jprune.trace.coupling.group import Group
 
 PyTree = Any
 Positions = np.ndarray | Sequence[int]
@@ -24,7 +23,8 @@ def shrink(params: PyTree, keep: Keep) -> PyTree:
 
     Args:
       params: any pytree; leaves are JAX or NumPy arrays (traced ones too) or `jax.ShapeDtypeStruct`s, and stay so.
-      keep: positions by path and axis, as `indices` and `Units.keep` return them. Ascending, none twice, at least one.
+      keep: positions by path and axis, as the `keep` of a group, of groups and of units returns them. Ascending, none
+        twice, at least one.
 
     Raises:
       JpruneError: a path, an axis or a position that is not there; positions that are none, or not ascending.
@@ -46,38 +46,6 @@ def size(params: PyTree, keep: Keep | None = None) -> int:
         kept = (keep or {}).get(path, {})
         total += math.prod(len(kept[axis]) if axis in kept else n for axis, n in enumerate(leaf.shape))
     return total
-
-
-def indices(groups: Iterable[Group], params: PyTree, kept: Mapping[str, Positions]) -> dict[str, dict[int, np.ndarray]]:
-    """What `shrink` takes, from the kept units of groups by name.
-
-    Where several groups share an axis (KV heads and their query heads on the one axis of q), a position is kept if all
-    of them keep it.
-
-    Args:
-      groups: as `jprune.coupled_axes` returns them.
-      params: the parameters; only shapes are read.
-      kept: units of some of the groups, ascending.
-
-    Raises:
-      JpruneError: no group of that name, a frozen group, or units that are not ascending numbers below its size.
-    """
-    by_name = {group.name: group for group in groups}
-    shapes = {path: leaf.shape for path, leaf in trees.flatten(params).items()}
-    keep: dict[str, dict[int, np.ndarray]] = {}
-    for name, units in kept.items():
-        if name not in by_name:
-            near = difflib.get_close_matches(name, by_name, n=3, cutoff=0.0)
-            raise JpruneError(f"there is no group {name!r}; near misses: {', '.join(near)}")
-        group = by_name[name]
-        if group.frozen is not None:
-            raise JpruneError(f"the group {name!r} is frozen: {group.frozen}")
-        gone = np.setdiff1d(np.arange(group.size), checked(units, (group.size,), 0, f"group {name!r}"))
-        for member in group.members:
-            axes = keep.setdefault(member.path, {})
-            before = axes.get(member.axis, np.arange(shapes[member.path][member.axis]))
-            axes[member.axis] = np.setdiff1d(before, group.positions(member, gone))
-    return keep
 
 
 def checked(kept: Positions, shape: tuple[int, ...], axis: int, where: str) -> np.ndarray:

@@ -4,12 +4,17 @@ from jprune.trace.coupling.group import Group, Member
 
 
 def group(name, size, *places, frozen=None, renormalised=False):
-    """A place is (path, axis, length, stride = 1, offset = 0)."""
+    """A place is (path, axis, length, stride = 1, offset = 0); an axis ends where the last place of the group does."""
     members = []
+    ends = {}
+    for path, axis, length, *more in places:
+        ends[path, axis] = max(ends.get((path, axis), 0), length + (more[1] if len(more) > 1 else 0))
     for path, axis, length, *more in places:
         stride, offset = (*more, *(1, 0)[len(more) :])
-        members.append(Member(path=path, axis=axis, length=length, stride=stride, offset=offset))
-    return Group(name=name, size=size, members=tuple(members), frozen=frozen, renormalised=renormalised)
+        whole = ends[path, axis]
+        members.append(Member(path=path, axis=axis, length=length, stride=stride, offset=offset, whole=whole))
+    state = {"frozen": frozen, "proven": frozen is None, "evidence": frozen or "by hand"}
+    return Group(name=name, size=size, members=tuple(members), renormalised=renormalised, **state)
 
 
 def block(heads, kv, head_dim, d_model, d_ff):

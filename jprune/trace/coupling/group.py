@@ -24,12 +24,14 @@ class Member:
     length: int
     """How long the segment is: p runs from 0 to length - 1."""
     stride: int = 1
+    whole: int
+    """How long the whole axis is."""
 
     def __post_init__(self) -> None:
-        if self.offset < 0 or self.length < 1 or self.stride < 1:
+        if self.offset < 0 or self.length < 1 or self.stride < 1 or self.offset + self.length > self.whole:
             raise JpruneError(
-                f"expected a segment of an axis of {self.path}, got offset {self.offset}, length {self.length}, "
-                f"stride {self.stride}"
+                f"expected a segment of an axis of {self.path} that is {self.whole} long, got offset {self.offset}, "
+                f"length {self.length}, stride {self.stride}"
             )
 
 
@@ -45,6 +47,53 @@ class Group:
     """Why it must not be pruned, with the source line; None if it may."""
     renormalised: bool
     """A mean is taken over it, as in RMSNorm and LayerNorm: its masked form divides by the kept length."""
+    proven: bool
+    """Whether f at another length of it was traced and has the same numbers; if not, and it is not frozen, that it is
+    safe is only believed."""
+    evidence: str
+    """What was tried to prove it, and why that is no proof where it is none; the reason where it is frozen."""
+
+    def __str__(self) -> str:
+        safe = (
+            f"frozen: {self.frozen}" if self.frozen else f"{'proven' if self.proven else 'believed'}: {self.evidence}"
+        )
+        return f"{self.name} ({self.size} units), {safe}"
+
+    def keep(self, units: Sequence[int] | np.ndarray) -> dict[str, dict[int, Int[np.ndarray, "_"]]]:
+        """The positions that stay when only these units do, {path: {axis: positions}}, as `jprune.shrink` takes them.
+
+        An axis on which the group lies several times is there once, and positions that no unit has stay. For several
+        groups at once there is `Groups.keep`.
+
+        Args:
+          units: numbers below `size`, ascending; at least one.
+
+        Raises:
+          JpruneError: units that are none, or the group is frozen and not all of them stay.
+        """
+        kept = self._units(units)
+        if kept.size < self.size and self.frozen is not None:
+            raise JpruneError(f"{self.name} cannot be pruned: {self.frozen}")
+        gone = np.setdiff1d(np.arange(self.size), kept)
+        keep: dict[str, dict[int, np.ndarray]] = {}
+        for member in self.members:
+            axes = keep.setdefault(member.path, {})
+            axes[member.axis] = np.setdiff1d(
+                axes.get(member.axis, np.arange(member.whole)), self.positions(member, gone)
+            )
+        return keep
+
+    def _units(self, units: Sequence[int] | np.ndarray) -> Int[np.ndarray, "units"]:
+        kept = np.asarray(units)
+        if kept.dtype == bool:
+            raise JpruneError(f"{self.name}: units are integers, got bool; np.flatnonzero makes them of a mask")
+        if kept.ndim != 1 or kept.size == 0 or not np.issubdtype(kept.dtype, np.integer):
+            raise JpruneError(f"{self.name}: expected a list of units to keep, at least one, got {units!r}")
+        if kept.min() < 0 or kept.max() >= self.size:
+            raise JpruneError(f"{self.name} has units 0 to {self.size - 1}, got {kept.min()} to {kept.max()}")
+        if np.any(np.diff(kept.astype(np.int64)) <= 0):
+            raise JpruneError(f"{self.name}: units must ascend, none twice; sort them (np.unique)")
+        return kept
 
     def positions(
         self, member: Member, units: Sequence[int] | Int[np.ndarray, "units"]
@@ -90,8 +139,28 @@ class Groups(Sequence[Group]):
 
     @property
     def prunable(self) -> tuple[Group, ...]:
-        """The groups that are not frozen."""
+        """The groups that are not frozen: `proven` to be safe, or believed to be."""
         return tuple(g for g in self._groups if g.frozen is None)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self._groups))
+
+    def keep(self, units: Mapping[str, Sequence[int] | np.ndarray]) -> dict[str, dict[int, Int[np.ndarray, "_"]]]:
+        """As `Group.keep`, from the units that stay of several groups by name; other groups stay whole.
+
+        Where groups share an axis (KV heads and their query heads on the one axis of q), a position stays if all of
+        them keep it.
+
+        Raises:
+          JpruneError: no such group, units that are none, or a frozen group that does not stay whole.
+        """
+        keep: dict[str, dict[int, np.ndarray]] = {}
+        for name, kept in units.items():
+            for path, axes in self[name].keep(kept).items():
+                for axis, positions in axes.items():
+                    before = keep.setdefault(path, {}).get(axis, positions)
+                    keep[path][axis] = np.intersect1d(before, positions)
+        return keep
 
     def at(self, path: str, axis: int) -> tuple[Group, ...]:
         """The groups on an axis of a parameter, major to minor."""

@@ -1,84 +1,75 @@
-"""Traces f again with larger parameters, to see which of its numbers come from the length of an axis.
+"""Traces f again with parameters of other lengths, to see which of its numbers come from the length of an axis.
 
-Where f reads its sizes from its arrays, the second trace settles what `jprune.trace.coupling.lengths` can only suspect:
-a number that is another one now does come from a length, and all others do not. Larger and not smaller, because code
-treats axes of size one differently; by different factors for different kinds of axes, so that their ratios show too.
-Where sizes are written into f (a Linen module, ``reshape(batch, time, heads, d)``) it fails or does something else, and
-suspicions stand.
+The second trace settles what `lengths.py` can only suspect: a number that is another one now does come from a length,
+and all others do not. It counts only if it is equation by equation the first trace, with the shapes that the atoms'
+new sizes give; otherwise f does something else at these lengths, or fails, and nothing is learnt.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core as jex
 
-from jprune.trace.coupling.atoms import ONE, PRODUCT, SUM, Axis, find
+from jprune.trace.coupling.atoms import LEAF, ONE, PRODUCT, SUM, Axis, find
 from jprune.trace.coupling.elementwise import Number, fold
+from jprune.trace.coupling.held import Key, replaced
 from jprune.trace.coupling.layout import Layout
 from jprune.trace.coupling.removed import Removed, close
 from jprune.trace.coupling.states import number_of, uniform
-from jprune.trace.jaxpr import Equation, PyTree, Trace, Var, trace, where_written
+from jprune.trace.jaxpr import (
+    Atom,
+    Equation,
+    PyTree,
+    Trace,
+    Var,
+    flat_body,
+    scan_counts,
+    trace,
+    where_written,
+)
 
-FACTORS = (2, 3, 5, 7, 11, 13)
-MOST_EQUATIONS = 60_000
-"""To trace in search of the kind of axis that a number comes from; a decoder layer has about eighty."""
+Sizes = Mapping[Axis, int]
+"""The new sizes of some atoms."""
 
-
-def confirmed(
-    f: Callable,
-    params: PyTree,
-    args: tuple[PyTree, ...],
-    flat: Trace,
-    layout: Layout,
-    removed: Removed,
-    free: Mapping[Axis, Hashable],
-    suspected: Mapping[Axis, str],
-) -> dict[Axis, str]:
-    """The atoms of `free` (each with its role; roles are tried together) that numbers in f freeze, with the reasons."""
-    suspected = {leaf: reason for leaf, reason in suspected.items() if leaf in free}
-    if not free:
-        return {}
-    check = _Check(f, params, args, flat, layout, removed)
-    roles = list(dict.fromkeys(free.values()))
-    factor = dict(zip(roles, itertools.cycle(FACTORS)))
-    grown = {leaf: factor[role] for leaf, role in free.items()}
-    if check(grown) == "":
-        return {}
-    guilty = {free[leaf] for leaf in suspected}
-    innocent = {leaf: n for leaf, n in grown.items() if free[leaf] not in guilty}
-    frozen = dict(suspected)
-    if guilty and check(innocent) == "":
-        roles = [role for role in roles if role in guilty]
-    if len(roles) * len(flat.equations) > MOST_EQUATIONS:
-        return frozen
-    for role in roles:
-        atoms = [leaf for leaf in free if free[leaf] == role]
-        verdict = check({leaf: factor[role] for leaf in atoms})
-        if verdict == "":
-            for leaf in atoms:
-                frozen.pop(leaf, None)
-        elif verdict is not None:
-            frozen.update(dict.fromkeys(atoms, verdict))
-    return frozen
+_OF_SHAPES = {
+    *("shape", "new_sizes", "sizes", "start_indices", "limit_indices", "slice_sizes", "feature_group_count"),
+    *("sharding", "out_sharding", "axis_size", "branches", "y"),
+}
+"""Parameters of equations that go with shapes, which are compared themselves, or that are compared by name."""
+_SIMPLE = (int, float, str, tuple, type(None))
+_LEAF = object()
 
 
-class _Check:
-    def __init__(
-        self, f: Callable, params: PyTree, args: tuple[PyTree, ...], flat: Trace, layout: Layout, removed: Removed
-    ):
-        self.f, self.params, self.args = f, params, args
+class Incomparable(Exception):
+    """The other trace does not correspond to the first."""
+
+
+class Retrace:
+    """Traces f at other sizes and compares."""
+
+    def __init__(self, f: Callable, args: tuple[PyTree, ...], flat: Trace, layout: Layout, removed: Removed):
+        self.f, self.args = f, args
         self.flat, self.layout = flat, layout
-        self.numbers = _Numbers(flat)
+        self.numbers = _Numbers()
+        self.numbers.constants(flat.constants)
+        self.numbers.run(flat.equations)
         self.means = {id(e): mean.total for mean in removed.means.values() for e in mean.quotients}
+        self.uniform = [uniform(value) for value in flat.constants.values()]
+        """The numbers that arrays which f closes over consist of; None for those that do not."""
+        # What is in a tree beside arrays, as the static fields of a module, is as good as held by f.
+        self.held = f, flat.params_tree.fill([_LEAF] * len(flat.params)), args
 
-    def __call__(self, grown: Mapping[Axis, int]) -> str | None:
-        """Traces with atoms grown by these factors: "" if no number changes, which one does, None if not comparable."""
+    def __call__(self, sizes: Sizes, held: Mapping[Key, int] | None = None) -> str | None:
+        """Traces with other sizes of atoms, and other numbers in place of those that f holds.
+
+        Returns:
+          "" if no number changes, the words for one that does, None if the traces cannot be compared.
+        """
         shapes = [
-            tuple(n if axis is None else _size(axis, grown) for n, axis in zip(var.aval.shape, self.layout.axes[var]))
+            tuple(n if axis is None else size(axis, sizes) for n, axis in zip(var.aval.shape, self.layout.axes[var]))
             for var in self.flat.params.values()
         ]
         leaves = [
@@ -86,52 +77,121 @@ class _Check:
             for shape, var in zip(shapes, self.flat.params.values(), strict=True)
         ]
         try:
-            larger = trace(self.f, self.flat.params_tree.fill(leaves), *self.args)
+            params = replaced(self.flat.params_tree.fill(leaves), held or {})
+            args = replaced(self.args, held or {})
+            other = trace(replaced(self.f, held or {}), params, *args)
         except Exception:  # sizes are written into f: whatever it raises, it cannot be compared
             return None
-        return self._compare(larger, grown)
+        try:
+            return _Comparison(self, sizes).of(other)
+        except Incomparable:
+            return None
 
-    def _compare(self, larger: Trace, grown: Mapping[Axis, int]) -> str | None:
-        if len(larger.equations) != len(self.flat.equations):
-            return None
-        numbers = _Numbers(larger)
-        changed = self._constants(larger)
-        if changed is None:
-            return None
-        for a, b in zip(self.flat.equations, larger.equations, strict=True):
-            if a.primitive is not b.primitive or len(a.invars) != len(b.invars):
-                return None
-            if not self._as_expected(a, b, grown):
-                return None
-            if all(self.numbers.of(x) is not None for x in a.invars):
-                continue  # what it makes is looked at where it is used
-            for x, y in zip(a.invars, b.invars):
-                old, new = self.numbers.of(x), numbers.of(y)
-                if id(a) in self.means and old is not None:  # the divisor of a mean must change as the length does
-                    if not self._is_length(a, new, grown):
-                        changed = changed or _words(a, old, new)
-                elif not _same(old, new):
-                    changed = changed or _words(a, old, new)
-            if self._terms(a, a) != self._terms(a, b):
-                changed = changed or _words(a, self._terms(a, a), self._terms(a, b))
-            if a.params.get("y") != b.params.get("y"):  # the exponent of integer_pow
-                changed = changed or _words(a, a.params.get("y"), b.params.get("y"))
-        return changed
 
-    def _constants(self, larger: Trace) -> str | None:
-        """Compares the arrays that f closes over, as `_compare` does equations."""
-        if len(self.flat.constants) != len(larger.constants):
-            return None
-        for var, (a, b) in zip(self.flat.constants, zip(self.flat.constants.values(), larger.constants.values())):
+class _Comparison:
+    """One other trace beside the first."""
+
+    def __init__(self, first: Retrace, sizes: Sizes):
+        self.first, self.layout, self.sizes = first, first.layout, sizes
+        self.ours, self.theirs = first.numbers, _Numbers()
+        self.changed = ""
+
+    def of(self, other: Trace) -> str:
+        """What is to be said; raises `Incomparable`."""
+        self.theirs.constants(other.constants)
+        self.theirs.run(other.equations)
+        self.constants(self.first.flat.constants, other.constants)
+        self.equations(self.first.flat.equations, other.equations)
+        return self.changed
+
+    def constants(self, ours: Mapping[Var, Any], theirs: Mapping[Var, Any], *, followed: bool = True) -> None:
+        """Arrays that f closes over."""
+        if len(ours) != len(theirs):
+            raise Incomparable
+        for (var, a), b in zip(ours.items(), theirs.values(), strict=True):
+            axes = self.layout.axes[var] if followed else (None,)
+            varies = any(axis is not None and axis is not ONE for axis in axes) or not followed
             same = np.shape(a) == np.shape(b)
-            varies = any(axis is not None and axis is not ONE for axis in self.layout.axes[var])
             if not same and varies:
-                return None
+                raise Incomparable
             if same and varies and not _equal(a, b):
-                return "an array that f closes over or computes from numbers depends on its length"
-        return ""
+                self.found("an array that f closes over or computes from numbers depends on its length")
 
-    def _terms(self, a: Equation, b: Equation) -> int:
+    def equations(self, ours: Sequence[Equation], theirs: Sequence[Equation], *, followed: bool = True) -> None:
+        """Corresponding lists; `followed` where the walk knows the axes of each value."""
+        if len(ours) != len(theirs):
+            raise Incomparable
+        for a, b in zip(ours, theirs, strict=True):
+            ours_ndim, theirs_ndim = ([x.aval.ndim for x in (*e.invars, *e.outvars)] for e in (a, b))
+            if a.primitive is not b.primitive or ours_ndim != theirs_ndim:
+                raise Incomparable
+            if followed:
+                self.shapes(a, b)
+            self.parameters(a, b)
+            self.inside(a, b)
+            if all(self.ours.of(x) is not None for x in a.invars):
+                continue  # what it makes is looked at where it is used
+            for x, y in zip(a.invars, b.invars, strict=True):
+                old, new = self.ours.of(x), self.theirs.of(y)
+                if id(a) in self.first.means and old is not None:  # a mean's divisor must change as the length does
+                    if not self.is_length(a, new):
+                        divides = f"the number {_short(old)} in {_where(a)} divides a mean"
+                        self.found(f"{divides} and does not go with its length: {_was(old, new)}")
+                elif not _same(old, new):
+                    self.found(f"the number {_short(old)} in {_where(a)} comes from its length: {_was(old, new)}")
+            if followed and (terms := self.terms(a, a)) != (now := self.terms(a, b)):
+                self.found(f"the number of terms in {_where(a)} comes from its length: {_was(terms, now)}")
+
+    def found(self, words: str) -> None:
+        self.changed = self.changed or words
+
+    def shapes(self, a: Equation, b: Equation) -> None:
+        """Results have the shapes that their atoms give, and slices begin where their atoms do."""
+        for x, y in zip(a.outvars, b.outvars, strict=True):
+            if x.aval.dtype != y.aval.dtype:
+                raise Incomparable
+            for n, axis in zip(y.aval.shape, self.layout.axes[x]):
+                if axis is not None and n != size(axis, self.sizes):
+                    raise Incomparable
+        if a.primitive.name == "slice":
+            axes = self.layout.read(a.invars[0])
+            for axis, old, new in zip(axes, a.params["start_indices"], b.params["start_indices"]):
+                if new != (old if axis is None else offset(axis, old, self.sizes)):
+                    raise Incomparable
+
+    def parameters(self, a: Equation, b: Equation) -> None:
+        for name, old in a.params.items():
+            if name in _OF_SHAPES or not isinstance(old, _SIMPLE):
+                continue
+            if type(old) is not type(new := b.params.get(name)) or not _same(old, new):
+                raise Incomparable
+        if a.params.get("y") != b.params.get("y"):  # the exponent of integer_pow
+            old, new = a.params["y"], b.params["y"]
+            self.found(f"the number {old} in {_where(a)} comes from its length: {_was(old, new)}")
+
+    def inside(self, a: Equation, b: Equation) -> None:
+        """Bodies of control flow. Those of a scan are followed; through others no axis goes that is not frozen."""
+        if id(a) in self.layout.bodies:
+            n, (one, two) = scan_counts(a)[0], (self.layout.bodies[id(a)], flat_body(b.params["jaxpr"]))
+            pairs = [(one, two, a.invars[:n], b.invars[:n], True)]
+        else:
+            nested = [list(jex.jaxprs_in_params(e.params)) for e in (a, b)]
+            if len(nested[0]) != len(nested[1]):
+                raise Incomparable
+            # Operands of a loop become others in its course; those of a branch stay.
+            known = (a.invars[1:], b.invars[1:]) if a.primitive.name == "cond" else ([], [])
+            pairs = [(flat_body(one), flat_body(two), *known, False) for one, two in zip(*nested, strict=True)]
+        for one, two, xs, ys, followed in pairs:
+            for numbers, body, operands in ((self.ours, one, xs), (self.theirs, two, ys)):
+                numbers.known.update((inner, numbers.of(x)) for inner, x in zip(body.inputs, operands))
+                numbers.constants(body.constants)
+                numbers.run(body.equations)
+            self.constants(one.constants, two.constants, followed=followed)
+            self.equations(one.equations, two.equations, followed=followed)
+            if not all(_same(self.ours.of(x), self.theirs.of(y)) for x, y in zip(one.outputs, two.outputs)):
+                self.found(f"a number that is a result in {_where(a)} comes from its length")
+
+    def terms(self, a: Equation, b: Equation) -> int:
         """Number of equal terms that `b`, which is equation `a` with other sizes, adds up or multiplies."""
         name, params = a.primitive.name, a.params
         if name in ("reduce_sum", "reduce_prod", "reduce_xor"):
@@ -146,22 +206,12 @@ class _Check:
             shape[its[0]] for its in zip(*axes) if all(layouts[side][i] is None for side, i in enumerate(its))
         )
 
-    def _as_expected(self, a: Equation, b: Equation, grown: Mapping[Axis, int]) -> bool:
-        """Whether the results have the shapes that their atoms give."""
-        for x, y in zip(a.outvars, b.outvars):
-            if x.aval.ndim != y.aval.ndim:
-                return False
-            for n, axis in zip(y.aval.shape, self.layout.axes[x]):
-                if axis is not None and n != _size(axis, grown):
-                    return False
-        return True
-
-    def _is_length(self, equation: Equation, new: Number, grown: Mapping[Axis, int]) -> bool:
-        """Whether the divisor of a mean is its length when its atoms have grown."""
-        total = self.means[id(equation)]
+    def is_length(self, equation: Equation, new: Number) -> bool:
+        """Whether the divisor of a mean is its length at the new sizes."""
+        total = self.first.means[id(equation)]
         axes = self.layout.read(total.invars[0])
         length = math.prod(
-            n if (axis := axes[i]) is None else _size(axis, grown)
+            n if (axis := axes[i]) is None else size(axis, self.sizes)
             for i, n in enumerate(total.invars[0].aval.shape)
             if i in total.params["axes"]
         )
@@ -171,21 +221,57 @@ class _Check:
 class _Numbers:
     """The values of a trace that consist of one number, folded from its literals and constants."""
 
-    def __init__(self, flat: Trace):
+    def __init__(self) -> None:
         self.known: dict[Var, Number] = {}
-        for var, value in flat.constants.items():
+
+    def constants(self, values: Mapping[Var, Any]) -> None:
+        for var, value in values.items():
             self.known[var] = uniform(value)
-        for equation in flat.equations:
+
+    def run(self, equations: Sequence[Equation]) -> None:
+        for equation in equations:
             numbers = [self.of(x) for x in equation.invars]
             if numbers and None not in numbers and len(equation.outvars) == 1:
                 self.known[equation.outvars[0]] = fold(equation, numbers)
 
-    def of(self, x: Any) -> Number:
+    def of(self, x: Atom) -> Number:
         return number_of(x.val) if isinstance(x, jex.Literal) else self.known.get(x)
 
 
-def _same(a: Number, b: Number) -> bool:
-    return a == b or (a is not None and b is not None and a != a and b != b)
+def size(axis: Axis, sizes: Sizes) -> int:
+    """The size of an axis whose atoms have other sizes."""
+    axis = find(axis)
+    if axis.kind == PRODUCT:
+        return math.prod(size(x, sizes) for x in axis.parts)
+    if axis.kind == SUM:
+        return sum(size(x, sizes) for x in axis.parts)
+    return sizes.get(axis, axis.size)
+
+
+def offset(axis: Axis, at: int, sizes: Sizes) -> int:
+    """Where the atom that begins at an index begins when atoms have other sizes; raises `Incomparable` for no atom."""
+    axis = find(axis)
+    if at in (0, axis.size):
+        return size(axis, sizes) if at else 0
+    if axis.kind == LEAF or axis is ONE:
+        raise Incomparable
+    if axis.kind == SUM:
+        start = 0
+        for x in axis.parts:
+            if at < x.size:
+                return start + offset(x, at, sizes)
+            at, start = at - x.size, start + size(x, sizes)
+        return start
+    major, *minor = axis.parts
+    inner = math.prod(x.size for x in minor)
+    if at % inner:
+        raise Incomparable
+    return offset(major, at // inner, sizes) * math.prod(size(x, sizes) for x in minor)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, or both nan."""
+    return a == b or (a != a and b != b)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -197,18 +283,13 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(np.array_equal(np.asarray(a), np.asarray(b)))
 
 
-def _size(axis: Axis, grown: Mapping[Axis, int]) -> int:
-    """The size of an axis whose atoms have grown."""
-    axis = find(axis)
-    if axis.kind == PRODUCT:
-        return math.prod(_size(x, grown) for x in axis.parts)
-    if axis.kind == SUM:
-        return sum(_size(x, grown) for x in axis.parts)
-    return axis.size * grown.get(axis, 1)
+def _where(equation: Equation) -> str:
+    return f"{equation.primitive.name} at {where_written(equation)}"
 
 
-def _words(equation: Equation, old: Any, new: Any) -> str:
-    return (
-        f"a number in {equation.primitive.name} at {where_written(equation)} does not go with its length: "
-        f"it is {old}, and {new} when it is larger"
-    )
+def _short(number: Any) -> str:
+    return f"{number:.6g}" if isinstance(number, int | float) else str(number)
+
+
+def _was(old: Any, new: Any) -> str:
+    return f"it is {_short(old)}, and {_short(new)} at another length"

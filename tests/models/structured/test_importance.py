@@ -108,7 +108,8 @@ def hidden_of_two_blocks():
     members += handmade_groups.group(
         "", D, ("embed/embedding", 1, D), ("final_norm/scale", 0, D), ("head/kernel", 0, D)
     ).members
-    group = handmade_groups.Group(name="hidden", size=D, members=tuple(members), frozen=None, renormalised=True)
+    status = {"frozen": None, "proven": True, "evidence": "by hand"}
+    group = handmade_groups.Group(name="hidden", size=D, members=tuple(members), renormalised=True, **status)
     matmuls = [ParamMatmul(path=p, in_axes=axes, out_axes=(), stage=0, input_id=0) for p, axes in in_axes.items()]
     abstract = trees.unflatten({p: jax.ShapeDtypeStruct(shape, jnp.float32) for p, shape in shapes.items()})
     return hidden_units([group], abstract, matmuls), shapes

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from handmade_groups import group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jprune.errors import JpruneError
-from jprune.structured import indices, shrink, size
+from jprune.structured import shrink, size
+from jprune.trace import Group, Groups, Member
 
 
 def params(make=np.asarray):
@@ -84,25 +84,46 @@ def test_refusals(keep, message):
 
 
 # 2 KV heads (K) of 3 query heads (G) on one axis of q; up and gate fused on one axis, and one position more.
-K = group("K", 2, ("q", 1, 6, 3), ("k", 1, 2))
-G = group("G", 3, ("q", 1, 6))
-FF = group("FF", 2, ("up", 0, 2), ("up", 0, 2, 1, 2))
-DIMS = group("D", 4, ("k", 0, 4), frozen="an argument's axis, at f.py:3")
+def member(path, axis, whole, length, stride=1, offset=0):
+    return Member(path=path, axis=axis, whole=whole, length=length, stride=stride, offset=offset)
+
+
+def group(name, size, *members, frozen=None):
+    status = {"frozen": frozen, "proven": frozen is None, "evidence": frozen or "by hand"}
+    return Group(name=name, size=size, members=members, renormalised=False, **status)
+
+
+K = group("K", 2, member("q", 1, 6, 6, 3), member("k", 1, 2, 2))
+G = group("G", 3, member("q", 1, 6, 6))
+FF = group("FF", 2, member("up", 0, 5, 2), member("up", 0, 5, 2, 1, 2))
+DIMS = group("D", 4, member("k", 0, 4, 4), frozen="an argument's axis, at f.py:3")
+GROUPS = Groups((K, G, FF, DIMS), {}, lambda keep: None)
 SHAPES = {"q": np.zeros((4, 6)), "k": np.zeros((4, 2)), "up": np.zeros(5)}
 
 
-def test_indices():
-    found = indices((K, G, FF, DIMS), SHAPES, {"K": [1], "G": [0, 2], "FF": [1]})
+def test_keep():
+    found = GROUPS.keep({"K": [1], "G": [0, 2], "FF": [1]})
     assert jax.tree.map(np.ndarray.tolist, found) == {"q": {1: [3, 5]}, "k": {1: [1]}, "up": {0: [1, 3, 4]}}
-    assert indices((K, DIMS), SHAPES, {"K": [0, 1]})["q"][1].tolist() == list(range(6))
+    assert jax.tree.map(np.ndarray.tolist, FF.keep(np.array([0]))) == {"up": {0: [0, 2, 4]}}
+    assert GROUPS.keep({"K": [0, 1]})["q"][1].tolist() == list(range(6))
+    assert DIMS.keep(range(4))["k"][0].tolist() == list(range(4))
     assert size(SHAPES) == 24 + 8 + 5
     assert size(SHAPES, found) == size(shrink(SHAPES, found)) == 8 + 4 + 3
 
 
-def test_indices_refuses():
-    with pytest.raises(JpruneError, match=r"the group 'D' is frozen: an argument's axis, at f\.py:3"):
-        indices((K, DIMS), SHAPES, {"D": [0]})
-    with pytest.raises(JpruneError, match="there is no group 'k'"):
-        indices((K, DIMS), SHAPES, {"k": [0]})
-    with pytest.raises(JpruneError, match="group 'K': positions 0 to 2 do not lie"):
-        indices((K, DIMS), SHAPES, {"K": [0, 2]})
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [
+        ({"D": [0]}, r"D cannot be pruned: an argument's axis, at f\.py:3"),
+        ({"k": [0]}, "there is no group 'k'"),
+        ({"K": [0, 2]}, "K has units 0 to 1, got 0 to 2"),
+        ({"K": [-1, 0]}, "K has units 0 to 1, got -1 to 0"),
+        ({"K": [1, 0]}, "K: units must ascend, none twice"),
+        ({"K": []}, "K: expected a list of units to keep, at least one"),
+        ({"K": np.array([0.5])}, "K: expected a list of units to keep"),
+        ({"K": np.array([True, False])}, "K: units are integers, got bool; np.flatnonzero"),
+    ],
+)
+def test_keep_refuses(units, message):
+    with pytest.raises(JpruneError, match=message):
+        GROUPS.keep(units)

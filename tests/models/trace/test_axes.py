@@ -53,6 +53,7 @@ def test_block_of_every_family(tiny_config, family):
     assert [g.size for g in (kv, query, channel)] == [3, 2, 56]
     assert [g.frozen for g in (kv, query, channel)] == [None] * 3
     assert not any(g.renormalised for g in (kv, query, channel))
+    assert all(g.proven for g in (kv, query, channel))
     heads = {("attn/q/kernel", 1): [(0, 6, 2)], ("attn/o/kernel", 0): [(0, 6, 2)]}
     heads |= {(f"attn/{n}/kernel", 1): [(0, 3, 1)] for n in "kv"}
     bias = {("attn/q/bias", 0): [(0, 6, 2)], ("attn/k/bias", 0): [(0, 3, 1)], ("attn/v/bias", 0): [(0, 3, 1)]}
@@ -79,7 +80,7 @@ def test_whole_model_of_every_family(tiny_config, family, rng):
     (hidden,) = groups.at("embed/embedding", 1)
     assert hidden.size == 36
     assert hidden.renormalised
-    assert hidden.frozen is None
+    assert hidden.proven
     assert "indexed by gather" in groups.at("embed/embedding", 0)[0].frozen
     places = (("attn/k/kernel", 1, 0), ("attn/o/kernel", 0, 1), ("mlp/down/kernel", 0, 0))
     names = [groups.at(f"blocks/{i}/{path}", axis)[k].name for i in (0, 1) for path, axis, k in places]
@@ -204,7 +205,7 @@ def test_bad_input(rng):
     with pytest.raises(JpruneError, match="expected parameters with the tree that was traced"):
         groups.masked({})({"gate_up": params["gate_up"]}, jnp.ones((2, 4)))
     with pytest.raises(JpruneError, match="length 0"):
-        Member(path="x", axis=0, length=0)
+        Member(path="x", axis=0, length=0, whole=1)
     assert isinstance(groups[0], Group)
 
 

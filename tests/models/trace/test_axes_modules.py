@@ -77,8 +77,9 @@ def test_linen_transformer(d, heads, d_ff, norm, tied, seed):
         f"params/{n}" for n in ("q/kernel", "k/kernel", "v/kernel", "q/bias", "k/bias", "v/bias", "o/kernel")
     }
     assert groups["params/down/kernel[0]"].frozen is None
-    assert "come from its length" in groups.at("params/k/bias", 0)[1].frozen
-    keep.pop(v_dim.name, None)  # this module has one head_dim for queries, keys and values
+    assert all(g.proven for g in (hidden, heads_group, groups["params/down/kernel[0]"]))
+    assert "comes from its length" in groups.at("params/k/bias", 0)[1].frozen
+    assert "comes from its length" in v_dim.frozen  # this module has one head_dim for queries, keys and values
     if not keep:
         keep = {hidden.name: np.arange(hidden.size) > 1}
     small = LinenTransformer(
@@ -144,9 +145,12 @@ def test_nnx_transformer(d, kv_heads, per_kv, d_ff, norm, seed):
     keep = random_keep(groups, rng)
     assert groups.at("embed/embedding", 1)[0].renormalised
     (channels,) = groups.at("down/kernel", 0)
-    assert channels.frozen is None
+    assert channels.proven
     fused = [m for m in channels.members if m.path == "gate_up/kernel"]
     assert sorted(p for m in fused for p in channels.positions(m, [0])) == [0, d_ff]
+    for dim in (groups.at("qkv/kernel", 1)[-1], groups.at("o/kernel", 0)[-1]):
+        assert dim.proven == (per_kv == 1)  # the kernel is split into equal parts, which are one group
+        assert dim.proven or "which must keep equally many" in dim.evidence
     keep = {name: mask for name, mask in keep.items() if groups[name].size != 6}  # one head_dim in this module
     if not keep:
         keep = {channels.name: np.arange(channels.size) > 0}
