@@ -124,6 +124,7 @@ _MODULES = {
     "trees": "jprune.trees",
 }
 _LAZY = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted({*_LAZY, *_MODULES})
 
 
 def __getattr__(name: str) -> Any:

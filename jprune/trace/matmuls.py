@@ -131,9 +131,9 @@ def matmuls(
     return tuple(s.matmul for s in find(trace(f, params, *args, **kwargs), where, stacked=stacked).sites)
 
 
-def skipped(f: Callable, params: PyTree, *args: PyTree, **kwargs: PyTree) -> tuple[Skipped, ...]:
-    """Which matmuls against something made of parameters `matmuls` does not list, and why."""
-    return find(trace(f, params, *args, **kwargs), lambda path: False).skipped
+def skipped(f: Callable, params: PyTree, *args: PyTree, stacked: bool = True, **kwargs: PyTree) -> tuple[Skipped, ...]:
+    """Which matmuls against something made of parameters `matmuls` does not list, and why; arguments as for it."""
+    return find(trace(f, params, *args, **kwargs), lambda path: False, stacked=stacked).skipped
 
 
 def find(flat: Trace, where: Where = None, *, stacked: bool = True) -> Found:
