@@ -42,6 +42,8 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune.pipeline.training.calls import plan_shearing as plan_shearing
     from jprune.pipeline.training.calls import shear_model as shear_model
     from jprune.pipeline.training.calls import tune_model as tune_model
+    from jprune.places import Observed as Observed
+    from jprune.places import Place as Place
     from jprune.solvers import Pruned as Pruned
     from jprune.statistics import Gram as Gram
     from jprune.statistics import Moments as Moments
@@ -56,6 +58,7 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune.trace.observe import observe as observe
     from jprune.trace.report import report as report
     from jprune.trace.stages import stages as stages
+    from jprune.train import lora as lora
     from jprune.train import schedules as schedules
     from jprune.train.gradual import gradual as gradual
     from jprune.train.keep_masked import keep_masked as keep_masked
@@ -76,6 +79,7 @@ _NAMES = {
     "jprune.methods.function": ("prune_function",),
     "jprune.methods.prune": ("prune",),
     "jprune.patterns": ("NM", "Unstructured"),
+    "jprune.places": ("Observed", "Place"),
     "jprune.pipeline.recipe": ("Recipe",),
     "jprune.pipeline.oneshot.run": ("plan_run", "prune_model"),
     "jprune.pipeline.options": ("DynamicLoading",),
@@ -114,6 +118,7 @@ _MODULES = {
     "decoder": "jprune.models.decoder",
     "formats": "jprune.checkpoints.formats",
     "instructions": "jprune.data.instructions",
+    "lora": "jprune.train.lora",
     "masks": "jprune.masks",
     "patterns": "jprune.patterns",
     "scaling_law": "jprune.train.shearing.scaling_law",

@@ -21,11 +21,12 @@ _SIZES = ("vocab", "d_model", "layers", "heads", "kv_heads", "head_dim", "d_ff",
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Info(Command):
-    """What a model is: family, sizes, parameters, zeros, and the patterns that its zeros satisfy."""
+    """What a model is: family, sizes, zeros and their patterns, and what becomes of every parameter."""
 
     def run(self) -> Told:
         """Reads every kernel of the blocks once."""
         from jprune import patterns, trees
+        from jprune.anatomy.account import account
         from jprune.anatomy.kernels import matmul_kernels, prunable
         from jprune.checkpoints import load
         from jprune.models.config import describe
@@ -61,6 +62,7 @@ class Info(Command):
             "layers": describe(checkpoint.config)["layers"],
             "dtypes": sorted({s.dtype.name for s in checkpoint.shapes.values()}),
             "kernels": rows,
+            "account": [dataclasses.asdict(entry) for entry in account(checkpoint)],
         }
         return Told(result, show=functools.partial(_show, result, sparsity))
 
@@ -93,6 +95,18 @@ def _show(result: dict[str, Any], sparsity: "Sparsity") -> None:
             for (name, shape), rows in kinds.items()
         ],
     )
+    print("\nall parameters:")
+    display.table(["parameters", "share %", "is", "why"], _accounted(result["account"]))
+
+
+def _accounted(entries: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """What is prunable in one line, all else by kind."""
+    alike: dict[tuple[str, str, str], float] = collections.defaultdict(float)
+    for entry in entries:
+        prunable = entry["state"] == "prunable" and entry["path"].startswith("blocks/")
+        name = "kernels of the blocks" if prunable else _anywhere(entry["path"])
+        alike[name, entry["state"], entry["reason"]] += entry["share"]
+    return [(name, f"{100 * share:.2f}", state, reason or "-") for (name, state, reason), share in alike.items()]
 
 
 def _matrix(kernel: np.ndarray, in_axes: tuple[int, ...]) -> np.ndarray:

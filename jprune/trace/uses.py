@@ -64,8 +64,8 @@ class _Walk:
             self.top.views[x] = kernels.of_leaf(path, x.aval.shape)
         self.run(self.top)
         for x in flat.outputs:
-            # Handing a parameter through is no use of it.
-            if isinstance(x, jex.Var) and self.top.origins.get(x) and x not in self.top.views:
+            # Handing a parameter through is no use of it; picking rows is.
+            if isinstance(x, jex.Var) and (x not in self.top.views or self.top.views[x].picked is not None):
                 self.end(self.top, None, x, "it is returned")
 
     def run(self, level: Level) -> None:
@@ -148,9 +148,9 @@ class _Walk:
             for body in results:
                 x = body.body.outputs[i]
                 if isinstance(x, jex.Var):
-                    if body.origins.get(x) and x not in body.views:
+                    if x not in body.views or body.views[x].picked is not None:
                         self.end(body, None, x, f"it is returned by the body of a {equation.primitive.name}", equation)
-                    paths |= body.origins.get(x, NONE) | body.derived.get(x, (NONE, None))[0]
+                    paths |= self.paths(body, x) | body.derived.get(x, (NONE, None))[0]
             if paths:
                 level.derived[result] = paths, equation
 

@@ -122,6 +122,11 @@ def test_what_is_refused():
     assert list(masks) == ["head"]
 
 
+def test_rows_that_are_returned_are_looked_up():
+    (leaf,) = report(lambda p, i: p["table"][i], {"table": P["head"]}, jnp.arange(3)).leaves
+    assert (leaf.state, leaf.others[0][:9]) == ("other", "gather at")
+
+
 def test_a_report_accounts_for_every_leaf():
     def f(p, tokens, x):
         x = x + p["embedding"][tokens] @ p["half"][:, :8]

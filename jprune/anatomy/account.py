@@ -1,0 +1,84 @@
+"""What becomes of every parameter of a model: pruned, of other use, or not read; from shapes alone."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jprune import trees
+from jprune.anatomy.parts import Part, parts
+from jprune.checkpoints import Checkpoint
+from jprune.models import decoder
+from jprune.trace.report import Leaf, report
+
+TOKENS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A parameter of a model."""
+
+    path: str
+    share: float
+    """Its elements / all parameters."""
+    state: str
+    """As in `jprune.report`: prunable, skipped, other or never read."""
+    reason: str
+    """Why it is not prunable; empty if it is."""
+
+
+def account(checkpoint: Checkpoint) -> tuple[Entry, ...]:
+    """Every parameter of a model, in its order; equal blocks are traced once."""
+    config, total = checkpoint.config, checkpoint.parameters
+    found: dict[str, list[Leaf]] = {path: [] for path in checkpoint.shapes}
+    for part in parts(checkpoint):
+        for leaf in _leaves(part.function, part.shapes, config.d_model):
+            found[part.path(leaf.path)].append(leaf)
+    for part, x in _ends(checkpoint):
+        for leaf in _of(part, x):
+            found[leaf.path].append(leaf)
+    entries = []
+    for path, leaves in found.items():
+        states = dict.fromkeys(leaf.state for leaf in leaves if leaf.state != "never read")
+        state = next(iter(states), "never read") if len(states) <= 1 else "other"
+        reasons = [reason for leaf in leaves for reason in _reasons(leaf)] if state != "prunable" else []
+        size = checkpoint.shapes[path].size
+        entries.append(Entry(path=path, share=size / total, state=state, reason="; ".join(dict.fromkeys(reasons))))
+    return tuple(entries)
+
+
+def _reasons(leaf: Leaf) -> list[str]:
+    """Why a leaf is not prunable, without the lines of our own source."""
+    if leaf.matmuls:
+        return ["read by the head"]
+    if leaf.skipped:
+        return [skip.reason.split(" at /")[0] for skip in leaf.skipped]
+    return [other.split(" at ")[0] for other in leaf.others] or ["never read"]
+
+
+def _ends(checkpoint: Checkpoint) -> list[tuple[Part, Any]]:
+    """What comes before the blocks, and behind them if the embedding is the head too."""
+    config = checkpoint.config
+
+    def leaves(*names: str) -> tuple[tuple[str, tuple[int, ...], Any], ...]:
+        here = [path for path in checkpoint.shapes if path.split("/")[0] in names]
+        return tuple((path, checkpoint.shapes[path].shape, checkpoint.shapes[path].dtype) for path in here)
+
+    ends = [(Part("", decoder.embed(config), leaves("embed")), jax.ShapeDtypeStruct((1, TOKENS), jnp.int32))]
+    if config.tied:
+        x = jax.ShapeDtypeStruct((1, TOKENS, config.d_model), jnp.float32)
+        ends.append((Part("", decoder.head(config), leaves(*decoder.head_parts(config))), x))
+    return ends
+
+
+def _of(part: Part, x: Any) -> tuple[Leaf, ...]:
+    return report(part.function, part.abstract(), x).leaves
+
+
+@functools.lru_cache(maxsize=64)
+def _leaves(function: Callable, shapes: tuple, d_model: int) -> tuple[Leaf, ...]:
+    params = trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in shapes})
+    return report(function, params, jax.ShapeDtypeStruct((1, TOKENS, d_model), jnp.float32)).leaves
