@@ -129,10 +129,11 @@ _MODULES = {
     "trees": "jprune.trees",
 }
 _LAZY = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = sorted({*_LAZY, *_MODULES})
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":  # for `from jprune import *`
+        return sorted({*_LAZY, *_MODULES})
     where = _LAZY.get(name) or _MODULES.get(name)
     if where is None:
         raise AttributeError(f"module 'jprune' has no attribute {name!r}")
