@@ -12,8 +12,12 @@ import functools
 import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 
+import jax.numpy as jnp
+import numpy as np
+
 from jprune.trace.coupling import held
 from jprune.trace.coupling.atoms import Axis
+from jprune.trace.coupling.forms import common
 from jprune.trace.coupling.lengths import Suspicion, Suspicions
 from jprune.trace.coupling.named import Named
 from jprune.trace.coupling.retrace import Retrace, size
@@ -73,6 +77,7 @@ class Evidence:
         """
         self.check, self.free, self.suspected, self.named, self.axes = check, free, suspicions.found, named, axes
         self.met = [number for number, _ in suspicions.met]
+        self.near, self.roots = suspicions.near, suspicions.roots
         self.divisors = {leaf: divisor.words for leaf, divisor in suspicions.divisors}
         self.roles: dict[Hashable, list[Axis]] = {}
         for leaf, role in free.items():
@@ -172,7 +177,9 @@ class Evidence:
         new = sizes[atoms[0]]
         same = f"f traced at length {new} in place of {atoms[0].size} has the same numbers{self._as(keys)}"
         doubted = [s for leaf in atoms for s in self._suspicions(leaf) if not s.explained]
-        if not doubted:
+        near = {n for leaf in atoms for n in self.near[leaf] if self.named.says(leaf, n) is None and not _by_hand(n)}
+        near -= self.roots
+        if not doubted and not near:
             return _Seen(same=same, holding=keys)
         exact = [key for key in self._sizes_held(atoms) if key not in keys and self._is_length(atoms, key)]
         affordable = len(exact) * len(self.check.flat.equations) <= MOST_DOUBTED
@@ -180,10 +187,13 @@ class Evidence:
             if words := self.check(sizes, self._values(atoms, sizes, (*keys, key))):
                 name = f"{key[0]} = {key[1]:g}"
                 return _Seen(same=same, holding=keys, believed=f"if {name}, which f holds, is its length, {words}")
-        for s in doubted:
-            for key in self.holds:
-                if key not in (*keys, *exact) and key[0] not in self.named.held and _follows(s.number, key[1]):
-                    why = f"{key[0]} = {key[1]:g}, which f holds, may have been computed from its length: {s.words}"
+        told = dict.fromkeys(near, "") | {s.number: f": {s.words}" for s in doubted}
+        told = {number: words for number, words in told.items() if not common(number)}
+        others = [key for key in self.holds if key not in (*keys, *exact) and key[0] not in self.named.held]
+        for number, ending in told.items():
+            for name, value in others:
+                if _follows(number, value):
+                    why = f"{name} = {value:g}, which f holds, may have been computed from its length{ending}"
                     return _Seen(same=same, holding=keys, believed=why)
         return _Seen(same=same, holding=keys)
 
@@ -261,5 +271,15 @@ class Evidence:
 
 
 def _follows(number: float, value: float) -> bool:
-    """Whether a number in the program is a number that f holds, or its reciprocal."""
-    return any(x and abs(abs(number) / abs(x) - 1) <= 1e-6 for x in (value, 1 / value if value else 0))
+    """Whether a number in the program is a number that f holds, or its reciprocal, in some precision."""
+    for x in (value, 1 / value if value else 0.0):
+        with np.errstate(over="ignore"):
+            near = [float(np.asarray(x, dtype)) for dtype in (np.float32, np.float16, jnp.bfloat16)]
+        if x and any(y and abs(abs(number) / abs(y) - 1) <= 1e-6 for y in near):
+            return True
+    return False
+
+
+def _by_hand(number: float) -> bool:
+    """Whether a number has so few digits that somebody may have written it, and not computed it."""
+    return any(float(f"{x:.3g}") == x or abs(float(f"{x:.3g}") / x - 1) <= 1e-7 for x in (number, 1 / number))

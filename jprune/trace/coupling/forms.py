@@ -38,6 +38,11 @@ class Form:
     that is common anyway."""
 
 
+def common(number: float, rounding: float = 1e-6) -> bool:
+    """Whether a number is one that programs have anyway."""
+    return any(abs(abs(number) / x - 1) <= rounding for x in COMMON)
+
+
 @functools.lru_cache(maxsize=4096)
 def form(number: float, length: int, rounding: float) -> Form | None:
     """The simplest form of a number in a length; None if it has none. The sign does not count.
@@ -57,7 +62,7 @@ def form(number: float, length: int, rounding: float) -> Form | None:
         return None
     first = int(np.argmax(near))
     rank = int(ranks[first])
-    if any(abs(abs(number) / x - 1) <= rounding for x in COMMON) and words[first] not in _SIMPLEST:
+    if common(number, rounding) and words[first] not in _SIMPLEST:
         rank = 3
     return Form(words[first], rank)
 

@@ -50,6 +50,8 @@ class Suspicions:
         self.met: dict[tuple[float, float], Equation] = {}
         """Every number that something unknown meets, with its rounding, and the first equation that has it."""
         self.means = {id(e) for mean in removed.means.values() for e in mean.quotients}
+        self.near: dict[Axis, set[float]] = defaultdict(set)
+        """For each atom the numbers that meet a value which has it, or was summed over it."""
         self.roots: set[float] = set()
         """Numbers that are the root of a length where they stand."""
         self.divisors = list(self._divisors())
@@ -163,6 +165,7 @@ class Suspicions:
         forms: dict[Axis, Form] = {}
         for atoms, length in lengths:
             for leaf in atoms:
+                self.near[leaf].add(float(number))
                 for size in {length, leaf.size}:
                     found = form(float(number), size, rounding)
                     if found is not None and (leaf not in forms or found.rank < forms[leaf].rank):

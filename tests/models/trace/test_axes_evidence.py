@@ -180,6 +180,26 @@ def test_f_of_any_size_with_a_number_of_its_own():
     assert channels(lambda p, x: (x @ p["up"]) * 12**-0.5 @ p["down"], params, x).proven
 
 
+def test_a_number_that_was_computed_before():
+    """f built anew may hold another one, whatever its form; one of few digits was written by hand."""
+
+    def build(w, scale):
+        def f(p, x):
+            h = x @ p["up"]
+            assert h.shape == (4, w)
+            return h * scale @ p["down"]
+
+        return f
+
+    found = channels(build(W, 0.83 * W**0.3), *arrays())
+    assert (found.frozen, found.proven) == (None, False)
+    assert re_found(r"scale = 1\.749.*, which f holds, may have been computed from its length", found)
+    assert "seems to come from its length" in channels(build(W, W**-0.5), *arrays()).frozen
+    assert channels(build(W, 0.37), *arrays()).proven
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), arrays())
+    assert "seems to come from its length" in channels(build(W, W**-0.5), *half).frozen
+
+
 GLOBAL = 12
 
 
