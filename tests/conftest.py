@@ -7,6 +7,7 @@ JAX_COMPILATION_CACHE_DIR names one that stays.
 
 import contextlib
 import functools
+import gc
 import os
 import pathlib
 import signal
@@ -17,9 +18,17 @@ import jaxtyping
 import numpy as np
 import pytest
 
-# Read when the first device is asked for. The emitters of fusions make faster programs, and compile three to five times
-# as long.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# Read when the first device is asked for. A program of a few operations is not worth being cut up for several
+# compilers; the emitters of fusions make faster programs, and compile three to five times as long. XLA ends the process
+# at a flag that it does not know, and JAX 0.12 does not know the last.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+QUICK += " --xla_cpu_parallel_codegen_split_count=1"
+QUICK += " --xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11))
+os.environ.setdefault("XLA_FLAGS", QUICK)
+
+# What is traced are many small objects that stay: looking through all of them for garbage is a tenth of the time.
+gc.freeze()
+gc.set_threshold(100_000, 20, 100)
 
 # Shapes are checked at every call of a function whose module writes them down. The other modules' types are left to
 # mypy: the tracer's small functions alone are called so often that checking them takes longer than the tests.

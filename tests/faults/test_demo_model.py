@@ -1,12 +1,12 @@
 """The demo model as it is: fetched (93 MB, once), read, understood, written and read by others."""
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jprune.checkpoints import demo, huggingface, load
-from jprune.models import decoder
 
 ENGLISH = (
     "The history of science is the study of how people have come to understand the natural world. For most of that "
@@ -40,11 +40,11 @@ def test_the_real_model(tmp_path):
     # A wrong permutation of q and k, or a wrong tokenizer, would give a perplexity in the hundreds.
     ids = checkpoint.tokenizer.encode(ENGLISH, add_special_tokens=False)
     params = jax.tree.map(jnp.asarray, checkpoint.params())
-    logits = decoder.apply(config, params, jnp.asarray([ids], jnp.int32))[0]
+    logits = compiled.apply(config, params, jnp.asarray([ids], jnp.int32))[0]
     losses = -np.asarray(jax.nn.log_softmax(logits))[np.arange(len(ids) - 1), ids[1:]]
     assert np.exp(losses.mean()) < 20
     capital = checkpoint.tokenizer.encode("The capital of France is", add_special_tokens=False)
-    logits = decoder.apply(config, params, jnp.asarray([capital], jnp.int32))[0, -1]
+    logits = compiled.apply(config, params, jnp.asarray([capital], jnp.int32))[0, -1]
     assert checkpoint.tokenizer.decode([int(logits.argmax())]) == " Paris"
 
     with huggingface.Writer(tmp_path, checkpoint, dict.fromkeys(checkpoint.shapes, jnp.bfloat16)) as writer:

@@ -117,7 +117,7 @@ phase, done = sys.argv[1], float(sys.argv[2])
 def kill(p):
     if p.phase == phase and p.done >= done:
         os.kill(os.getpid(), signal.SIGKILL)
-prune_and_tune(progress=kill, **{options!r}, tuning=Full(**{short!r}))
+prune_and_tune(progress=kill, **{options!r}, method=jprune.Wanda(), tuning=Full(**{short!r}))
 """
 
 
@@ -126,9 +126,10 @@ def test_any_round(tiny_model, rows, tmp_path):
     np.save(tmp_path / "evaluate.npy", rows["evaluate"])
     options = {**rows, "model": str(tiny_model()), "sparsity": 0.6, "rounds": (0.3, 0.6), "checkpoint_every": 1}
     options["evaluate"] = str(tmp_path / "evaluate.npy")
-    whole = prune_and_tune(out=tmp_path / "whole", tuning=Full(**ROUND), **options)
     out = tmp_path / "out"
     program = PROGRAM.format(options={**options, "out": str(out), "resume": True}, short=ROUND)
+    options["method"] = jprune.Wanda()
+    whole = prune_and_tune(out=tmp_path / "whole", tuning=Full(**ROUND), **options)
     cached = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     for phase, done in [("1/2 train", 2.0), ("2/2 prune", 1.5), ("2/2 train", 2.0)]:
         words = [sys.executable, "-c", program, phase, str(done)]

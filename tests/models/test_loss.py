@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,7 @@ def a_batch(rng, size=3, length=11, vocab=40):
 
 
 def by_hand(config, params, batch):
-    logits = jax.nn.log_softmax(decoder.apply(config, params, batch["tokens"])[:, :-1])
+    logits = jax.nn.log_softmax(compiled.apply(config, params, batch["tokens"])[:, :-1])
     each = -jnp.take_along_axis(logits, batch["tokens"][:, 1:, None], axis=-1)[..., 0]
     return jnp.sum(each * batch["weights"][:, 1:])
 
@@ -116,16 +117,16 @@ def test_distillation_by_hand(getkey, rng, weight, hidden):
     batch, t = a_batch(rng), 2.0
     f = loss.distillation(CONFIG, teacher_config, temperature=t, teacher_weight=weight, hidden_weight=hidden)
     got, total = jax.jit(f)(params, teacher, batch)
-    logits = decoder.apply(CONFIG, params, batch["tokens"])[:, :-1]
-    theirs = decoder.apply(teacher_config, teacher, batch["tokens"])[:, :-1]
+    logits = compiled.apply(CONFIG, params, batch["tokens"])[:, :-1]
+    theirs = compiled.apply(teacher_config, teacher, batch["tokens"])[:, :-1]
     p, q = jax.nn.softmax(theirs / t), jax.nn.softmax(logits / t)
     kl = t * t * jnp.sum(p * jnp.log(p / q), axis=-1)
     want = jnp.sum(kl * batch["weights"][:, 1:]) * weight + (1 - weight) * by_hand(CONFIG, params, batch)
-    x, y = decoder.embed(CONFIG)(params, batch["tokens"]), decoder.embed(teacher_config)(teacher, batch["tokens"])
+    x, y = compiled.embed(CONFIG)(params, batch["tokens"]), compiled.embed(teacher_config)(teacher, batch["tokens"])
     for i in range(4):
-        y = decoder.block(teacher_config, i)(teacher["blocks"][str(i)], y)
+        y = compiled.block(teacher_config, i)(teacher["blocks"][str(i)], y)
         if i % 2:
-            x = decoder.block(CONFIG, i // 2)(params["blocks"][str(i // 2)], x)
+            x = compiled.block(CONFIG, i // 2)(params["blocks"][str(i // 2)], x)
             distance = jnp.sum((x - y) ** 2, -1) / jnp.sum(y**2, -1)
             want += hidden / 2 * jnp.sum(distance[:, :-1] * batch["weights"][:, 1:])
     np.testing.assert_allclose(got, want, rtol=1e-4)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -166,7 +167,7 @@ def test_forward_equals_numpy(model):
     expected = reference(config, params, tokens)
     assert np.abs(expected).max() > 1
     with jax.default_matmul_precision("highest"):
-        logits = decoder.apply(config, params, jnp.asarray(tokens[None], jnp.int32))[0]
+        logits = compiled.apply(config, params, jnp.asarray(tokens[None], jnp.int32))[0]
     np.testing.assert_allclose(logits, expected, atol=2e-5, rtol=1e-5)
 
 

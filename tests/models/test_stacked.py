@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,9 +61,9 @@ def test_stacked_is_the_decoder(getkey, rng, case):
     assert list(both["blocks"]) == names
     equal(stacked.unstack(both), params)
     tokens = jnp.asarray(rng.integers(0, 20, (2, 9)))
-    want = decoder.apply(config, params, tokens)
-    np.testing.assert_allclose(stacked.apply(config, both, tokens), want, atol=2e-5)
-    np.testing.assert_allclose(stacked.apply(config, params, tokens), want, atol=2e-5)
+    want = compiled.apply(config, params, tokens)
+    np.testing.assert_allclose(compiled.apply_stacked(config, both, tokens), want, atol=2e-5)
+    np.testing.assert_allclose(compiled.apply_stacked(config, params, tokens), want, atol=2e-5)
 
     if case != "windows":  # the richest; gradients take long to compile
         return
@@ -114,10 +115,10 @@ def test_every_output_and_aside(getkey, rng):
 
     run = stacked.hidden(CONFIG, around=around, every=True)
     x, every = run(stacked.stack(params, runs), tokens, aside)
-    want = decoder.embed(CONFIG)(params, tokens)
+    want = compiled.embed(CONFIG)(params, tokens)
     assert every.shape == (5, *want.shape)
     for i in range(5):
-        want = decoder.block(CONFIG, i)(params["blocks"][str(i)], want) + i
+        want = compiled.block(CONFIG, i)(params["blocks"][str(i)], want) + i
         np.testing.assert_allclose(every[i], want, atol=1e-5)
     np.testing.assert_array_equal(x, every[-1])
 

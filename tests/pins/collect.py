@@ -11,6 +11,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import importlib.metadata
 import inspect
@@ -458,6 +459,7 @@ def _write(path: Path, contents: Any) -> None:
 
 
 if __name__ == "__main__":
+    gc.set_threshold(100_000, 20, 100)  # what is traced stays, and looking through it takes long
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true")
     parser.add_argument("out", nargs="?", type=Path)

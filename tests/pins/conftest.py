@@ -14,6 +14,6 @@ def found():
     """What the code does now."""
     import collect
 
-    # Bits were recorded with all of XLA's optimisations and with none, but not with the other emitters that tests have.
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if flag != "--xla_cpu_use_fusion_emitters=false"]
+    # Bits were recorded with all of XLA's optimisations and with none, and with no other flag that tests have.
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if flag == collect.WITHOUT_OPTIMISATIONS]
     return collect.in_fresh_process(XLA_FLAGS=" ".join(flags))

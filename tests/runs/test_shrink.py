@@ -4,6 +4,7 @@ model."""
 import dataclasses
 import json
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,14 +32,14 @@ def checkpoint(tiny_model):
 
 def logits(checkpoint, params=None):
     params = jax.tree.map(jnp.asarray, checkpoint.params() if params is None else params)
-    return decoder.apply(checkpoint.config, params, jnp.asarray(TOKENS))
+    return compiled.apply(checkpoint.config, params, jnp.asarray(TOKENS))
 
 
 def whole_gradient(checkpoint, tokens):
     """The gradient of the mean loss by all parameters at once."""
 
     def loss(params):
-        out = jax.nn.log_softmax(decoder.apply(checkpoint.config, params, jnp.asarray(tokens))[:, :-1])
+        out = jax.nn.log_softmax(compiled.apply(checkpoint.config, params, jnp.asarray(tokens))[:, :-1])
         return -jnp.mean(jnp.take_along_axis(out, jnp.asarray(tokens)[:, 1:, None], axis=-1))
 
     return trees.flatten(jax.grad(loss)(jax.tree.map(jnp.asarray, checkpoint.params())))
@@ -153,18 +154,18 @@ def test_layers(checkpoint, tmp_path):
     """Of three layers the one that turns its input least goes; the others run as before."""
     report = shrink_model(checkpoint, tmp_path / "out", method=DropLayers(drop=1), calibration=TOKENS)
     params = jax.tree.map(jnp.asarray, checkpoint.params())
-    x = decoder.embed(checkpoint.config)(params, jnp.asarray(TOKENS))
+    x = compiled.embed(checkpoint.config)(params, jnp.asarray(TOKENS))
     cosines = []
     for i in range(3):
-        y = decoder.block(checkpoint.config, i)(params["blocks"][str(i)], x)
+        y = compiled.block(checkpoint.config, i)(params["blocks"][str(i)], x)
         a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
         cosines.append(np.mean((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)))
         x = y
     stay = tuple(i for i in range(3) if i != int(np.argmax(cosines)))
     assert report.layers == stay
-    x = decoder.embed(checkpoint.config)(params, jnp.asarray(TOKENS))
+    x = compiled.embed(checkpoint.config)(params, jnp.asarray(TOKENS))
     for i in stay:
-        x = decoder.block(checkpoint.config, i)(params["blocks"][str(i)], x)
+        x = compiled.block(checkpoint.config, i)(params["blocks"][str(i)], x)
     np.testing.assert_allclose(logits(load(tmp_path / "out")), decoder.head(checkpoint.config)(params, x), atol=1e-5)
 
 

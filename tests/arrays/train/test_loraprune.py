@@ -128,8 +128,9 @@ def test_unit_scores_are_those_of_loops(rng, base):
         kernels = {name: x.dequantise(jnp.float32) for name, x in frozen.items()}
     criterion = unit_criterion()
     before = jnp.asarray(rng.random((LAYERS, KV)), jnp.float32)
-    attention = criterion.follow("attention", before, frozen, adapters, gradients)
-    mlp = criterion.follow("mlp", jnp.zeros((LAYERS, FF)), frozen, adapters, gradients)
+    follow = jax.jit(criterion.follow, static_argnums=0)
+    attention = follow("attention", before, frozen, adapters, gradients)
+    mlp = follow("mlp", jnp.zeros((LAYERS, FF)), frozen, adapters, gradients)
     for layer in range(LAYERS):
         s = matrices(kernels, adapters, gradients, layer)
         want = slow.attention_scores(*(s[name] for name in "qkvo"), KV, HEAD_DIM)
@@ -139,7 +140,8 @@ def test_unit_scores_are_those_of_loops(rng, base):
 
 def test_a_single_layer_is_not_stacked(rng):
     kernels, adapters, gradients = random_model(rng, layers=())
-    got = unit_criterion(stacked=False, prunable=(True,)).follow("mlp", jnp.zeros(FF), kernels, adapters, gradients)
+    follow = jax.jit(unit_criterion(stacked=False, prunable=(True,)).follow, static_argnums=0)
+    got = follow("mlp", jnp.zeros(FF), kernels, adapters, gradients)
     s = matrices(*jax.tree.map(lambda x: x[None], (kernels, adapters, gradients)), 0)
     np.testing.assert_allclose(got, 0.1 * slow.mlp_scores(s["gate"], s["up"], s["down"]), rtol=1e-4)
 
@@ -148,7 +150,8 @@ def test_weight_scores_are_those_of_loops(rng):
     kernels, adapters, gradients = random_model(rng)
     for name in ("q", "o", "down"):
         criterion = weight_criterion()
-        got = criterion.follow(name, criterion.start(name, keep_all()[name]), kernels, adapters, gradients)
+        follow = jax.jit(criterion.follow, static_argnums=0)
+        got = follow(name, criterion.start(name, keep_all()[name]), kernels, adapters, gradients)
         for layer in range(LAYERS):
             s = matrices(kernels, adapters, gradients, layer)[name]
             want = 0.1 * s / (np.linalg.norm(s) + 1e-8)
@@ -160,8 +163,9 @@ def test_what_is_not_finite_is_skipped(rng):
     kernels, adapters, gradients = random_model(rng)
     bad = {**gradients, "up": {**gradients["up"], "a": gradients["up"]["a"].at[1, 0, 0].set(jnp.nan)}}
     before = jnp.asarray(rng.random((LAYERS, FF)), jnp.float32)
-    got = unit_criterion().follow("mlp", before, kernels, adapters, bad)
-    want = unit_criterion().follow("mlp", before, kernels, adapters, gradients)
+    follow = jax.jit(unit_criterion().follow, static_argnums=0)
+    got = follow("mlp", before, kernels, adapters, bad)
+    want = follow("mlp", before, kernels, adapters, gradients)
     np.testing.assert_array_equal(got[1], before[1])
     np.testing.assert_allclose(got[::2], want[::2], rtol=1e-5)
 
@@ -177,7 +181,7 @@ def walk(criterion, keep, schedule, every, steps, rng):
         loraprune(criterion, schedule, every=every), optax.masked(optax.sgd(0.1), {"adapters": True, "keep": False})
     )
     params = {"adapters": adapters, "keep": keep}
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
 
     @jax.jit
     def step(params, state, gradients):

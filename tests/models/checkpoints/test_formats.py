@@ -3,6 +3,7 @@
 import copy
 import json
 
+import compiled
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from jprune import trees
 from jprune.checkpoints import formats, load
 from jprune.checkpoints.huggingface import decilm
 from jprune.errors import JpruneError
-from jprune.models import decoder, families
+from jprune.models import families
 from jprune.models.config import parameters
 
 KINDS = ("llama", "llama_bias", "mistral", "qwen2", "qwen3")
@@ -56,7 +57,7 @@ def make(tiny, tmp_path):
 
 def ours(checkpoint):
     params = trees.unflatten({path: jnp.asarray(checkpoint.read(path)) for path in checkpoint.shapes})
-    return np.asarray(decoder.apply(checkpoint.config, params, jnp.asarray(TOKENS, jnp.int32)))
+    return np.asarray(compiled.apply(checkpoint.config, params, jnp.asarray(TOKENS, jnp.int32)))
 
 
 def theirs(folder, attention="eager"):

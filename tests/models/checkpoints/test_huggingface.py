@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +67,6 @@ def test_round_trip_is_bit_exact(tiny, tmp_path_factory, data, family, tied):
 def test_transformers_loads_the_result_and_gives_our_logits(tiny, tmp_path, family, tied):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from jprune.models import decoder
 
     config = tiny.config(family, tied=tied)
     checkpoint = load(tiny.write(tmp_path / "in", config, tiny.tensors(config)))
@@ -78,7 +78,7 @@ def test_transformers_loads_the_result_and_gives_our_logits(tiny, tmp_path, fami
         expected = model(torch.from_numpy(tokens).long()).logits.numpy()
     ours = load(out)
     params = jax.tree.map(jnp.asarray, ours.params())
-    np.testing.assert_allclose(decoder.apply(ours.config, params, jnp.asarray(tokens)), expected, atol=1e-4)
+    np.testing.assert_allclose(compiled.apply(ours.config, params, jnp.asarray(tokens)), expected, atol=1e-4)
 
 
 def test_writes_what_the_safetensors_package_reads(folder, tmp_path):

@@ -1,5 +1,6 @@
 """Gradients block by block are those of the whole model, and of each example by itself."""
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +9,12 @@ import pytest
 from jprune import trees
 from jprune.checkpoints import load
 from jprune.evaluate import gradients
-from jprune.models import decoder
 
 
 def whole_model_loss(config, params, ids):
     """Mean cross-entropy of one example, from the logits of the whole model."""
-    logits = decoder.apply(config, params, jnp.asarray(ids)[None])[0, :-1]
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(ids)[1:, None], axis=-1))
+    logits = compiled.apply(config, params, ids[None])[0, :-1]
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), ids[1:, None], axis=-1))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -22,9 +22,8 @@ def test_equal_to_whole_model(tiny_model, rng, tied):
     checkpoint = load(tiny_model(tie_word_embeddings=tied))
     tokens = rng.integers(0, 96, (5, 12), dtype=np.int32)
     params = jax.tree.map(jnp.asarray, checkpoint.params())
-    losses, per_example = zip(
-        *(jax.value_and_grad(lambda p, x: whole_model_loss(checkpoint.config, p, x))(params, ids) for ids in tokens)
-    )
+    whole = jax.jit(jax.value_and_grad(lambda p, x: whole_model_loss(checkpoint.config, p, x)))
+    losses, per_example = zip(*(whole(params, jnp.asarray(ids)) for ids in tokens))
     stacked = jax.tree.map(lambda *x: np.stack(x), *per_example)
     mean = trees.flatten(jax.tree.map(lambda g: g.mean(0), stacked))
     square = trees.flatten(jax.tree.map(lambda g: (g * g).mean(0), stacked))

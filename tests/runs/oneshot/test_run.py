@@ -3,6 +3,7 @@
 import functools
 import json
 
+import compiled
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -41,14 +42,13 @@ prune_model = functools.partial(jprune.prune_model, micro_batch=2)
 def expected(folder, tokens, method, pattern):
     """Pruned kernels by path: every group of every block from a full run of the block with what is pruned so far."""
     model = jprune.load(folder)
-    x = decoder.embed(model.config)(model.params(), jnp.asarray(tokens))
+    x = compiled.embed(model.config)(model.params(), jnp.asarray(tokens))
     result = {}
+    observed = jax.jit(jprune.observe(decoder.block(model.config, 0), SquaredNorm if method == "wanda" else Gram))
     for i in range(model.config.layers):
-        block = decoder.block(model.config, i)
         params = trees.flatten(jax.tree.map(jnp.asarray, model.params(f"blocks/{i}")))
         for group in GROUPS:
-            statistic = SquaredNorm if method == "wanda" else Gram
-            _, seen = jprune.observe(block, statistic)(trees.unflatten(params), x)
+            _, seen = observed(trees.unflatten(params), x)
             for name in group:
                 path = f"{name}/kernel"
                 axes = (0, 1) if name == "attn/o" else (0,)
@@ -59,7 +59,7 @@ def expected(folder, tokens, method, pattern):
                 else:
                     new = solvers.sparsegpt(matrix, seen[path].total, pattern).kernel
                 params[path] = trees.from_matrix(new, params[path].shape, axes)
-        x = block(trees.unflatten(params), x)
+        x = compiled.block(model.config, i)(trees.unflatten(params), x)
         result |= {f"blocks/{i}/{path}": np.asarray(v) for path, v in params.items()}
     return result
 
@@ -236,7 +236,7 @@ def test_transformers_reads_the_result(tiny_model, token_file, tmp_path):
         want = model(torch.tensor(ids, dtype=torch.long)).logits.numpy()
     ours = jprune.load(tmp_path / "out")
     params = jax.tree.map(jnp.asarray, ours.params())
-    np.testing.assert_allclose(decoder.apply(ours.config, params, jnp.asarray(ids)), want, atol=1e-4)
+    np.testing.assert_allclose(compiled.apply(ours.config, params, jnp.asarray(ids)), want, atol=1e-4)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 

@@ -1,9 +1,8 @@
 """Tuning over several domains: their weights, with dynamic loading and without, and what is refused."""
 
-import json
-
 import numpy as np
 import pytest
+from two_domains import DATA, LOADING, OPTIONS, counting, series
 
 import jprune
 from jprune.errors import JpruneError
@@ -12,64 +11,7 @@ from jprune.pipeline.training import tune_model
 from jprune.train.shearing.dynamic_loading import Reweighing
 from jprune.tuning import Full
 
-
-def counting(first, step, n=40, length=12):
-    """Windows of a language of its own 48 tokens, in which every token says the next."""
-    start = np.random.default_rng(first).integers(0, 48, (n, 1))
-    return (first + (start + step * np.arange(length)) % 48).astype(np.int32)
-
-
-DATA = {"much": counting(0, 1), "little": counting(48, 5)}
-OPTIONS = {"data": DATA, "proportions": {"much": 0.9, "little": 0.1}, "evaluate_every": 2}
 METHOD = Full(steps=24, batch_size=8, micro_batch=8, warmup=0, learning_rate=0.01)
-LOADING = DynamicLoading(reference_losses={"much": 1.0, "little": 1.0}, reweighing=Reweighing(step_size=0.5))
-
-
-def series(out, name):
-    """(step, value) of a metric, where it was measured."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line[name]) for line in lines if name in line]
-
-
-def test_a_domain_that_lags_gets_more_and_catches_up_faster(tiny_model, tmp_path):
-    folder = tiny_model()
-    fixed = tune_model(folder, tmp_path / "fixed", method=METHOD, **OPTIONS)
-    followed = tune_model(folder, tmp_path / "dynamic", method=METHOD, dynamic_loading=LOADING, **OPTIONS)
-    weights = [x for _, x in series(tmp_path / "dynamic", "domain_weight/little")]
-    assert weights[0] == 0.1  # until the first evaluation
-    assert weights[-1] > 0.3
-    assert {x for _, x in series(tmp_path / "fixed", "domain_weight/little")} == {0.1}
-    gaps = {}
-    for name in ("fixed", "dynamic"):
-        measured = series(tmp_path / name, "domain_loss/little")
-        assert [step for step, _ in measured] == list(range(2, 25, 2))
-        gaps[name] = [loss - 1.0 for _, loss in measured]
-    assert gaps["dynamic"][0] == gaps["fixed"][0]
-    assert gaps["dynamic"][-1] < 0.7 * gaps["fixed"][-1]
-    assert sum(gaps["dynamic"]) < 0.9 * sum(gaps["fixed"])
-    # The weights in the metrics are those that the losses in the metrics lead to.
-    state = {"much": 0.9, "little": 0.1}
-    for step, weight in series(tmp_path / "dynamic", "domain_weight/little"):
-        losses = {name: dict(series(tmp_path / "dynamic", f"domain_loss/{name}")).get(step) for name in DATA}
-        if None not in losses.values():
-            state = LOADING.reweighing(state, losses, {"much": 1.0, "little": 1.0})
-        np.testing.assert_allclose(weight, state["little"], rtol=1e-12)
-    # What is reported.
-    found = followed.json()["domains"]["little"]
-    assert found["weight"] == {"first": 0.1, "last": weights[-1]}
-    assert (found["windows"], found["held_out"], found["reference_loss"]) == (38, 2, 1.0)
-    assert found["loss"] == {"first": gaps["dynamic"][0] + 1.0, "last": gaps["dynamic"][-1] + 1.0}
-    assert fixed.json()["domains"]["much"]["reference_loss"] is None
-    assert fixed.domains["much"]["epochs"] > 1
-    assert any("domain 'much': its 38 windows were gone through 4" in notice for notice in fixed.notices)
-    drawn = sum(found["epochs"] * 38 for found in followed.domains.values())
-    np.testing.assert_allclose(drawn, 24 * 8, atol=0.01)
-    record = json.loads((tmp_path / "dynamic" / "jprune.json").read_text())
-    assert record["domains"] == followed.json()["domains"]
-    # The loss of the whole is the mean by the first proportions.
-    [(_, first), *_] = series(tmp_path / "dynamic", "evaluation_loss")
-    parts = {name: series(tmp_path / "dynamic", f"domain_loss/{name}")[0][1] for name in DATA}
-    np.testing.assert_allclose(first, 0.9 * parts["much"] + 0.1 * parts["little"], rtol=1e-12)
 
 
 def test_losses_equal_to_the_measured_references_leave_the_weights(tiny_model, tmp_path):
@@ -167,19 +109,3 @@ def test_bad_input(tiny_model, tmp_path):
         DynamicLoading()
     with pytest.raises(JpruneError, match="reference loss of domain 'a' must be a number above 0; it is 0"):
         DynamicLoading(reference_losses={"a": 0})
-
-
-def test_devices_change_nothing(tiny_model, tmp_path, four_devices):
-    """Parameters and the reference model's cut up over two of four devices; draws, losses and weights are the same."""
-    folder = tiny_model()
-    method = Full(steps=2, batch_size=8, micro_batch=8, warmup=0, learning_rate=0.01)
-    loading = DynamicLoading(reference=str(tiny_model("reference")))
-    options = OPTIONS | {"method": method, "dynamic_loading": loading, "evaluate_every": 1}
-    one = tune_model(folder, tmp_path / "one", **options)
-    with four_devices():
-        four = tune_model(folder, tmp_path / "four", fsdp=2, **options)
-    np.testing.assert_allclose(four.losses, one.losses, rtol=1e-4)
-    for name, found in one.domains.items():
-        assert four.domains[name]["epochs"] == found["epochs"]
-        np.testing.assert_allclose(four.domains[name]["weight"]["last"], found["weight"]["last"], rtol=1e-4)
-        np.testing.assert_allclose(four.domains[name]["reference_loss"], found["reference_loss"], rtol=1e-5)

@@ -219,15 +219,3 @@ def test_bad_input(tiny_model, tiny_config, data, tmp_path):
     ]:
         with pytest.raises(JpruneError, match=match):
             LoRAPrune(**options)
-
-
-def test_devices_change_nothing(tiny_model, data, tmp_path, four_devices):
-    """Kernels, importance and masks cut up over two of four devices."""
-    folder = tiny_model()
-    options = {"method": LoRAPrune(**SHORT | {"steps": 4}, ratio=0.5, dropout=0.0), "data": data}
-    one = loraprune_model(folder, tmp_path / "one", **options)
-    with four_devices():
-        four = loraprune_model(folder, tmp_path / "four", fsdp=2, **options)
-    np.testing.assert_allclose(four.losses, one.losses, rtol=1e-4)
-    a, b = (json.loads((tmp_path / name / "jprune.json").read_text())["kept"] for name in ("one", "four"))
-    assert a == b

@@ -1,9 +1,8 @@
 """Shearing runs over a tiny model: the target is reached and had exactly, runs resume, what cannot be is refused."""
 
 import json
-import os
-import signal
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +11,8 @@ import pytest
 from jprune import trees
 from jprune.checkpoints import load
 from jprune.errors import JpruneError
-from jprune.models import decoder
-from jprune.pipeline.training import plan_shearing, shear_model
+from jprune.pipeline.training import shear_model
 from jprune.structured.shape import Shape
-from jprune.train.loop import Interrupted
 from jprune.train.shearing import hard_concrete
 from jprune.tuning import Shearing
 from jprune.tuning.masked_model import MaskedModel, shape_of
@@ -63,35 +60,6 @@ def test_the_target_is_reached(checkpoint, data, tmp_path):
     assert not (tmp_path / "out.run").exists()
 
 
-def test_a_resumed_run_is_the_same(checkpoint, data, tmp_path):
-    method = Shearing(target="hidden=24,intermediate=40", steps=6, **QUICK)
-    straight = shear_model(checkpoint, tmp_path / "straight", method=method, data=data)
-
-    def press(progress):
-        if progress.phase == "train" and progress.done >= 4:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(Interrupted):
-        shear_model(checkpoint, tmp_path / "out", method=method, data=data, progress=press)
-    assert not (tmp_path / "out").exists()
-    resumed = shear_model(checkpoint, tmp_path / "out", method=method, data=data, resume=True)
-    assert resumed.resumed_from >= 3
-    assert resumed.losses == straight.losses
-    assert any("expected hidden 31" in notice for notice in resumed.notices)  # six steps are too few
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
-
-
-def test_devices_share_the_work(checkpoint, data, tmp_path, four_devices):
-    """Two by two devices, parameters cut up over two of them: the same masks are drawn and the same losses come out."""
-    method = Shearing(target=TARGET, steps=2, **QUICK | {"micro_batch": 4})
-    one = shear_model(checkpoint, tmp_path / "one", method=method, data=data)
-    with four_devices():
-        four = shear_model(checkpoint, tmp_path / "four", method=method, data=data, fsdp=2)
-    np.testing.assert_allclose(four.losses, one.losses, rtol=1e-5)
-    assert four.expected == pytest.approx(one.expected, abs=1e-2)
-
-
 def test_training_sees_the_masked_model(checkpoint, data):
     """The task's loss under drawn masks, and under the expected ones, is that of the model they leave."""
     masked = MaskedModel(checkpoint, Shape(layers=2, hidden=24, heads=2, kv_heads=1, intermediate=40))
@@ -106,7 +74,7 @@ def test_training_sees_the_masked_model(checkpoint, data):
     np.testing.assert_array_equal(left, np.round(hard_concrete.expected(log_alpha["mlp"]).sum(-1)))
     masks = {k: hard_concrete.deterministic(log_alpha[k], masked.targets[k]) for k in log_alpha}
     params = trees.unflatten(dict(masked.sheared(jax.tree.map(jnp.asarray, checkpoint.params()), masks)))
-    scores = jax.nn.log_softmax(decoder.apply(masked.left(masks).config, params, batch["tokens"])[:, :-1])
+    scores = jax.nn.log_softmax(compiled.apply(masked.left(masks).config, params, batch["tokens"])[:, :-1])
     want = -np.take_along_axis(np.asarray(scores), data[:4, 1:, None], axis=-1).sum()
     same = jax.jit(masked_loss(masked, jnp.float32))(task.trainable["model"], masks, batch)[0]
     np.testing.assert_allclose(same, want, rtol=1e-5)
@@ -122,23 +90,6 @@ LLAMA_2_7B = {
     "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu",
     "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
 }  # fmt: skip
-
-
-def test_published_sizes(tmp_path):
-    """From config.json alone; by hand: embedding and head, 4 d h 128 + 3 d i + 2 d a layer, the last norm."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
-    model = load(tmp_path, weights=False)
-    for layers, d, h, i, published in [
-        (24, 2048, 16, 5504, 1_345_423_360),
-        (32, 2560, 20, 6912, 2_701_560_320),
-        (24, 1024, 8, 2816, 373_867_520),
-    ]:
-        assert published == 64000 * d + layers * (4 * d * h * 128 + 3 * d * i + 2 * d) + d
-        target = f"layers={layers},hidden={d},heads={h},intermediate={i}"
-        assert count(model.config)(Shearing(target=target).shape(model)) == published
-    plan = plan_shearing(tmp_path, method=Shearing(target="layers=24,hidden=2048,heads=16,intermediate=5504"))
-    assert plan.parameters == (6_738_415_616, 1_345_423_360)
-    assert plan.sizes == ({"d_model": 2048, "heads": 16, "kv_heads": 16, "d_ff": 5504},) * 24
 
 
 def test_targets(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,6 @@ import jprune
 from jprune import trees
 from jprune.data import windows
 from jprune.errors import JpruneError
-from jprune.models import decoder
 from jprune.pipeline.training import tune_model
 from jprune.tuning import Full, Lora
 
@@ -74,7 +74,7 @@ def test_lora_recovers_and_keeps_zeros(tiny_model, data, tmp_path):
 
 
 def logits(config, params, tokens):
-    return decoder.apply(config, jax.tree.map(jnp.asarray, params), jnp.asarray(tokens))
+    return compiled.apply(config, jax.tree.map(jnp.asarray, params), jnp.asarray(tokens))
 
 
 @pytest.mark.parametrize("base", ["float32", "bfloat16", "int8"])
@@ -205,14 +205,3 @@ def test_bad_input(tiny_model, data, tmp_path):
     ]:
         with pytest.raises(JpruneError, match=match):
             kind(**options)
-
-
-def test_epochs_and_devices(tiny_model, data, tmp_path, four_devices):
-    """Two epochs of three batches; parameters cut up over two of four devices."""
-    folder = tiny_model()
-    options = {"method": Lora(batch_size=4, micro_batch=4, rank=2, epochs=2, dropout=0.0), "data": data}
-    one = tune_model(folder, tmp_path / "one", **options)
-    assert one.steps == 6
-    with four_devices():
-        four = tune_model(folder, tmp_path / "four", fsdp=2, **options)
-    np.testing.assert_allclose(four.losses, one.losses, rtol=1e-4)

@@ -54,9 +54,9 @@ def test_penalty_and_its_gradients():
     masks = random_masks()
     multipliers = {kind: jnp.asarray([0.7, 3.0]) * (i + 1) for i, kind in enumerate(SHAPES)}
     gone = {"layer": 0.25, "mlp": 0.75, "attention": 0.5}
-    value = lagrangian.penalty(masks, multipliers, gone)
+    value = jax.jit(lagrangian.penalty)(masks, multipliers, gone)
     np.testing.assert_allclose(value, numpy_penalty(masks, multipliers, gone), rtol=1e-5)
-    by_mask, by_multiplier = jax.grad(lagrangian.penalty, (0, 1))(masks, multipliers, gone)
+    by_mask, by_multiplier = jax.jit(jax.grad(lagrangian.penalty, (0, 1)))(masks, multipliers, gone)
     for kind, at in (("layer", (3,)), ("mlp", (2, 7)), ("attention", (7, 5))):
         ends = []
         for sign in (1, -1):
@@ -73,9 +73,10 @@ def test_gradients_are_added_and_the_target_rises():
     params = parameters(random_masks())
     state = tx.init(params)
     updates = jax.tree.map(jnp.ones_like, params)
+    update = jax.jit(tx.update)
     shares = []
     for _ in range(6):
-        out, state = tx.update(updates, state, params)
+        out, state = update(updates, state, params)
         # The multipliers are zero, so their own gradient alone tells the target: mean of s - t.
         kept = hard_concrete.expected(params["log_alpha"]["layer"]).mean()
         shares.append(float(1 - kept - (out["multipliers"]["layer"][0] - 1)))
@@ -125,7 +126,7 @@ def test_multipliers_ascend_and_rates_are_their_own():
     params = parameters({kind: jnp.zeros(shape) for kind, shape in SHAPES.items()})
     state = tx.init(params)
     ones = jax.tree.map(jnp.ones_like, params)
-    updates, _ = tx.update(ones, state, params)
+    updates, _ = jax.jit(tx.update)(ones, state, params)
     np.testing.assert_allclose(updates["model"], -1e-3, rtol=1e-4)
     np.testing.assert_allclose(updates["log_alpha"]["mlp"], -0.5, rtol=1e-4)
     # At step 0 nothing is to go yet, and 17 % are expected to: the excess is positive, and the multipliers rise.

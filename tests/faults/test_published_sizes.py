@@ -22,7 +22,7 @@ from jprune.structured.surgery import size
 from jprune.structured.units import positions
 from jprune.trace import coupled_axes, matmuls
 
-ROOT = pathlib.Path(__file__).parents[3]
+ROOT = pathlib.Path(__file__).parents[2]
 
 LLAMA_7B = dict(vocab=32000, layers=32, heads=32, kv_heads=32, d_ff=11008)
 LLAMA_3_8B = dict(vocab=128256, layers=32, heads=32, kv_heads=8, d_ff=14336)
@@ -79,7 +79,7 @@ def test_a_count_as_target():
 
 PROGRAM = """
 import sys
-sys.path.insert(0, "tests/models/structured")
+sys.path.insert(0, "tests/faults")
 import test_published_sizes as here
 from jprune.runs.stopwatch import peak_memory_bytes
 here.test_published_sizes(here.LLAMA_7B, 6_738_415_616, 5_422_977_024)

@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 
 from jprune.checkpoints import load
 from jprune.cli.main import _parse
+from jprune.pipeline.training import plan_shearing
+from jprune.tuning import Shearing
 from jprune.tuning.shearing import count
 
 SCRIPTS = pathlib.Path(__file__).parents[3] / "scripts"
@@ -74,3 +76,20 @@ def test_a_step_for_seven_billion(shear, seven_billion):
     assert found["argument_bytes_per_device"] == pytest.approx(3 * 4 * 6_738_415_616 / 4, rel=0.01)
     block = 4 * 4096 * 4096 + 3 * 4096 * 11008
     assert found["flops_per_device"] > 6 * 32 * block  # at least one turn of the loop over layers, of a window
+
+
+def test_published_sizes(tmp_path):
+    """From config.json alone; by hand: embedding and head, 4 d h 128 + 3 d i + 2 d a layer, the last norm."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
+    model = load(tmp_path, weights=False)
+    for layers, d, h, i, published in [
+        (24, 2048, 16, 5504, 1_345_423_360),
+        (32, 2560, 20, 6912, 2_701_560_320),
+        (24, 1024, 8, 2816, 373_867_520),
+    ]:
+        assert published == 64000 * d + layers * (4 * d * h * 128 + 3 * d * i + 2 * d) + d
+        target = f"layers={layers},hidden={d},heads={h},intermediate={i}"
+        assert count(model.config)(Shearing(target=target).shape(model)) == published
+    plan = plan_shearing(tmp_path, method=Shearing(target="layers=24,hidden=2048,heads=16,intermediate=5504"))
+    assert plan.parameters == (6_738_415_616, 1_345_423_360)
+    assert plan.sizes == ({"d_model": 2048, "heads": 16, "kv_heads": 16, "d_ff": 5504},) * 24
