@@ -54,13 +54,15 @@ class Suggested:
     """Tokens of a calibration window."""
     evaluation_length: int | None = None
     """Tokens of an evaluation window."""
+    evaluation_windows: int | None = None
+    """Evaluation windows of that length, from the beginning of a text."""
     training_length: int | None = None
     """Tokens of a training window."""
 
 
 _USUAL = Suggested()
 # A quarter of the tokens of the published results; what it costs is in docs/prune-a-model.md.
-_DEMO = Suggested(samples=16, length=512, evaluation_length=512, training_length=256)
+_DEMO = Suggested(samples=16, length=512, evaluation_length=512, evaluation_windows=16, training_length=256)
 
 
 class Checkpoint:

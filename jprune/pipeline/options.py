@@ -62,8 +62,8 @@ class Evaluation:
     evaluate_length: int | None = None
     """Tokens of an evaluation window. By default 2048 or the model's context, or 512 for the demo model."""
     evaluate_windows: int | None = None
-    """Number of evaluation windows, from the beginning of the text; by default all. Of domains, the number that is held
-    out of each; by default one in 20, at most 256."""
+    """Number of evaluation windows, from the beginning of the text; by default all, or 16 where the demo model is
+    pruned. Of domains, the number that is held out of each; by default one in 20, at most 256."""
 
     def text(self, checkpoint: Checkpoint, *, length: int | None = None) -> Windows | None:
         """The windows of one text to measure a model on; None if there is nothing to measure.
@@ -80,13 +80,15 @@ class Evaluation:
             return None
         if isinstance(source, Mapping):
             raise JpruneError(f"only training is measured by domain, and there are {len(source)}; give one source")
+        count = self.evaluate_windows
         if self.evaluate_length is not None:
             length = self.evaluate_length
         elif is_rows(source):
             length = None  # rows have a length of their own
         elif length is None:
             length = checkpoint.suggested.evaluation_length
-        return evaluation_windows(checkpoint, source, length=length, count=self.evaluate_windows)
+            count = checkpoint.suggested.evaluation_windows if count is None else count
+        return evaluation_windows(checkpoint, source, length=length, count=count)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
