@@ -129,7 +129,10 @@ def trace(f: Callable, params: PyTree, *args: PyTree, unroll: bool = False, **kw
         return f(params_tree.fill(params_leaves), *args, **kwargs)
 
     try:
-        closed, output = jax.make_jaxpr(call, return_shape=True)(params_leaves, args_leaves)
+        if params_tree.others or args_tree.others or kwargs:
+            closed, output = jax.make_jaxpr(call, return_shape=True)(params_leaves, args_leaves)
+        else:  # JAX remembers the traces of f
+            closed, output = jax.make_jaxpr(f, return_shape=True)(params, *args)
     except JpruneError:
         raise
     except Exception as error:

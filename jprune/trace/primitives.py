@@ -4,6 +4,8 @@ import re
 
 from jprune.trace.jaxpr import CASTS, ELEMENTWISE, IDENTITIES, LAYOUTS
 
+VIEWING = IDENTITIES | LAYOUTS
+"""Their results have the elements of the first operand."""
 HARMLESS = ELEMENTWISE | LAYOUTS
 """What reads a parameter in these is no product: biases, scales, positions."""
 ROWS = re.compile(
@@ -13,7 +15,7 @@ ROWS = re.compile(
 """Nor is there one in these: rows are looked up, put in other places, added up."""
 SUMS = {"add", "add_any", "sub"}
 CARRYING = {
-    *(CASTS | IDENTITIES | LAYOUTS | SUMS),
+    *(CASTS | VIEWING | SUMS),
     *("mul", "div", "neg", "select_n", "gather", "dynamic_slice", "slice", "split", "concatenate"),
 }
 """Through these a kernel that depends on an argument is still that kernel."""

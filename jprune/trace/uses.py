@@ -16,8 +16,6 @@ from jprune.trace import kernels, products
 from jprune.trace.jaxpr import (
     CASTS,
     ELEMENTWISE,
-    IDENTITIES,
-    LAYOUTS,
     MATMULS,
     Atom,
     Body,
@@ -31,7 +29,7 @@ from jprune.trace.jaxpr import (
 )
 from jprune.trace.kernels import View
 from jprune.trace.levels import NONE, End, Level, Paths, constant
-from jprune.trace.primitives import CARRYING, HARMLESS, LOOPS, ROWS, SUMS
+from jprune.trace.primitives import CARRYING, HARMLESS, LOOPS, ROWS, SUMS, VIEWING
 from jprune.trace.products import Product
 from jprune.trace.views import COPIES, follow
 
@@ -104,9 +102,9 @@ class _Walk:
             if isinstance(as_view, View):
                 level.views[result] = as_view
             elif fixed and level.origins[result]:
-                inherited = level.reasons.get(first) if name in CASTS | IDENTITIES | LAYOUTS else None
+                inherited = level.reasons.get(first) if name in CASTS | VIEWING else None
                 level.reasons[result] = inherited or (as_view, equation)
-        if operands and len(equation.outvars) == 1 and equation.outvars[0] not in level.views:
+        if operands and name in VIEWING and equation.outvars[0] not in level.views:
             root, axes = level.root(operands[0])
             if (known := follow(equation, axes)) is not None:
                 level.roots[equation.outvars[0]] = root, known
@@ -294,7 +292,7 @@ class _Walk:
     def summed(self, level: Level, equation: Equation, x: Var) -> None:
         """A sum of products with a kernel, element by element, is a matmul that is written out."""
         maker = level.makers.get(x)
-        while maker is not None and maker.primitive.name in CASTS | IDENTITIES | LAYOUTS:
+        while maker is not None and maker.primitive.name in CASTS | VIEWING:
             maker = level.makers.get(maker.invars[0]) if isinstance(maker.invars[0], jex.Var) else None
         if maker is None or maker.primitive.name != "mul":
             return
