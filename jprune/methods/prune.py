@@ -159,7 +159,7 @@ def _check_kind(key: str, statistic: Any, method: Method) -> None:
     if method.statistic is not None and not isinstance(each, method.statistic):
         raise JpruneError(
             f"{key}: {type(method).__name__} needs a {method.statistic.__name__} of its inputs, got "
-            f"{type(each).__name__}; gather it with jprune.observe"
+            f"{type(each).__name__}; gather it with jprune.observe, and see jprune.report if it leaves this kernel out"
         )
 
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -16,10 +17,11 @@ def blocks(page: Path) -> list[tuple[bool, str]]:
     return [(not m[1], "\n" * text.count("\n", 0, m.start(2)) + m[2]) for m in BLOCK.finditer(text)]
 
 
-def run(page: Path) -> None:
-    """The blocks of a page one after the other, as a reader would."""
-    names = {"__name__": "docs"}
+def run(page: Path) -> dict[str, Any]:
+    """Runs the blocks of a page one after the other, as a reader would; returns what they have defined."""
+    names: dict[str, Any] = {"__name__": "docs"}
     for is_run, code in blocks(page):
         program = compile(code, str(page), "exec")
         if is_run:
             exec(program, names)
+    return names

@@ -1,13 +1,13 @@
 """Structured runs: the units that go are those a whole-model calculation would choose, and the result is the masked
 model."""
 
-import dataclasses
 import json
 
 import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pages
 import pytest
 
 from jprune import trees
@@ -17,8 +17,7 @@ from jprune.errors import JpruneError
 from jprune.models import decoder
 from jprune.pipeline.shrink.plan import plan_shrink
 from jprune.pipeline.shrink.run import shrink_model
-from jprune.structured import DropLayers, LLMPruner, selection
-from jprune.structured.base import UnitMethod
+from jprune.structured import DropLayers, LLMPruner
 from jprune.structured.selection import Target
 
 OPEN = {"protect_first": 0, "protect_last": 0}
@@ -226,30 +225,10 @@ def test_a_home_of_ones_own(checkpoint, tmp_path, monkeypatch):
         shrink_model(checkpoint, "~/smaller", method=method)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LargestWeight(UnitMethod):
-    """Remove the channels whose largest weight is the smallest: an importance of a user's own, in one place."""
-
-    kinds = ("mlp",)
-    needs = "weights"
-
-    def vectors(self, units, params, gradients, squares, *, prefix):
-        leaves = {f"{prefix}/{path}": x for path, x in trees.flatten(params).items()}
-        return {
-            i: np.abs(trees.to_matrix(jnp.asarray(leaves[member.path]), member.side)).max(1)[member.channels]
-            for i, member in enumerate(units.members)
-            if member.counted
-        }
-
-    def score(self, units, vectors=None, step=1):
-        return np.max([vectors[i].max(1) for i in vectors], axis=0)
-
-    def select(self, units, scores, ratio, *, initial=None):
-        return selection.select(units, scores, ratio, initial=initial)
-
-
 def test_an_importance_of_the_users_own(checkpoint, tmp_path):
-    report = shrink_model(checkpoint, tmp_path / "out", method=LargestWeight(), target=Target(units=0.25))
+    """The class that docs/add-a-method.md shows."""
+    method = pages.run(pages.ROOT / "docs/add-a-method.md")["LargestWeight"]()
+    report = shrink_model(checkpoint, tmp_path / "out", method=method, target=Target(units=0.25))
     smaller = load(tmp_path / "out")
     assert report.own_json()["method"] == "LargestWeight"
     for i in range(3):
