@@ -1,0 +1,91 @@
+"""Models of other libraries: what becomes of their parameters, each library in an environment of its own.
+
+    python scripts/foreign_models.py [LIBRARY ...] [--environments FOLDER] [--json FILE]
+
+A library gets a virtual environment with jprune's core (`pip install --no-deps`), kept in FOLDER if one is given. There
+its model (scripts/foreign) is traced as it is; jprune.report accounts for its parameters, and half of what is prunable
+is pruned by SparseGPT. Two things are checked that the trace does not know of:
+
+    read     a leaf is never read if, and only if, the output stays the same where the leaf is changed
+    error    SparseGPT changes the output less than the same share of the smallest weights does
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+LIBRARIES = {
+    "flax": ("flax_nnx", "flax_linen", "flax_scan"),
+    "equinox": ("equinox_transformer",),
+    "dm-haiku": ("haiku_transformer",),
+    "keras": ("keras_model",),
+    "transformers<5": ("transformers_flax",),
+}
+"""What is installed, and the models that are made of it."""
+NEEDS = {"transformers<5": ("flax",)}
+"""What is installed beside."""
+
+
+def main() -> None:
+    """Makes the environments, and prints a line for each model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("libraries", nargs="*", metavar="LIBRARY", help=f"of {', '.join(LIBRARIES)}; all if none")
+    parser.add_argument("--environments", type=Path, help="where they stay, for the next time")
+    parser.add_argument("--json", type=Path, help="write the accounts here too")
+    options = parser.parse_args()
+    if unknown := set(options.libraries) - set(LIBRARIES):
+        parser.error(f"unknown library {', '.join(sorted(unknown))}; there are {', '.join(LIBRARIES)}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.environments or Path(temporary)
+        found = []
+        print(ROW.format("model", "of", "parameters", "prunable", "other", "skipped", "never read", "error", "misses"))
+        for library in options.libraries or LIBRARIES:
+            python = environment(folder, library)
+            for model in LIBRARIES[library]:
+                found.append(account(python, library, model))
+                tell(found[-1])
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+    if any(a["misses"] for a in found):
+        raise SystemExit("parameters without an account; see misses")
+
+
+ROW = "{:20} {:22} {:>10} {:>9} {:>7} {:>8} {:>11} {:>14}  {}"
+
+
+def tell(a: dict[str, Any]) -> None:
+    """A line, and one more for each reason why something is skipped."""
+    shares = [f"{100 * a['shares'][state]:.1f} %" for state in ("prunable", "other", "skipped", "never read")]
+    errors = "{:.3f} < {:.3f}".format(*a["errors"])
+    print(ROW.format(a["model"], a["version"], a["parameters"], *shares, errors, ", ".join(a["misses"]) or "none"))
+    for reason in a["reasons"]:
+        print(f"    skipped: {reason}")
+    sys.stdout.flush()
+
+
+def environment(folder: Path, library: str) -> Path:
+    """The Python of a library's environment, which is made if it is not there."""
+    place = folder.resolve() / library.partition("<")[0]
+    python = place / "bin/python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", place], check=True)
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*install, library, *NEEDS.get(library, ()), "jax", "optax", "numpy"], check=True)
+        subprocess.run([*install, "--no-deps", ROOT], check=True)
+    return python
+
+
+def account(python: Path, library: str, model: str) -> dict[str, Any]:
+    """What a model's own environment says of it."""
+    program = [python, ROOT / "scripts/foreign/account.py", model, library.partition("<")[0]]
+    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()
