@@ -78,6 +78,17 @@ def test_all_at_once_sees_the_dense_function():
         x = layer(x, {k: P[k][i] for k in ("up", "down", "bias")})
 
 
+def test_devices_share_the_batches():
+    mesh = jax.make_mesh((4, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    alone, _ = jprune.prune_function(layered, P, BATCHES, Wanda(), Unstructured(0.5))
+    shared, _ = jprune.prune_function(layered, P, BATCHES, Wanda(), Unstructured(0.5), mesh=mesh)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), alone, shared)
+
+
+def layered(p, x):
+    return jnp.tanh(x @ p["up"][0]) @ p["down"][0]
+
+
 def gathered(x):
     return jprune.SquaredNorm.zeros(x.shape[1]).update(x)
 
