@@ -253,7 +253,7 @@ class _Walk:
                 continue
             if made_of := self.paths(level, x):
                 kernel = self.is_kernel(made_of)
-                if kernel and name not in HARMLESS and not ROWS.match(name):
+                if name not in HARMLESS and not ROWS.match(name):
                     self.skip(equation, made_of, f"{name} reads it, which is not followed")
                 else:
                     self.end(level, equation, x, name)

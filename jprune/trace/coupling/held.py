@@ -10,12 +10,14 @@ import copy
 import dataclasses
 import enum
 import functools
+import math
 import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Key = tuple[str, float]
@@ -41,11 +43,12 @@ _LEFT = (
 
 
 def numbers(f: Any) -> tuple[Key, ...]:
-    """All numbers that f holds."""
+    """All finite numbers that f holds."""
     found: dict[Key, None] = {}
 
     def note(name: str, value: Any) -> Any:
-        found[name, float(value)] = None
+        if math.isfinite(value):
+            found[name, float(value)] = None
         return value
 
     _Copy(note)(f, _ARGUMENT)
@@ -75,7 +78,7 @@ class _Copy:
         if type(x) in (int, float) or isinstance(x, np.integer | np.floating):
             return x if name in _NOT_SIZES else self.swap(name, x)
         if isinstance(x, np.ndarray | jax.Array) and not isinstance(x, jax.core.Tracer) and x.ndim == 0:
-            if np.issubdtype(x.dtype, np.number):
+            if jnp.issubdtype(x.dtype, jnp.number):
                 self.swap(name, float(x))  # told, but not replaced
             return x
         if x is None or isinstance(x, _LEFT) or self.left <= 0:
@@ -168,7 +171,10 @@ class _Copy:
                 return dataclasses.replace(x, **changed)
             except Exception:  # a constructor of its own: whatever it raises, a copy does
                 pass
-        made = copy.copy(x)
+        try:
+            made = copy.copy(x)
+        except Exception:  # locks, files, devices: whatever cannot be copied stays as it is
+            return x
         if made is x:  # there is but one of it
             return x
         for n, value in changed.items():

@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import threading
 
 import flax.linen as nn
 import jax
@@ -477,3 +478,25 @@ def test_random_numbers(seed):
     if found.proven:
         keep = random_keep(groups, rng, [found.name])
         agree(build(w), params, (x,), groups, keep, build(int(keep[found.name].sum())))
+
+
+class Opened:
+    """Something that cannot be copied, as what reads files in a background thread."""
+
+    def __init__(self):
+        self.size, self.lock, self.limit = 6, threading.Lock(), float("inf")
+
+    def __copy__(self):
+        raise TypeError("cannot pickle a lock")
+
+
+def test_a_function_may_hold_what_cannot_be_copied():
+    """A key of random numbers, which is no number, and an open file."""
+    key, opened = jax.random.key(0), Opened()
+
+    def f(p, x):
+        assert opened.size == 6
+        return jax.nn.relu(x @ p["up"] + 0 * jax.random.normal(key, ())) @ p["down"]
+
+    groups = jprune.coupled_axes(f, {"up": jnp.ones((4, 6)), "down": jnp.ones((6, 4))}, jnp.ones((3, 4)))
+    assert any(group.size == 6 and not group.frozen for group in groups)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import pallas as pl
+from jax.experimental.sparse import BCOO
 
 from jprune.errors import JpruneError
 from jprune.trace import matmuls, skipped
@@ -185,6 +187,31 @@ def test_left_out(f, w, x, reason):
     assert {s.paths for s in skipped(f, params, shape(*x))} == {("w",)}
     with pytest.raises(JpruneError, match=f"found only w; w is used at .*, but .*{reason}"):
         matmuls(f, params, shape(*x), where="w")
+
+
+def test_what_is_not_followed_is_refused_for_what_it_is():
+    """Kernels in a shard_map, in a kernel of their own, and a matrix that is stored as its nonzero numbers."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+
+    def sharded(p, x):
+        return jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(spec(), spec()), out_specs=spec())(x, p["w"])
+
+    def kernel(x, w, y):
+        y[...] = x[...] @ w[...]
+
+    def pallas(p, x):
+        out = jax.ShapeDtypeStruct((3, 4), jnp.float32)
+        return pl.pallas_call(kernel, out_shape=out, interpret=True)(x, p["w"])
+
+    def sparse(p, x):
+        indices = jnp.array([[0, 1], [2, 3]])
+        return BCOO((p["w"][0, :2], indices), shape=(4, 4)) @ x.T
+
+    for f, name in ((sharded, "shard_map"), (pallas, "pallas_call"), (sparse, "bcoo_dot_general")):
+        (left,) = skipped(f, {"w": shape(4, 4)}, shape(3, 4))
+        assert left.paths == ("w",)
+        assert f"{name} reads it, which is not followed" in left.reason
 
 
 def test_the_condition_of_a_loop_is_refused():
