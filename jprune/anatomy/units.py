@@ -58,12 +58,14 @@ def units_of_hidden(checkpoint: Checkpoint) -> Units:
       JpruneError: they are frozen; the message says why.
     """
     f, params = _logits(checkpoint.config), _abstract(checkpoint)
-    return hidden_units(coupled_axes(f, params, _tokens()), params, matmuls(f, params, _tokens()))
+    return hidden_units(
+        coupled_axes(f, params, _tokens()), params, matmuls(f, params, _tokens(), stacked=False, partial=True)
+    )
 
 
 def reading_axes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """The axes over which the model's matmuls sum, by the path of the kernel; a tied embedding is one, as the head."""
-    found = matmuls(_logits(checkpoint.config), _abstract(checkpoint), _tokens(), stacked=True)
+    found = matmuls(_logits(checkpoint.config), _abstract(checkpoint), _tokens(), partial=True)
     return {matmul.path: matmul.in_axes for matmul in found}
 
 
@@ -71,7 +73,9 @@ def reading_axes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 def _units_of_block(function: Callable, shapes: tuple, d_model: int, kinds: tuple[Kind, ...]) -> tuple[Units, ...]:
     params = trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in shapes})
     x = jax.ShapeDtypeStruct((1, TOKENS, d_model), jnp.float32)
-    return block_units(coupled_axes(function, params, x), params, matmuls(function, params, x), kinds=kinds)
+    return block_units(
+        coupled_axes(function, params, x), params, matmuls(function, params, x, stacked=False), kinds=kinds
+    )
 
 
 def _logits(config: DecoderConfig) -> Callable[[PyTree, jax.Array], jax.Array]:

@@ -108,7 +108,13 @@ class Found:
 
 
 def matmuls(
-    f: Callable, params: PyTree, *args: PyTree, where: Where = None, stacked: bool = True, **kwargs: PyTree
+    f: Callable,
+    params: PyTree,
+    *args: PyTree,
+    where: Where = None,
+    stacked: bool = True,
+    partial: bool = False,
+    **kwargs: PyTree,
 ) -> tuple[ParamMatmul, ...]:
     """Every matmul of ``f(params, *args, **kwargs)`` against a parameter leaf, in the order in which they are written.
 
@@ -123,12 +129,15 @@ def matmuls(
       *args: its other arguments, likewise; what is no array is handed to f as it is. Nothing is computed.
       where: which parameters' matmuls count; the others are equations like any other, and add nothing to `stage`.
       stacked: whether stacks of kernels count (experts, layers of a scan: see `ParamMatmul.batch_axes`).
+      partial: whether parameters count that something else reads too, as a tied embedding: which axes are summed over
+        is known of these as well, but what is listed is not all that their values are for.
       **kwargs: other arguments of f, likewise.
 
     Raises:
       JpruneError: `where` finds nothing that can be listed.
     """
-    return tuple(s.matmul for s in find(trace(f, params, *args, **kwargs), where, stacked=stacked).sites)
+    flat = trace(f, params, *args, **kwargs)
+    return tuple(s.matmul for s in find(flat, where, stacked=stacked, partial=partial).sites)
 
 
 def skipped(f: Callable, params: PyTree, *args: PyTree, stacked: bool = True, **kwargs: PyTree) -> tuple[Skipped, ...]:
@@ -136,10 +145,10 @@ def skipped(f: Callable, params: PyTree, *args: PyTree, stacked: bool = True, **
     return find(trace(f, params, *args, **kwargs), lambda path: False, stacked=stacked).skipped
 
 
-def find(flat: Trace, where: Where = None, *, stacked: bool = True) -> Found:
+def find(flat: Trace, where: Where = None, *, stacked: bool = True, partial: bool = False) -> Found:
     """Follows every use of the parameters, then finds the depth of the matmuls that count."""
     top, ends = walk(flat)
-    usable, left = _judge(ends, stacked)
+    usable, left = _judge(ends, stacked=stacked, partial=partial)
     wanted = _choose(usable, left, where)
     finder = _Finder(wanted)
     finder.run(top, {x: 0 for x in flat.args})
@@ -202,7 +211,7 @@ class _Finder:
         self.sites.append(Site(matmul=matmul, level=level, result=result, product=product))
 
 
-def _judge(ends: Iterable[End], stacked: bool) -> tuple[list[str], list[Skipped]]:
+def _judge(ends: Iterable[End], *, stacked: bool, partial: bool) -> tuple[list[str], list[Skipped]]:
     """The paths all of whose uses are products that can be listed, and of all others why they are not."""
     products: dict[str, list[End]] = {}
     left: list[Skipped] = []
@@ -217,7 +226,7 @@ def _judge(ends: Iterable[End], stacked: bool) -> tuple[list[str], list[Skipped]
             left.append(Skipped(paths=end.paths, reason=end.what, source=end.source))
     usable = []
     for path, own in products.items():
-        if (reason := _not_whole(own, others.get(path), stacked)) is None:
+        if (reason := _not_whole(own, None if partial else others.get(path), stacked)) is None:
             usable.append(path)
         else:
             left.append(Skipped(paths=(path,), reason=reason, source=own[0].source))

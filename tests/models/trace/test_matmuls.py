@@ -124,6 +124,8 @@ def test_tied_and_twice_used_parameters():
     assert table(found) == [("w", (0,), (1,), 0, 0), ("w", (0,), (1,), 1, 1)]
     (left,) = skipped(f, {"embedding": shape(7, 4), "w": shape(4, 4)}, shape(2, 3, dtype=jnp.int32))
     assert left.paths == ("embedding",)
+    both = matmuls(f, {"embedding": shape(7, 4), "w": shape(4, 4)}, shape(2, 3, dtype=jnp.int32), partial=True)
+    assert table(both)[2] == ("embedding", (1,), (0,), 2, 2)
     assert re.search(r"is also read elsewhere \(gather\) at .*test_matmuls.py", left.reason)
 
 
