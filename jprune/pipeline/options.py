@@ -85,8 +85,8 @@ class Evaluation:
             length = self.evaluate_length
         elif is_rows(source):
             length = None  # rows have a length of their own
-        elif length is None:
-            length = checkpoint.suggested.evaluation_length
+        else:
+            length = checkpoint.suggested.evaluation_length if length is None else length
             count = checkpoint.suggested.evaluation_windows if count is None else count
         return evaluation_windows(checkpoint, source, length=length, count=count)
 
