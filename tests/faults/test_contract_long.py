@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from random_programs import PROGRAMS, right_or_refused
 
 
-@settings(deadline=None, max_examples=int(os.environ.get("JPRUNE_EXAMPLES", "250")))
+@settings(deadline=None, max_examples=int(os.environ.get("JPRUNE_EXAMPLES", "160")))
 @given(PROGRAMS)
 def test_right_or_refused(program):
     right_or_refused(program)
