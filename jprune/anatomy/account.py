@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jprune import trees
 from jprune.anatomy.parts import Part, parts
 from jprune.checkpoints import Checkpoint
 from jprune.models import decoder
@@ -34,12 +33,10 @@ def account(checkpoint: Checkpoint) -> tuple[Entry, ...]:
     """Every parameter of a model, in its order; equal blocks are traced once."""
     config, total = checkpoint.config, checkpoint.parameters
     found: dict[str, list[Leaf]] = {path: [] for path in checkpoint.shapes}
-    for part in parts(checkpoint):
-        for leaf in _leaves(part.function, part.shapes, config.d_model):
+    hidden = jax.ShapeDtypeStruct((1, TOKENS, config.d_model), jnp.float32)
+    for part, x in [*((part, hidden) for part in parts(checkpoint)), *_ends(checkpoint, hidden)]:
+        for leaf in _leaves(part.function, part.shapes, x):
             found[part.path(leaf.path)].append(leaf)
-    for part, x in _ends(checkpoint):
-        for leaf in _of(part, x):
-            found[leaf.path].append(leaf)
     entries = []
     for path, leaves in found.items():
         states = dict.fromkeys(leaf.state for leaf in leaves if leaf.state != "never read")
@@ -59,7 +56,7 @@ def _reasons(leaf: Leaf) -> list[str]:
     return [other.split(" at ")[0] for other in leaf.others] or ["never read"]
 
 
-def _ends(checkpoint: Checkpoint) -> list[tuple[Part, Any]]:
+def _ends(checkpoint: Checkpoint, hidden: jax.ShapeDtypeStruct) -> list[tuple[Part, jax.ShapeDtypeStruct]]:
     """What comes before the blocks, and behind them if the embedding is the head too."""
     config = checkpoint.config
 
@@ -69,16 +66,10 @@ def _ends(checkpoint: Checkpoint) -> list[tuple[Part, Any]]:
 
     ends = [(Part("", decoder.embed(config), leaves("embed")), jax.ShapeDtypeStruct((1, TOKENS), jnp.int32))]
     if config.tied:
-        x = jax.ShapeDtypeStruct((1, TOKENS, config.d_model), jnp.float32)
-        ends.append((Part("", decoder.head(config), leaves(*decoder.head_parts(config))), x))
+        ends.append((Part("", decoder.head(config), leaves(*decoder.head_parts(config))), hidden))
     return ends
 
 
-def _of(part: Part, x: Any) -> tuple[Leaf, ...]:
-    return report(part.function, part.abstract(), x).leaves
-
-
 @functools.lru_cache(maxsize=64)
-def _leaves(function: Callable, shapes: tuple, d_model: int) -> tuple[Leaf, ...]:
-    params = trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in shapes})
-    return report(function, params, jax.ShapeDtypeStruct((1, TOKENS, d_model), jnp.float32)).leaves
+def _leaves(function: Callable, shapes: tuple, x: jax.ShapeDtypeStruct) -> tuple[Leaf, ...]:
+    return report(function, Part("", function, shapes).abstract(), x).leaves

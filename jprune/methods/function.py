@@ -5,8 +5,9 @@ that is used in several stages is pruned once, before the first, by what it read
 """
 
 import functools
+import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -73,20 +74,26 @@ def prune_function(
     """
     source = _Source(batches, weights, mesh)
     if method.statistic is None:
-        found = find(trace(f, params, *source.first), where)
-        return prune(params, None, method, pattern, where=_exactly(found), keep=keep, in_axes=_listed(found))
+        flat = trace(f, params, *source.first)
+        found = find(flat, where)
+        warn(found, flat, where)
+        _check_any(found)
+        listed = [site.matmul for site in found.sites]
+        return prune(params, None, method, pattern, where=_exactly(m.path for m in listed), keep=keep, in_axes=listed)
     if not sequential:
         observed = _observed(f, params, source, method.statistic, where)
         return prune(params, observed, method, pattern, keep=keep)
     return _Sequential(f, params, source, method, pattern, keep or {}, between, where).run(params, tell)
 
 
-def _listed(found: Found) -> tuple[Any, ...]:
-    return tuple(site.matmul for site in found.sites)
+def _check_any(found: Found) -> None:
+    if not found.sites:
+        raise JpruneError("expected a function with kernels that can be pruned, found none; jprune.report says why")
 
 
-def _exactly(found: Found) -> list[str]:
-    return [f"^{re.escape(path)}$" for path in dict.fromkeys(site.matmul.path for site in found.sites)]
+def _exactly(paths: Iterable[str]) -> list[str]:
+    """A filter that finds these paths and no others."""
+    return [f"^{re.escape(path)}$" for path in dict.fromkeys(paths)]
 
 
 class _Source:
@@ -103,20 +110,20 @@ class _Source:
             raise JpruneError("expected at least one batch to observe, got none")
         self.first = tuple(first)
 
-    def __iter__(self):
-        given = self.weights
-        for args, weights in zip(self.batches, _repeat_none() if given is None else given, strict=given is not None):
+    def __iter__(self) -> Iterator[tuple[tuple[PyTree, ...], Any]]:
+        missing = object()
+        pairs: Iterable[tuple[Any, Any]] = ((args, None) for args in self.batches)
+        if self.weights is not None:
+            pairs = itertools.zip_longest(self.batches, self.weights, fillvalue=missing)
+        for args, weights in pairs:
+            if args is missing or weights is missing:
+                raise JpruneError("expected weights for each batch, got more of the one than of the other")
             yield jax.tree.map(self._placed, tuple(args)), weights
 
     def _placed(self, x: Any) -> Any:
         if self.mesh is None or not getattr(x, "shape", ()):
             return x
         return jax.device_put(x, devices.batch(self.mesh, len(x)))
-
-
-def _repeat_none():
-    while True:
-        yield None
 
 
 def _observed(f: Callable, params: PyTree, source: _Source, statistic: type[Any], where: Any) -> Observed:
@@ -143,18 +150,15 @@ class _Sequential:
     def __init__(self, f, params, source, method, pattern, keep, between, where) -> None:
         self.f, self.source, self.method, self.pattern, self.keep = f, source, method, pattern, keep
         self.between = between
-        self.where = where
-        flat = trace(f, params, *source.first, unroll=True)
-        found = find(flat, where)
-        warn(found, flat, where)
-        self.shared = _shared(found)
-        self.staged: Stages = stages(f, params, *source.first, where=_among(found), unroll=True, shared=True)
+        self.staged: Stages = stages(f, params, *source.first, where=where, unroll=True, shared=True)
+        _check_any(self.staged.found)
+        self.shared = _shared(self.staged.found)
         self.segments = [jax.jit(segment) for segment in self.staged.segments]
 
     def run(self, params: PyTree, tell: Tell | None) -> tuple[PyTree, Masks]:
         masks: Masks = {}
         if self.shared:
-            where = [f"^{re.escape(path)}$" for path in sorted(self.shared)]
+            where = _exactly(sorted(self.shared))
             observed = _observed(self.f, params, self.source, self.method.statistic, where)
             params, masks = prune(params, observed, self.method, self.pattern, keep=self._keep(masks, self.shared))
         carries: list[Any] | None = None
@@ -196,11 +200,6 @@ class _Sequential:
                 kept.append(carry)
         assert total is not None
         return total, kept if self.between == "keep" else None
-
-
-def _among(found: Found) -> Callable[[str], bool]:
-    paths = {site.matmul.path for site in found.sites}
-    return lambda path: path in paths
 
 
 def _shared(found: Found) -> set[str]:

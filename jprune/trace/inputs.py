@@ -28,6 +28,8 @@ class Pick:
     """Of the indices; what the variable has beyond it is of size one."""
     count: int
     """Kernels in the stack."""
+    clipped: bool
+    """Whether an index beyond the stack means its first or last kernel; else it means none."""
     met: tuple[tuple[int, Digit], ...]
     """Axes of the indices that run along with digits of the value; over the others every row is used once for each."""
     summed: tuple[Digit, ...]
@@ -46,6 +48,7 @@ class Pick:
     def weights(self, digits: list[Digit], index: Any) -> Float[Array, "count rows"]:
         """How often each row, numbered by these digits of the value, goes to each kernel."""
         index = jnp.asarray(index).reshape(self.shape)
+        index = jnp.clip(index, 0, self.count - 1) if self.clipped else index
         sent = index == jnp.arange(self.count, dtype=index.dtype).reshape(-1, *[1] * len(self.shape))
         kept = [axis for axis, _ in self.met]
         times = jnp.sum(sent, axis=[i + 1 for i in range(len(self.shape)) if i not in kept], dtype=jnp.float32)

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.extend import core as jex
 
 from jprune.trace.jaxpr import CASTS, Equation, Var
@@ -24,6 +25,8 @@ class Picked:
     index: Var
     shape: tuple[int, ...]
     """Axes of the index: digits of axis -1 - i run along axis i."""
+    clipped: bool
+    """Whether an index beyond the axis picks its first or last row; else it picks none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +113,8 @@ def _dynamic_slice(equation: Equation, view: View, constant: Any) -> View | str:
     (dim, *more) = moving
     if more or sizes[dim] != 1:
         return "a slice of more than one row that begins where an argument says"
-    return _pick(cut, dim, starts[dim], (), lambda axes: (*axes[:dim], (), *axes[dim + 1 :]))
+    # The primitive moves a slice that would begin outside back inside.
+    return _pick(cut, dim, starts[dim], (), lambda axes: (*axes[:dim], (), *axes[dim + 1 :]), clipped=True)
 
 
 def _gather(equation: Equation, view: View) -> View | str:
@@ -130,14 +134,14 @@ def _gather(equation: Equation, view: View) -> View | str:
         ndim = equation.outvars[0].aval.ndim
         return tuple(next(kept) if i in numbers.offset_dims else next(index) for i in range(ndim))
 
-    return _pick(view, dim, indices, rows, along)
+    return _pick(view, dim, indices, rows, along, clipped=equation.params["mode"] == jax.lax.GatherScatterMode.CLIP)
 
 
-def _pick(view: View, dim: int, index: Var, shape: tuple[int, ...], along: Any) -> View | str:
+def _pick(view: View, dim: int, index: Var, shape: tuple[int, ...], along: Any, *, clipped: bool) -> View | str:
     digits = view.axes[dim]
     if view.picked is not None or any(d.axis < 0 for d in digits):
         return "picked from more than once"
     if not digits:
         return dataclasses.replace(view, axes=along(view.axes))  # of one row
     axes = along((*view.axes[:dim], (), *view.axes[dim + 1 :]))
-    return dataclasses.replace(view, axes=axes, picked=Picked(digits=digits, index=index, shape=shape))
+    return dataclasses.replace(view, axes=axes, picked=Picked(digits=digits, index=index, shape=shape, clipped=clipped))

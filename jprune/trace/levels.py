@@ -45,6 +45,8 @@ class Level:
     """Of a value that is a view of another, which, and its axes."""
     reasons: dict[Var, tuple[str, Equation]] = dataclasses.field(default_factory=dict)
     """Why a value that is made of parameters alone is no view of one, and where it ceased to be one."""
+    multiplied: set[Var] = dataclasses.field(default_factory=set)
+    """Values that are made of parameters alone, by a product among others."""
     derived: dict[Var, tuple[Paths, Equation]] = dataclasses.field(default_factory=dict)
     """Kernels that depend on an argument, and where they begin to."""
     looked_up: set[Var] = dataclasses.field(default_factory=set)

@@ -230,7 +230,7 @@ def _judge(ends: Iterable[End], *, stacked: bool, partial: bool) -> tuple[list[s
             usable.append(path)
         else:
             left.append(Skipped(paths=(path,), reason=reason, source=own[0].source))
-    return usable, left
+    return usable, list(dict.fromkeys(left))
 
 
 def _not_whole(own: list[End], other: End | None, stacked: bool) -> str | None:

@@ -14,6 +14,9 @@ from jprune.trace.jaxpr import Equation, Var
 from jprune.trace.kernels import View
 from jprune.trace.views import COPIES, Axes, Digit, join, regroup, whole
 
+LOOKED_UP = "it is looked up in, row by row"
+"""What `product` says of rows that an index picks and that are no kernels, as those of an embedding."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Product:
@@ -71,7 +74,7 @@ def _dot(equation: Equation, side: int, view: View, known: Any) -> Product | str
     along = [d for i in batch[side] for d in axes[i]]
     free = [d for i, digits in enumerate(axes) if i not in (*ours, *batch[side]) for d in digits]
     if view.picked is not None and not any(d.axis >= 0 for d in free):
-        return "it is looked up in, row by row"
+        return LOOKED_UP
     if not rows and not any(n == 1 for n in _sizes(view.part)):
         return "it sums over no axis of the parameter"
     stacked = [d for d in along if d.axis >= 0]
@@ -98,6 +101,7 @@ def _dot(equation: Equation, side: int, view: View, known: Any) -> Product | str
                 index=view.picked.index,
                 shape=view.picked.shape,
                 count=math.prod(d.size for d in view.picked.digits),
+                clipped=view.picked.clipped,
                 met=tuple((axis, m[0]) for axis, m in index),
                 summed=tuple(m[0] for axis, m in index if any(-1 - d.axis == axis for d in summed)),
             ),

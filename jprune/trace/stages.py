@@ -64,7 +64,7 @@ class Stages:
 
     def inputs(self, stage: int, carry: Carry) -> dict[int, Shaped[Array | np.ndarray, "*stack tokens d_in"]]:
         """What the matmuls of a stage read, by input_id, out of the carry that segment `stage` returned."""
-        values = dict(zip(self.carries[stage + 1], carry, strict=True))
+        values = self._values(stage, carry)
         ids = dict.fromkeys(m.input_id for m in self.matmuls[stage])
         reads = {i: self.found.inputs[i] for i in ids}
         return {i: read.matrix(*(values[x] for x in read.variables)) for i, read in reads.items()}
@@ -78,7 +78,7 @@ class Stages:
           carry: what segment `stage` returned.
           weights: how much each token counts, as in `jprune.observe`; all count if None.
         """
-        values = dict(zip(self.carries[stage + 1], carry, strict=True)) | self.trace.constants
+        values = self._values(stage, carry)
         sites = [s for s in self.found.sites if s.matmul.stage == stage]
         slots = {Slot.of(site): site for site in sites}
         seen = {
@@ -88,6 +88,9 @@ class Stages:
             for slot, site in slots.items()
         }
         return collect(sites, seen)
+
+    def _values(self, stage: int, carry: Carry) -> dict[Var, Any]:
+        return dict(zip(self.carries[stage + 1], carry, strict=True)) | self.trace.constants
 
     def finish(self, carry: Carry) -> PyTree:
         """The output of f, out of the carry that the last segment returned."""
@@ -133,7 +136,7 @@ def stages(
     carries = [flat.outputs]
     for s in reversed(range(depth + 1)):
         read = {x for m in by_stage[s - 1] for x in found.inputs[m.input_id].variables} if s else set()
-        read -= found.origins.keys()
+        read -= flat.constants.keys()
         equations, carry = plan.segment(s, carries[0], read)
         segments.insert(0, _segment(flat, f"segment_{s}", equations, carry, carries[0]))
         carries.insert(0, carry)

@@ -37,8 +37,8 @@ from jprune.trace.views import COPIES, follow
 def walk(flat: Trace) -> tuple[Level, list[End]]:
     """What is known of the values of a trace, and where every use of its parameters ends."""
     found = _Walk(flat, bare=False)
-    outputs = [x for x in flat.outputs if isinstance(x, jex.Var)]
-    if outputs and all(found.top.origins.get(x) for x in outputs):
+    outputs = [found.top.origins.get(x) for x in flat.outputs if isinstance(x, jex.Var)]
+    if None not in outputs and any(outputs):
         # Nothing depends on an argument: what f closes over takes their place.
         found = _Walk(flat, bare=True)
     return found.top, found.ends
@@ -80,6 +80,8 @@ class _Walk:
         name = equation.primitive.name
         if fixed:
             level.origins.update(dict.fromkeys(equation.outvars, made_of))
+            if made_of and (name in MATMULS or not level.multiplied.isdisjoint(operands)):
+                level.multiplied.update(equation.outvars)
         elif name in LOOPS:
             self.enter(level, equation)
             return
@@ -182,6 +184,8 @@ class _Walk:
                     inner.derived[x] = paths, equation
                 continue
             inner.origins[x] = made_of
+            if operand in level.multiplied:
+                inner.multiplied.add(x)
             inner.reasons[x] = level.reasons.get(operand, (f"cut by a {equation.primitive.name}", equation))
             if view is None:
                 continue
@@ -222,7 +226,7 @@ class _Walk:
             self.skip(equation, paths, f"its kernel is no view of a parameter, but {reason} at {where_written(maker)}")
             return
         product = products.product(equation, side, view, level.root)
-        if isinstance(product, str) and view.picked is not None and "looked up" in product:
+        if product == products.LOOKED_UP:
             self.end(level, equation, kernel, equation.primitive.name)
             return
         if not isinstance(product, str) and not level.counted:
@@ -315,6 +319,9 @@ class _Walk:
             return
         at = equation or at or level.makers.get(x)
         source = where_written(at) if at is not None else ""
+        if x in level.multiplied and at is not None:
+            self.skip(at, paths, "what it is multiplied with depends on no argument; hand that in as one")
+            return
         if x in level.views and level.views[x].picked is not None:
             what = "gather"
         self.ends.append(End(paths=tuple(sorted(paths)), skipped=False, what=what, source=source))

@@ -259,3 +259,6 @@ def test_constants_are_not_parameters():
     assert "made by dot_general" in skipped(f, {"w": shape(4, 4)}, shape(2, 4))[0].reason
     # Where nothing at all depends on an argument, what is closed over takes the arguments' place.
     assert [m.path for m in matmuls(lambda p: table @ p["w"], {"w": shape(4, 4)})] == ["w"]
+    assert [m.path for m in matmuls(lambda p: (table @ p["w"], 2 * table), {"w": shape(4, 4)})] == ["w"]
+    (left,) = skipped(lambda p, x: x + table @ p["w"], {"w": shape(4, 4)}, shape(4, 4))
+    assert left.reason == "what it is multiplied with depends on no argument; hand that in as one"

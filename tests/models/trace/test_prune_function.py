@@ -124,6 +124,12 @@ def test_what_is_refused():
     with pytest.raises(JpruneError, match="more than once"):
         jprune.prune_function(scanned, P, iter(BATCHES), Wanda(), Unstructured(0.5))
 
+    for method in (Magnitude(), Wanda()):
+        with pytest.raises(JpruneError, match="kernels that can be pruned, found none"):
+            jprune.prune_function(lambda p, x: x + p["bias"][0], P, BATCHES, method, Unstructured(0.5))
+    with pytest.raises(JpruneError, match="expected weights for each batch"):
+        jprune.prune_function(layered, P, BATCHES, Wanda(), Unstructured(0.5), weights=[jnp.ones(12)])
+
     def looped(p, x):
         return jax.lax.while_loop(lambda x: jnp.sum(x) < 0, lambda x: jnp.abs(x @ p["head"]), x)
 

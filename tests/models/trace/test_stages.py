@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jax.extend import core as jex
 
 from jprune.errors import JpruneError
+from jprune.statistics import SquaredNorm
 from jprune.trace import matmuls, stages
 from jprune.trace.jaxpr import flat_body, trace
 
@@ -208,6 +209,25 @@ def test_no_matmuls_make_one_segment():
     staged = stages(lambda p, x: x * p["scale"], {"scale": jnp.ones(3)}, jnp.arange(3.0))
     assert (staged.matmuls, len(staged.segments)) == ((), 1)
     np.testing.assert_array_equal(run(staged, {"scale": jnp.full(3, 2.0)}, jnp.arange(3.0)), [0.0, 2.0, 4.0])
+
+
+def test_what_kernels_read_may_depend_on_no_argument():
+    """An index written down, and inputs that are closed over."""
+    index, x0 = jnp.array([2, 0, 1]), jnp.arange(12.0).reshape(3, 4)
+
+    def f(p, x):
+        return jnp.tanh(jnp.einsum("td,tdf->tf", x, p["experts"][index])) @ p["w"]
+
+    p = {"experts": jnp.arange(48.0).reshape(3, 4, 4) / 50, "w": jnp.eye(4)}
+    staged = stages(f, p, x0)
+    carry = staged.segments[0](p, staged.start(x0))
+    observed = staged.observe(0, SquaredNorm, carry)
+    np.testing.assert_allclose(observed["experts"].of(2).total, x0[0] ** 2)
+    np.testing.assert_allclose(staged.inputs(0, carry)[0].sum(1), x0[jnp.array([1, 2, 0])])
+    np.testing.assert_allclose(run(staged, p, x0), f(p, x0), rtol=1e-6)
+    closed = stages(lambda p: jnp.tanh(x0 @ p["w"]) @ p["v"], {"w": jnp.eye(4), "v": jnp.ones((4, 2))})
+    carry = closed.segments[0]({"w": jnp.eye(4), "v": jnp.ones((4, 2))}, closed.start())
+    np.testing.assert_allclose(closed.observe(0, SquaredNorm, carry)["w"].total, jnp.sum(x0**2, axis=0))
 
 
 def test_arguments_that_are_not_needed_are_not_carried_and_outputs_may_be_anything():

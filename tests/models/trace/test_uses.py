@@ -204,6 +204,20 @@ def test_what_is_gathered_is_what_is_read(f, kind):
             assert of.tokens == len(x)
 
 
+@pytest.mark.parametrize("number", [-9, -1, 0, 7])
+def test_an_index_beyond_the_stack_picks_what_jax_picks(number):
+    def f(p, x, i):
+        sliced = jax.lax.dynamic_slice(p["square"], (i, 0, 0), (1, 4, 4))[0]
+        return x @ sliced, x @ jnp.take(p["experts"], i, axis=0, mode="clip")
+
+    x = normal(11, 6, 4)
+    _, observed = observe(f, Gram)(PARAMS, x, jnp.int32(number))
+    taken = {"square": -1 if number == -1 else 0 if number < 0 else min(number, 2), "experts": min(max(number, 0), 2)}
+    for path, i in taken.items():  # a slice counts -1 from the end; what is further out is moved inside
+        np.testing.assert_allclose(observed[path].of(i).total, x.T @ x, rtol=1e-4, atol=1e-5)
+        assert int(jnp.sum(observed[path].tokens)) == len(x)
+
+
 def with_slices(p, x):
     gate, up = p["gating"][0], p["gating"][1]
     q, k, v = jnp.split(p["fused"], 3, axis=1)
