@@ -170,3 +170,19 @@ def token_file(tmp_path):
         return str(path)
 
     return make
+
+
+@pytest.fixture
+def learnable(token_file):
+    """Token ids that can be learnt: of each window's kind there are few."""
+    return np.tile(np.load(token_file(4, 12)), (3, 1))
+
+
+@pytest.fixture
+def token_rows(token_file):
+    """Token windows: to calibrate on, to train on, to measure on."""
+    return {
+        "calibration": token_file(6, 24),
+        "data": token_file(12, 16, seed=1),
+        "evaluate": np.load(token_file(4, 16, seed=2)),
+    }

@@ -16,23 +16,6 @@ from jprune.pipeline import prune_and_tune
 from jprune.pipeline.training import loraprune_model, tune_model
 from jprune.tuning import Full, Lora, LoRAPrune
 
-
-@pytest.fixture
-def data(token_file):
-    """Token ids that can be learnt: of each window's kind there are few."""
-    return np.tile(np.load(token_file(4, 12)), (3, 1))
-
-
-@pytest.fixture
-def rows(token_file):
-    """Token windows: to calibrate on, to train on, to measure on."""
-    return {
-        "calibration": token_file(6, 24),
-        "data": token_file(12, 16, seed=1),
-        "evaluate": np.load(token_file(4, 16, seed=2)),
-    }
-
-
 TUNING = {"steps": 4, "batch_size": 4, "micro_batch": 4, "warmup": 0}
 PRUNING = {"steps": 6, "every": 2, "batch_size": 4, "micro_batch": 4, "warmup": 0, "rank": 2, "learning_rate": 0.02}
 ROUND = {"steps": 3, "batch_size": 4, "micro_batch": 4, "learning_rate": 0.01}
@@ -51,9 +34,9 @@ def sparse(folder, share=0.5):
     return folder
 
 
-def test_tuning(tiny_model, data, tmp_path):
+def test_tuning(tiny_model, learnable, tmp_path):
     folder = sparse(tiny_model())
-    np.save(tmp_path / "data.npy", data)
+    np.save(tmp_path / "data.npy", learnable)
     program = f"""
 import os, signal
 from jprune import Lora, tune_model
@@ -78,10 +61,10 @@ tune_model({str(folder)!r}, {str(tmp_path / "out")!r}, method=Lora(**{TUNING!r},
         np.testing.assert_array_equal(a.read(path), b.read(path))
 
 
-def test_loraprune(tiny_model, data, tmp_path):
+def test_loraprune(tiny_model, learnable, tmp_path):
     """From the checkpoint in the midst of pruning to the same units and the same weights."""
     folder = tiny_model()
-    np.save(tmp_path / "data.npy", data)
+    np.save(tmp_path / "data.npy", learnable)
     program = f"""
 import os, signal
 from jprune import LoRAPrune, loraprune_model
@@ -121,10 +104,10 @@ prune_and_tune(progress=kill, **{options!r}, method=jprune.Wanda(), tuning=Full(
 """
 
 
-def test_any_round(tiny_model, rows, tmp_path):
+def test_any_round(tiny_model, token_rows, tmp_path):
     """Each process dies a little later than the one before: while pruning, while training, between the two."""
-    np.save(tmp_path / "evaluate.npy", rows["evaluate"])
-    options = {**rows, "model": str(tiny_model()), "sparsity": 0.6, "rounds": (0.3, 0.6), "checkpoint_every": 1}
+    np.save(tmp_path / "evaluate.npy", token_rows["evaluate"])
+    options = {**token_rows, "model": str(tiny_model()), "sparsity": 0.6, "rounds": (0.3, 0.6), "checkpoint_every": 1}
     options["evaluate"] = str(tmp_path / "evaluate.npy")
     out = tmp_path / "out"
     program = PROGRAM.format(options={**options, "out": str(out), "resume": True}, short=ROUND)

@@ -16,16 +16,10 @@ QUICK = {"batch_size": 4, "micro_batch": 2, "warmup": 0, "mask_momentum": 0.0}
 SHORT = {"steps": 6, "every": 2, "batch_size": 4, "micro_batch": 4, "warmup": 0, "rank": 2, "learning_rate": 0.02}
 
 
-@pytest.fixture
-def data(token_file):
-    """Token ids that can be learnt: of each window's kind there are few."""
-    return np.tile(np.load(token_file(4, 12)), (3, 1))
-
-
-def test_tuning(tiny_model, data, tmp_path, four_devices):
+def test_tuning(tiny_model, learnable, tmp_path, four_devices):
     """Two epochs of three batches; parameters cut up over two of four devices."""
     folder = tiny_model()
-    options = {"method": Lora(batch_size=4, micro_batch=4, rank=2, epochs=2, dropout=0.0), "data": data}
+    options = {"method": Lora(batch_size=4, micro_batch=4, rank=2, epochs=2, dropout=0.0), "data": learnable}
     one = tune_model(folder, tmp_path / "one", **options)
     assert one.steps == 6
     with four_devices():
@@ -33,10 +27,10 @@ def test_tuning(tiny_model, data, tmp_path, four_devices):
     np.testing.assert_allclose(four.losses, one.losses, rtol=1e-4)
 
 
-def test_loraprune(tiny_model, data, tmp_path, four_devices):
+def test_loraprune(tiny_model, learnable, tmp_path, four_devices):
     """Kernels, importance and masks cut up over two of four devices."""
     folder = tiny_model()
-    options = {"method": LoRAPrune(**SHORT | {"steps": 4}, ratio=0.5, dropout=0.0), "data": data}
+    options = {"method": LoRAPrune(**SHORT | {"steps": 4}, ratio=0.5, dropout=0.0), "data": learnable}
     one = loraprune_model(folder, tmp_path / "one", **options)
     with four_devices():
         four = loraprune_model(folder, tmp_path / "four", fsdp=2, **options)
@@ -61,12 +55,12 @@ def test_domains(tiny_model, tmp_path, four_devices):
         np.testing.assert_allclose(four.domains[name]["reference_loss"], found["reference_loss"], rtol=1e-5)
 
 
-def test_shearing(tiny_model, data, tmp_path, four_devices):
+def test_shearing(tiny_model, learnable, tmp_path, four_devices):
     """Two by two devices, parameters cut up over two of them: the same masks are drawn and the same losses come out."""
     checkpoint = load(tiny_model())
     method = Shearing(target=TARGET, steps=2, **QUICK | {"micro_batch": 4})
-    one = shear_model(checkpoint, tmp_path / "one", method=method, data=data)
+    one = shear_model(checkpoint, tmp_path / "one", method=method, data=learnable)
     with four_devices():
-        four = shear_model(checkpoint, tmp_path / "four", method=method, data=data, fsdp=2)
+        four = shear_model(checkpoint, tmp_path / "four", method=method, data=learnable, fsdp=2)
     np.testing.assert_allclose(four.losses, one.losses, rtol=1e-5)
     assert four.expected == pytest.approx(one.expected, abs=1e-2)

@@ -22,35 +22,19 @@ SHORT = {"steps": 3, "batch_size": 4, "micro_batch": 4, "learning_rate": 0.01}
 METHOD = Full(steps=24, batch_size=8, micro_batch=8, warmup=0, learning_rate=0.01)
 
 
-@pytest.fixture
-def data(token_file):
-    """Token ids that can be learnt: of each window's kind there are few."""
-    return np.tile(np.load(token_file(4, 12)), (3, 1))
-
-
-@pytest.fixture
-def rows(token_file):
-    """Token windows: to calibrate on, to train on, to measure on."""
-    return {
-        "calibration": token_file(6, 24),
-        "data": token_file(12, 16, seed=1),
-        "evaluate": np.load(token_file(4, 16, seed=2)),
-    }
-
-
-def test_a_resumed_shearing_is_the_same(tiny_model, data, tmp_path):
+def test_a_resumed_shearing_is_the_same(tiny_model, learnable, tmp_path):
     checkpoint = load(tiny_model())
     method = Shearing(target="hidden=24,intermediate=40", steps=6, **QUICK)
-    straight = shear_model(checkpoint, tmp_path / "straight", method=method, data=data)
+    straight = shear_model(checkpoint, tmp_path / "straight", method=method, data=learnable)
 
     def press(progress):
         if progress.phase == "train" and progress.done >= 4:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted):
-        shear_model(checkpoint, tmp_path / "out", method=method, data=data, progress=press)
+        shear_model(checkpoint, tmp_path / "out", method=method, data=learnable, progress=press)
     assert not (tmp_path / "out").exists()
-    resumed = shear_model(checkpoint, tmp_path / "out", method=method, data=data, resume=True)
+    resumed = shear_model(checkpoint, tmp_path / "out", method=method, data=learnable, resume=True)
     assert resumed.resumed_from >= 3
     assert resumed.losses == straight.losses
     assert any("expected hidden 31" in notice for notice in resumed.notices)  # six steps are too few
@@ -58,19 +42,19 @@ def test_a_resumed_shearing_is_the_same(tiny_model, data, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
 
 
-def test_rounds_are_the_same_as_by_hand(tiny_model, rows, tmp_path):
+def test_rounds_are_the_same_as_by_hand(tiny_model, token_rows, tmp_path):
     """prune_model and tune_model, one after the other, with the seed going up; a dense teacher in both."""
     folder = tiny_model()
     tuning = Full(**SHORT, teacher=str(folder), seed=5)
-    common = {"calibration": rows["calibration"], "keep_zeros": True}
+    common = {"calibration": token_rows["calibration"], "keep_zeros": True}
     model = folder
     for number, sparsity in enumerate((0.3, 0.6)):
         pattern = Unstructured(sparsity)
         prune_model(model, tmp_path / f"p{number}", method=SparseGPT(), pattern=pattern, seed=number, **common)
         model = tmp_path / f"t{number}"
         own = dataclasses.replace(tuning, seed=5 + number)
-        tune_model(tmp_path / f"p{number}", model, method=own, data=rows["data"])
-    report = prune_and_tune(folder, tmp_path / "out", sparsity=0.6, rounds=(0.3, 0.6), tuning=tuning, **rows)
+        tune_model(tmp_path / f"p{number}", model, method=own, data=token_rows["data"])
+    report = prune_and_tune(folder, tmp_path / "out", sparsity=0.6, rounds=(0.3, 0.6), tuning=tuning, **token_rows)
     by_hand, together = jprune.load(model), jprune.load(tmp_path / "out")
     for path in by_hand.shapes:
         np.testing.assert_array_equal(by_hand.read(path), together.read(path), err_msg=path)

@@ -22,16 +22,6 @@ from jprune.tuning import Full, Lora
 SHORT = {"steps": 3, "batch_size": 4, "micro_batch": 4, "learning_rate": 0.01}
 
 
-@pytest.fixture
-def rows(token_file):
-    """Token windows: to calibrate on, to train on, to measure on."""
-    return {
-        "calibration": token_file(6, 24),
-        "data": token_file(12, 16, seed=1),
-        "evaluate": np.load(token_file(4, 16, seed=2)),
-    }
-
-
 def kernels(folder):
     model = jprune.load(folder)
     return {p: model.read(p) for p in model.shapes if p.startswith("blocks/") and p.endswith("kernel")}
@@ -51,10 +41,17 @@ def wanted(path, size, sparsity, method):
     ],
     ids=["magnitude-full", "wanda-lora"],
 )
-def test_zeros_stay_and_counts_are_exact_in_every_round(tiny_model, rows, tmp_path, method, tuning, rounds):
+def test_zeros_stay_and_counts_are_exact_in_every_round(tiny_model, token_rows, tmp_path, method, tuning, rounds):
     folder = tiny_model(dtype=ml_dtypes.bfloat16, torch_dtype="bfloat16")
     report = prune_and_tune(
-        folder, tmp_path / "out", sparsity=0.6, rounds=rounds, method=method, tuning=tuning, keep_rounds=True, **rows
+        folder,
+        tmp_path / "out",
+        sparsity=0.6,
+        rounds=rounds,
+        method=method,
+        tuning=tuning,
+        keep_rounds=True,
+        **token_rows,
     )
     assert not (tmp_path / "out.run").exists()
     names = sorted(path.name for path in (tmp_path / "out" / "rounds").iterdir())
@@ -82,20 +79,22 @@ def test_zeros_stay_and_counts_are_exact_in_every_round(tiny_model, rows, tmp_pa
     assert all(each.steps == 3 for each in report.rounds)
 
 
-def test_a_pruned_model_goes_on_from_where_it_is(tiny_model, rows, tmp_path):
+def test_a_pruned_model_goes_on_from_where_it_is(tiny_model, token_rows, tmp_path):
     """Of the default rounds those that it has behind it are left out; its zeros stay."""
     prune_model(tiny_model(), tmp_path / "some", method=Magnitude(), pattern=Unstructured(0.4))
     report = prune_and_tune(
-        tmp_path / "some", tmp_path / "out", sparsity=0.6, method=Magnitude(), tuning=Full(**SHORT), **rows
+        tmp_path / "some", tmp_path / "out", sparsity=0.6, method=Magnitude(), tuning=Full(**SHORT), **token_rows
     )
     assert [each.sparsity for each in report.rounds] == [0.5, 0.6]
     before, after = kernels(tmp_path / "some"), kernels(tmp_path / "out")
     assert all((after[path][old == 0] == 0).all() for path, old in before.items())
     with pytest.raises(JpruneError, match=r"39.9. % of the prunable weights .* to have 30 %"):
-        prune_and_tune(tmp_path / "some", tmp_path / "no", sparsity=0.3, **rows)
+        prune_and_tune(tmp_path / "some", tmp_path / "no", sparsity=0.3, **token_rows)
 
 
-def test_a_loss_that_is_not_finite_stops_the_round_and_keeps_what_was_good(tiny_model, rows, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_round_and_keeps_what_was_good(
+    tiny_model, token_rows, tmp_path, monkeypatch
+):
     folder = tiny_model()
     task = Full.task
 
@@ -113,7 +112,7 @@ def test_a_loss_that_is_not_finite_stops_the_round_and_keeps_what_was_good(tiny_
 
         return dataclasses.replace(made, loss=loss)
 
-    options = {"sparsity": 0.6, "rounds": (0.3, 0.6), "method": Magnitude(), "tuning": Full(**SHORT), **rows}
+    options = {"sparsity": 0.6, "rounds": (0.3, 0.6), "method": Magnitude(), "tuning": Full(**SHORT), **token_rows}
     monkeypatch.setattr(Full, "task", broken)
     with pytest.raises(JpruneError, match=r"round 2 of 2 \(sparsity 0.6\): at step 2 the loss is nan .* after 1 steps"):
         prune_and_tune(folder, tmp_path / "out", **options)
@@ -122,12 +121,12 @@ def test_a_loss_that_is_not_finite_stops_the_round_and_keeps_what_was_good(tiny_
     assert [p.name for p in (tmp_path / "out.run" / "round-2" / "tuned.run").glob("step-*")] == ["step-00000001"]
 
 
-def test_ctrl_c_says_which_round_and_keeps_it(tiny_model, rows, tmp_path):
+def test_ctrl_c_says_which_round_and_keeps_it(tiny_model, token_rows, tmp_path):
     def press(progress):
         if progress.phase == "2/2 train" and progress.done >= 1:
             signal.raise_signal(signal.SIGINT)
 
-    options = {"sparsity": 0.6, "rounds": (0.3, 0.6), "method": Magnitude(), "tuning": Full(**SHORT), **rows}
+    options = {"sparsity": 0.6, "rounds": (0.3, 0.6), "method": Magnitude(), "tuning": Full(**SHORT), **token_rows}
     folder = tiny_model()
     with pytest.raises(KeyboardInterrupt, match=r"in round 2 of 2 .*out\.run: go on .* `resume`"):
         prune_and_tune(folder, tmp_path / "out", progress=press, **options)
@@ -156,11 +155,11 @@ def test_schedules():
             schedule(**given)
 
 
-def test_bad_input_is_found_before_anything_is_done(tiny_model, rows, token_file, tmp_path):
+def test_bad_input_is_found_before_anything_is_done(tiny_model, token_rows, token_file, tmp_path):
     folder, other = tiny_model(), tiny_model("other", vocab_size=97)
 
     def refused(match, **options):
-        given = {"sparsity": 0.5, "tuning": Full(**SHORT), **rows} | options
+        given = {"sparsity": 0.5, "tuning": Full(**SHORT), **token_rows} | options
         with pytest.raises(JpruneError, match=match):
             prune_and_tune(folder, tmp_path / "out", **given)
         assert not (tmp_path / "out").exists()
@@ -178,7 +177,7 @@ def test_bad_input_is_found_before_anything_is_done(tiny_model, rows, token_file
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("")
     with pytest.raises(JpruneError, match="exists"):
-        prune_and_tune(folder, tmp_path / "out", sparsity=0.5, **rows)
+        prune_and_tune(folder, tmp_path / "out", sparsity=0.5, **token_rows)
 
 
 def test_a_plan_touches_nothing(tiny_model, token_file, tmp_path):

@@ -28,12 +28,6 @@ MIXTRAL = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def data(token_file):
-    """Token ids that can be learnt: of each window's kind there are few."""
-    return np.tile(np.load(token_file(4, 12)), (3, 1))
-
-
 def logits(config, params, tokens):
     return np.asarray(jax.jit(lambda p, t: decoder.apply(config, p, t))(params, jnp.asarray(tokens)))
 
@@ -62,7 +56,7 @@ def trained(task, rng, drop):
     ],
     ids=["heads of their own, normed together", "grouped queries and biases", "int8", "one KV head"],
 )
-def test_masked_is_smaller(tiny_model, data, rng, options, base):
+def test_masked_is_smaller(tiny_model, learnable, rng, options, base):
     """The masked model computes what the smaller one does, that is written from the same base."""
 
     def change(tensors):
@@ -92,15 +86,17 @@ def test_masked_is_smaller(tiny_model, data, rng, options, base):
         merged = lora.merge(whole, adapters, alpha=method.alpha, in_axes=in_axes)
         units = units_of_blocks(checkpoint, ("attention", "mlp"))
         params = shrink(merged, positions(units, masks.kept(state["keep"])))
-    want = logits(smaller.config, params, data[:4])
-    got = masked_logits(checkpoint, method, masks, task.frozen, state, data[:4])
+    want = logits(smaller.config, params, learnable[:4])
+    got = masked_logits(checkpoint, method, masks, task.frozen, state, learnable[:4])
     scale = np.abs(want).max()
     np.testing.assert_allclose(got / scale, want / scale, atol=1e-5)
-    whole = masked_logits(checkpoint, method, masks, task.frozen, {**state, "keep": task.trainable["keep"]}, data[:4])
+    whole = masked_logits(
+        checkpoint, method, masks, task.frozen, {**state, "keep": task.trainable["keep"]}, learnable[:4]
+    )
     assert np.abs(whole - got).max() > 0.01 * scale
 
 
-def test_masked_weights_are_zeros(tiny_model, data, rng):
+def test_masked_weights_are_zeros(tiny_model, learnable, rng):
     """Kernel and adapter go together: the masked model computes what the written one with its zeros does."""
     checkpoint = jprune.load(tiny_model())
     method = LoRAPrune(**SHORT, sparsity=0.5)
@@ -109,8 +105,8 @@ def test_masked_weights_are_zeros(tiny_model, data, rng):
     state = trained(task, rng, lambda mask: rng.integers(0, 256, mask.shape, np.uint8) & mask)
     whole, read = masks.result(state)
     params = {path: read(path) for path in whole.shapes}
-    want = logits(whole.config, trees.unflatten(params), data[:4])
-    got = masked_logits(checkpoint, method, masks, task.frozen, state, data[:4])
+    want = logits(whole.config, trees.unflatten(params), learnable[:4])
+    got = masked_logits(checkpoint, method, masks, task.frozen, state, learnable[:4])
     scale = np.abs(want).max()
     np.testing.assert_allclose(got / scale, want / scale, atol=1e-5)
     kernel = params["blocks/1/mlp/up/kernel"]
@@ -118,11 +114,11 @@ def test_masked_weights_are_zeros(tiny_model, data, rng):
     np.testing.assert_array_equal(kernel == 0, bits == 0)
 
 
-def test_a_run(tiny_model, data, tmp_path):
+def test_a_run(tiny_model, learnable, tmp_path):
     """The last layer is protected; of the others a KV head of two and 28 of 56 channels go."""
     folder = tiny_model()
     method = LoRAPrune(**SHORT, ratio=0.5)
-    report = loraprune_model(folder, tmp_path / "out", method=method, data=data, evaluate=data[:4])
+    report = loraprune_model(folder, tmp_path / "out", method=method, data=learnable, evaluate=learnable[:4])
     before, after = jprune.load(folder), jprune.load(tmp_path / "out")
     assert [(s["heads"], s["kv_heads"], s["d_ff"]) for s in report.sizes] == [(2, 1, 28), (2, 1, 28), (4, 2, 56)]
     assert after.shapes["blocks/1/attn/q/kernel"].shape == (32, 2, 8)
@@ -150,13 +146,13 @@ def test_a_run(tiny_model, data, tmp_path):
     assert np.linalg.matrix_rank(added, tol=1e-4) <= 2
 
 
-def test_a_sparse_run(tiny_model, data, tmp_path):
+def test_a_sparse_run(tiny_model, learnable, tmp_path):
     """Exact counts of each output, in the dtype of the checkpoint, though the base was int8."""
     import ml_dtypes
 
     folder = tiny_model(dtype=ml_dtypes.bfloat16, torch_dtype="bfloat16")
     method = LoRAPrune(**SHORT, sparsity=0.4, base_dtype="int8")
-    report = loraprune_model(folder, tmp_path / "out", method=method, data=data)
+    report = loraprune_model(folder, tmp_path / "out", method=method, data=learnable)
     after = jprune.load(tmp_path / "out")
     for path in (p for p in after.shapes if p.startswith("blocks") and p.endswith("kernel")):
         kernel = after.read(path)
@@ -169,10 +165,10 @@ def test_a_sparse_run(tiny_model, data, tmp_path):
     assert after.config == jprune.load(folder).config
 
 
-def test_divergence_keeps_the_last_good_state(tiny_model, data, tmp_path):
+def test_divergence_keeps_the_last_good_state(tiny_model, learnable, tmp_path):
     method = LoRAPrune(**SHORT | {"learning_rate": 1e38}, ratio=0.5)
     with pytest.raises(JpruneError, match=r"at step 2 the loss is .* before it, after 1 steps, are kept"):
-        loraprune_model(tiny_model(), tmp_path / "out", method=method, data=data)
+        loraprune_model(tiny_model(), tmp_path / "out", method=method, data=learnable)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.run" / "step-00000001").exists()
 
@@ -189,16 +185,16 @@ def test_plan(tiny_config, tiny_model, tmp_path):
     assert plan.parameters[0] - plan.parameters[1] == 3 * 16 * 3 * 32
 
 
-def test_bad_input(tiny_model, tiny_config, data, tmp_path):
+def test_bad_input(tiny_model, tiny_config, learnable, tmp_path):
     folder = tiny_model()
 
     def refused(match, model=folder, **options):
         method = LoRAPrune(**{"ratio": 0.5} | SHORT | options.pop("method", {}))
         with pytest.raises(JpruneError, match=match):
-            loraprune_model(model, tmp_path / "out", method=method, **{"data": data} | options)
+            loraprune_model(model, tmp_path / "out", method=method, **{"data": learnable} | options)
         assert not (tmp_path / "out").exists()
 
-    refused("too little to train on: it has 3 windows", data=data[:3])
+    refused("too little to train on: it has 3 windows", data=learnable[:3])
     refused("of 6 steps 5 are there to prune in .* fewer than `every` 10", method={"every": 10})
     refused("a plain Hugging Face folder has one size for all layers", format="hf")
     refused("a share of 0.01 is less than one of any layer's", method={"ratio": 0.01})

@@ -24,19 +24,14 @@ QUICK = {"batch_size": 4, "micro_batch": 2, "warmup": 0, "mask_momentum": 0.0}
 
 
 @pytest.fixture
-def data(token_file):
-    return np.tile(np.load(token_file(4, 12)), (3, 1))
-
-
-@pytest.fixture
 def checkpoint(tiny_model):
     return load(tiny_model())
 
 
-def test_the_target_is_reached(checkpoint, data, tmp_path):
+def test_the_target_is_reached(checkpoint, learnable, tmp_path):
     """Expected sizes are within one per cent of the target at the end, and the result has them exactly."""
     method = Shearing(target=TARGET, steps=250, mask_learning_rate=0.3, **QUICK)
-    report = shear_model(checkpoint, tmp_path / "out", method=method, data=data, evaluate=data[:4])
+    report = shear_model(checkpoint, tmp_path / "out", method=method, data=learnable, evaluate=learnable[:4])
     wanted = {"layers": 2, "hidden": 24, "heads": 2, "kv_heads": 1, "intermediate": 40}
     for name, size in wanted.items():
         assert abs(report.expected[name] - size) <= 0.01 * size, report.expected
@@ -60,14 +55,14 @@ def test_the_target_is_reached(checkpoint, data, tmp_path):
     assert not (tmp_path / "out.run").exists()
 
 
-def test_training_sees_the_masked_model(checkpoint, data):
+def test_training_sees_the_masked_model(checkpoint, learnable):
     """The task's loss under drawn masks, and under the expected ones, is that of the model they leave."""
     masked = MaskedModel(checkpoint, Shape(layers=2, hidden=24, heads=2, kv_heads=1, intermediate=40))
     task = Shearing(target=TARGET, steps=4).task(checkpoint, 4, masked)
     rng = np.random.default_rng(3)
     log_alpha = {k: jnp.asarray(rng.normal(0.5, 2, s), jnp.float32) for k, s in masked.shapes.items()}
     trainable = {**task.trainable, "log_alpha": log_alpha}
-    batch = {"tokens": jnp.asarray(data[:4]), "weights": jnp.ones((4, 12), jnp.float32)}
+    batch = {"tokens": jnp.asarray(learnable[:4]), "weights": jnp.ones((4, 12), jnp.float32)}
     got, weight = jax.jit(task.evaluation)(trainable, {}, batch)
     assert weight == 4 * 11
     left = np.count_nonzero(rounded(log_alpha)["mlp"], axis=-1)
@@ -75,7 +70,7 @@ def test_training_sees_the_masked_model(checkpoint, data):
     masks = {k: hard_concrete.deterministic(log_alpha[k], masked.targets[k]) for k in log_alpha}
     params = trees.unflatten(dict(masked.sheared(jax.tree.map(jnp.asarray, checkpoint.params()), masks)))
     scores = jax.nn.log_softmax(compiled.apply(masked.left(masks).config, params, batch["tokens"])[:, :-1])
-    want = -np.take_along_axis(np.asarray(scores), data[:4, 1:, None], axis=-1).sum()
+    want = -np.take_along_axis(np.asarray(scores), learnable[:4, 1:, None], axis=-1).sum()
     same = jax.jit(masked_loss(masked, jnp.float32))(task.trainable["model"], masks, batch)[0]
     np.testing.assert_allclose(same, want, rtol=1e-5)
     read = dict(task.result(trainable).leaves)["blocks/1/mlp/down/kernel"]
@@ -106,10 +101,12 @@ def test_targets(tmp_path):
     assert 1.287e9 < count(model.config)(solved) <= 1.3e9
 
 
-def test_refusals(checkpoint, data, tmp_path):
-    def fails(match, data=data, **options):
+def test_refusals(checkpoint, learnable, tmp_path):
+    def fails(match, **options):
         with pytest.raises(JpruneError, match=match):
-            shear_model(checkpoint, tmp_path / "out", method=Shearing(**{"steps": 3, **QUICK, **options}), data=data)
+            shear_model(
+                checkpoint, tmp_path / "out", method=Shearing(**{"steps": 3, **QUICK, **options}), data=learnable
+            )
 
     fails("say how small")
     fails("say how small", target=TARGET, parameters="1M")

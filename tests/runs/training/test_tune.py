@@ -18,12 +18,6 @@ from jprune.tuning import Full, Lora
 SHORT = {"steps": 4, "batch_size": 4, "micro_batch": 4, "warmup": 0}
 
 
-@pytest.fixture
-def data(token_file):
-    """Token ids that can be learnt: of each window's kind there are few."""
-    return np.tile(np.load(token_file(4, 12)), (3, 1))
-
-
 def sparse(folder, share=0.5):
     """The model with zeros in its kernels, as a pruned checkpoint has them."""
     from safetensors.numpy import load_file, save_file
@@ -41,12 +35,12 @@ def kernels(model):
     return {p: model.read(p) for p in model.shapes if p.startswith("blocks") and p.endswith("kernel")}
 
 
-def test_lora_recovers_and_keeps_zeros(tiny_model, data, tmp_path):
+def test_lora_recovers_and_keeps_zeros(tiny_model, learnable, tmp_path):
     folder = sparse(tiny_model())
     seen = []
     report = tune_model(
-        folder, tmp_path / "out", method=Lora(**SHORT | {"steps": 8}, learning_rate=0.02, rank=2), data=data,
-        evaluate=data[:4], evaluate_every=4, progress=seen.append,
+        folder, tmp_path / "out", method=Lora(**SHORT | {"steps": 8}, learning_rate=0.02, rank=2), data=learnable,
+        evaluate=learnable[:4], evaluate_every=4, progress=seen.append,
     )  # fmt: skip
     before, after = jprune.load(folder), jprune.load(tmp_path / "out")
     for path, old in kernels(before).items():
@@ -78,7 +72,7 @@ def logits(config, params, tokens):
 
 
 @pytest.mark.parametrize("base", ["float32", "bfloat16", "int8"])
-def test_merged_is_adapted(tiny_model, data, base):
+def test_merged_is_adapted(tiny_model, learnable, base):
     """What training saw is what the merged model computes, up to the base's rounding."""
     checkpoint = jprune.load(tiny_model())
     method = Lora(**SHORT, rank=3, base_dtype=base, targets="q,down")
@@ -88,24 +82,24 @@ def test_merged_is_adapted(tiny_model, data, base):
     }
     rng = np.random.default_rng(0)
     trained = jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape).astype(np.float32), task.trainable)
-    batch = {"tokens": jnp.asarray(data[:4]), "weights": jnp.ones((4, 12), jnp.float32)}
+    batch = {"tokens": jnp.asarray(learnable[:4]), "weights": jnp.ones((4, 12), jnp.float32)}
     got, weight = jax.jit(task.evaluation)(trained, task.frozen, batch)
     merged = trees.unflatten(dict(task.result(trained).leaves))
-    scores = jax.nn.log_softmax(logits(checkpoint.config, merged, data[:4])[:, :-1])
-    want = -np.take_along_axis(np.asarray(scores), data[:4, 1:, None], axis=-1).sum()
+    scores = jax.nn.log_softmax(logits(checkpoint.config, merged, learnable[:4])[:, :-1])
+    want = -np.take_along_axis(np.asarray(scores), learnable[:4, 1:, None], axis=-1).sum()
     np.testing.assert_allclose(got, want, rtol=1e-5 if base == "float32" else 0.03)
     assert weight == 4 * 11
     unchanged = jax.jit(task.evaluation)(task.trainable, task.frozen, batch)[0]
     assert abs(unchanged - got) > 0.01 * got
 
 
-def test_kept_apart_for_peft(tiny_model, data, tmp_path):
+def test_kept_apart_for_peft(tiny_model, learnable, tmp_path):
     """The adapters' file beside the model's own tensors, by PEFT's formula."""
     from safetensors.numpy import load_file
 
     folder = tiny_model()
     method = Lora(**SHORT, rank=2, alpha=6.0, keep_adapters=True, targets="o,up", learning_rate=0.01)
-    report = tune_model(folder, tmp_path / "out", method=method, data=data, evaluate=data[:4])
+    report = tune_model(folder, tmp_path / "out", method=method, data=learnable, evaluate=learnable[:4])
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "jprune.json", "metrics.jsonl",
     }  # fmt: skip
@@ -120,18 +114,18 @@ def test_kept_apart_for_peft(tiny_model, data, tmp_path):
         name = key.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
         tensors[name] = tensors[name] + 3.0 * b @ a
     merged = tiny_model("merged", change=lambda t: t.update(tensors))
-    rows = windows.evaluation(data[:4], None).tokens
+    rows = windows.evaluation(learnable[:4], None).tokens
     from jprune.evaluate.perplexity import perplexity
 
     np.testing.assert_allclose(perplexity(jprune.load(merged), rows).value, report.after.value, rtol=1e-4)
 
 
-def test_full_keeps_zeros_in_the_file(tiny_model, data, tmp_path):
+def test_full_keeps_zeros_in_the_file(tiny_model, learnable, tmp_path):
     import ml_dtypes
 
     folder = sparse(tiny_model(dtype=ml_dtypes.bfloat16, torch_dtype="bfloat16"))
     method = Full(**SHORT, learning_rate=0.01, weight_decay=0.1)
-    report = tune_model(folder, tmp_path / "out", method=method, data=data)
+    report = tune_model(folder, tmp_path / "out", method=method, data=learnable)
     before, after = jprune.load(folder), jprune.load(tmp_path / "out")
     for path, shape in before.shapes.items():
         old, new = before.read(path), after.read(path)
@@ -145,53 +139,53 @@ def test_full_keeps_zeros_in_the_file(tiny_model, data, tmp_path):
 
 
 @pytest.mark.parametrize("way", [Full, Lora])
-def test_teacher(tiny_model, data, tmp_path, way):
+def test_teacher(tiny_model, learnable, tmp_path, way):
     """A sparse student comes nearer to the model that it was; here by hidden states too."""
     folder = tiny_model()
     student = sparse(tiny_model("student"), 0.3)
     method = way(**SHORT | {"steps": 8}, learning_rate=0.01, teacher=str(folder), temperature=2.0, hidden_loss=0.5)
-    report = tune_model(student, tmp_path / "out", method=method, data=data)
+    report = tune_model(student, tmp_path / "out", method=method, data=learnable)
     assert report.losses[-1] < (0.8 if way is Full else 0.95) * report.losses[0]
     teacher, models = jprune.load(folder), [jprune.load(x) for x in (student, tmp_path / "out")]
-    want = logits(teacher.config, teacher.params(), data)
-    far, near = (float(jnp.mean((logits(m.config, m.params(), data) - want) ** 2)) for m in models)
+    want = logits(teacher.config, teacher.params(), learnable)
+    far, near = (float(jnp.mean((logits(m.config, m.params(), learnable) - want) ** 2)) for m in models)
     assert near < far
     other = tiny_model("other", vocab_size=97)
     with pytest.raises(JpruneError, match="teacher's vocabulary has 97 tokens and the model's 96"):
-        tune_model(student, tmp_path / "no", method=way(**SHORT, teacher=str(other)), data=data)
+        tune_model(student, tmp_path / "no", method=way(**SHORT, teacher=str(other)), data=learnable)
 
 
-def test_layers_of_different_sizes(tiny_model, data, tmp_path):
+def test_layers_of_different_sizes(tiny_model, learnable, tmp_path):
     """A structurally pruned model keeps its shapes."""
     whole = jprune.load(tiny_model())
     axes = {"gate": 1, "up": 1, "down": 0}
     smaller = whole.select({f"blocks/1/mlp/{name}/kernel": {axis: range(20)} for name, axis in axes.items()})
-    report = tune_model(smaller, tmp_path / "out", method=Lora(**SHORT, rank=2, learning_rate=0.02), data=data)
+    report = tune_model(smaller, tmp_path / "out", method=Lora(**SHORT, rank=2, learning_rate=0.02), data=learnable)
     tuned = jprune.load(tmp_path / "out")
     assert {p: s.shape for p, s in tuned.shapes.items()} == {p: s.shape for p, s in smaller.shapes.items()}
     assert report.losses[-1] < report.losses[0]
 
 
-def test_without_a_gate(tiny_model, data, tmp_path):
+def test_without_a_gate(tiny_model, learnable, tmp_path):
     """By default whatever kernels the blocks of a family have get adapters; not its projections outside of them."""
     opt = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "ffn_dim": 56, "word_embed_proj_dim": 24}
     model = tiny_model(**opt, do_layer_norm_before=False, num_key_value_heads=4)
-    report = tune_model(model, tmp_path / "out", method=Lora(**SHORT, rank=2, learning_rate=0.01), data=data)
+    report = tune_model(model, tmp_path / "out", method=Lora(**SHORT, rank=2, learning_rate=0.01), data=learnable)
     before, after = jprune.load(model), jprune.load(tmp_path / "out")
     changed = {path for path in before.shapes if not np.array_equal(before.read(path), after.read(path))}
     assert changed == {p for p in before.shapes if p.startswith("blocks/") and p.endswith("kernel")}
     assert report.trainable_parameters == 3 * 2 * (4 * 64 + 2 * (32 + 56))
 
 
-def test_bad_input(tiny_model, data, tmp_path):
+def test_bad_input(tiny_model, learnable, tmp_path):
     folder = tiny_model()
 
     def refused(match, method=None, **options):
         with pytest.raises(JpruneError, match=match):
-            tune_model(folder, tmp_path / "out", method=method or Lora(**SHORT), **{"data": data} | options)
+            tune_model(folder, tmp_path / "out", method=method or Lora(**SHORT), **{"data": learnable} | options)
         assert not (tmp_path / "out").exists()
 
-    refused("too little to train on: it has 3 windows", data=data[:3])
+    refused("too little to train on: it has 3 windows", data=learnable[:3])
     refused("'w' matches no kernel of this model; there are down, gate, k, o, q, up, v", Lora(**SHORT, targets="q,w"))
     refused("blocks/9.* matches none", Lora(**SHORT, targets="blocks/9/"))
     refused("a warm-up of 9 steps leaves none of the 4", Lora(**SHORT | {"warmup": 9}))
