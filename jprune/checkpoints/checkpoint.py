@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,8 @@ from jprune.errors import JpruneError
 from jprune.models import families
 from jprune.models.config import DecoderConfig, shapes
 
+_log = logging.getLogger(__name__)
+
 # Buffers that old versions of transformers saved although they follow from the config.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(masked_)?bias$")
 
@@ -41,7 +44,10 @@ def load(source: str | Path, *, weights: bool = True) -> "Checkpoint":
     Raises:
         JpruneError: nothing there, not a model that is supported, or damaged files.
     """
-    return Checkpoint(str(source), _open(str(source), weights))
+    opened = _open(str(source), weights)
+    for notice in opened.notices:
+        _log.warning(notice)
+    return Checkpoint(str(source), opened)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,10 +227,11 @@ def _open(source: str, weights: bool) -> Source:
 def _open_folder(folder: Path, weights: bool) -> Source:
     if not weights and (folder / "config.json").exists():
         return huggingface.open_config(folder)
+    if huggingface.holds_weights(folder):  # as transformers does, whatever else lies there
+        return huggingface.open_source(folder)
     if orbax.is_orbax(folder):
         return orbax.open_source(folder)
-    ggufs = sorted(folder.glob("*.gguf"))
-    if ggufs and not any(folder.glob("*.safetensors")):
+    if ggufs := sorted(folder.glob("*.gguf")):
         if len(ggufs) > 1:
             raise JpruneError(f"{folder}: {len(ggufs)} GGUF files there; give one of them, such as {ggufs[0]}")
         return gguf.open_source(ggufs[0])

@@ -40,6 +40,7 @@ class Source:
     identity: Callable[[], str]  # see `identify`
     # Where reading many tensors at once is much cheaper than one by one: {key: values} of the keys given.
     read_together: Callable[[list[str]], dict[str, np.ndarray]] | None = None
+    notices: tuple[str, ...] = ()  # what a user should know of what was opened
 
 
 def reason(error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+WHOLE = "model.safetensors"
+"""All tensors in one file."""
 INDEX = "model.safetensors.index.json"
 """Which shard holds which tensor."""
 SIDE_FILES = (

@@ -7,14 +7,15 @@ import fnmatch
 import functools
 import json
 import math
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jprune.checkpoints import writing
 from jprune.checkpoints.huggingface import decilm
-from jprune.checkpoints.huggingface.files import INDEX, SIDE_FILES
+from jprune.checkpoints.huggingface.files import SIDE_FILES
+from jprune.checkpoints.huggingface.locate import locate
 from jprune.checkpoints.source import FLOAT_DTYPES, Source, StoredTensor, identify, reason
 from jprune.errors import JpruneError
 from jprune.models import families
@@ -32,13 +33,13 @@ def open_source(path: Path) -> Source:
     """
     folder = path.parent if path.is_file() else path
     config = _read_config(folder)
-    where = _locate(path, folder)
+    where, notices = locate(path, folder, config)
     tensors: dict[str, StoredTensor] = {}
     for file in dict.fromkeys(where.values()):
         tensors |= {key: t for key, t in _open_file(file).items() if where.get(key, file) == file}
     if lost := [key for key in where if key not in tensors and key != ""]:
         raise JpruneError(
-            f"{where[lost[0]]}: tensor {lost[0]!r} is not in the file that {INDEX} names for it; download it again"
+            f"{where[lost[0]]}: tensor {lost[0]!r} is not in the file that the index names for it; download it again"
         )
     files = sorted(set(where.values()))
     return Source(
@@ -47,6 +48,7 @@ def open_source(path: Path) -> Source:
         layout="hugging_face",
         side_files=functools.partial(read_side_files, folder),
         identity=functools.partial(identify, *files),
+        notices=notices,
     )
 
 
@@ -93,49 +95,6 @@ def read_side_files(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.iterdir())
         if path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in SIDE_FILES)
     }
-
-
-def _locate(path: Path, folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor: by key from the index, or {"": file} if one file holds all."""
-    index = folder / INDEX
-    if index.exists():
-        where = _read_index(index)
-        if path == folder or path in where.values():
-            return where
-    if path != folder:
-        return {"": path}
-    candidates = sorted(
-        file for file in folder.glob("*.safetensors") if not file.name.startswith(("consolidated", "adapter"))
-    )
-    if folder / "model.safetensors" in candidates:
-        return {"": folder / "model.safetensors"}
-    if len(candidates) == 1:
-        return {"": candidates[0]}
-    if candidates:
-        raise JpruneError(f"{folder}: {len(candidates)} safetensors files and no {INDEX}; download the index as well")
-    if pickled := [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(pattern))]:
-        raise JpruneError(
-            f"{folder}: only pickled weights there ({pickled[0]}), which are not read because they can run code; "
-            "convert them to safetensors, for instance with https://huggingface.co/spaces/safetensors/convert"
-        )
-    raise JpruneError(f"{folder}: no model.safetensors and no {INDEX} there")
-
-
-def _read_index(index: Path) -> dict[str, Path]:
-    weight_map = writing.read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise JpruneError(f"{index}: expected a non-empty object 'weight_map'; download it again")
-    for key, name in weight_map.items():
-        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name:
-            raise JpruneError(f"{index}: {key!r} points outside its folder, to {name!r}; this is refused")
-        if not name.endswith(".safetensors"):
-            raise JpruneError(f"{index}: {key!r} points to {name!r}; only safetensors files are read")
-    shards = {name: index.parent / name for name in weight_map.values()}
-    if missing := sorted(name for name, path in shards.items() if not path.exists()):
-        raise JpruneError(
-            f"{index.parent}: {len(missing)} of {len(shards)} shards are missing, first {missing[0]}; download them"
-        )
-    return {key: shards[name] for key, name in weight_map.items()}
 
 
 def _open_file(path: Path) -> dict[str, StoredTensor]:
