@@ -181,7 +181,11 @@ def _encode(record: Record, form: Format) -> tuple[np.ndarray, np.ndarray, int]:
         def token(place: int) -> int:
             return _common(ids, form.tokenizer.encode(text[:place], add_special_tokens=False))
 
-        spans = [(token(start), token(end)) for start, end in places]
+        spans = []
+        for start, end in places:
+            if (begins := token(start)) >= form.length:  # cut off, with all that follow
+                break
+            spans.append((begins, token(end)))
     else:
         raise JpruneError(f"{record[0]}: expected {INSTRUCTIONS}, as in the first record; found {found(record[1])}.")
     outside = next((i for i in ids if form.vocab_size is not None and not 0 <= i < form.vocab_size), None)

@@ -9,10 +9,10 @@ Deviation: when no document is longer than the window the originals never return
 lines and sampled as a stream, with a notice.
 """
 
+import functools
 import hashlib
 import logging
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from jprune.annotations import Int32, Integer
-from jprune.data import sources
+from jprune.data import draws, sources
 from jprune.errors import JpruneError
 
 logger = logging.getLogger(__name__)
@@ -105,11 +105,18 @@ def calibration(
     rng = random.Random(seed)
     tokens = None
     if isinstance(source, sources.Documents):
-        tokens = _draw_from_documents(source.texts, tokenizer, samples, length, rng)
+        encode = functools.partial(tokenizer.encode, add_special_tokens=True)
+        tokens = draws.from_documents(source.texts, encode, samples, length, rng)
         if tokens is None:
             notices += (f"{spec}: no document has more than {length} tokens; they are joined into one text.",)
     if tokens is None:
-        tokens = _draw_from_stream(_encode(tokenizer, source), samples, length, rng, spec)
+        ids = _encode(tokenizer, source)
+        if len(ids) <= length:
+            raise JpruneError(
+                f"{spec}: too little text for calibration: it has {len(ids)} tokens, and windows of {length} tokens "
+                f"need at least {length + 1}. Give more text, or shorter windows (`sequence_length`)."
+            )
+        tokens = draws.from_stream(ids, samples, length, rng)
     return _windows(tokens, spec, seed, vocab_size, notices)
 
 
@@ -143,7 +150,7 @@ def evaluation(
             f"{spec}: too little text for evaluation: it has {len(ids)} tokens, and {wanted} window(s) of {length} "
             f"tokens need {wanted * length}. Give more text, fewer windows, or shorter ones (`sequence_length`)."
         )
-    tokens = np.array(ids[: wanted * length]).reshape(wanted, length)
+    tokens = ids[: wanted * length].reshape(wanted, length)
     return _windows(tokens, spec, None, vocab_size, notices)
 
 
@@ -166,52 +173,10 @@ def sha256(tokens: Int32[np.ndarray, "n length"]) -> str:
     return digest.hexdigest()
 
 
-def _draw_from_documents(
-    texts: Sequence[str], tokenizer: Tokenizer, samples: int, length: int, rng: random.Random
-) -> np.ndarray | None:
-    """Windows of random documents longer than the window (C4 calibration); None when there is no such document."""
-    short: set[int] = set()  # drawn again, these need not be tokenised again
-
-    def long_document(index: int) -> list[int] | None:
-        if index in short:
-            return None
-        ids = tokenizer.encode(texts[index], add_special_tokens=True)
-        if len(ids) > length:
-            return ids
-        short.add(index)
-        return None
-
-    # Without one long document the draws below would never end.
-    if all(long_document(index) is None for index in range(len(texts))):
-        return None
-    windows: list[list[int]] = []
-    while len(windows) < samples:
-        ids = long_document(rng.randint(0, len(texts) - 1))
-        if ids is not None:
-            windows.append(_cut(ids, length, rng))
-    return np.array(windows)
-
-
-def _draw_from_stream(ids: list[int], samples: int, length: int, rng: random.Random, spec: str | Path) -> np.ndarray:
-    """Windows at random offsets of one tokenised text (WikiText-2 calibration)."""
-    if len(ids) <= length:
-        raise JpruneError(
-            f"{spec}: too little text for calibration: it has {len(ids)} tokens, and windows of {length} tokens need "
-            f"at least {length + 1}. Give more text, or shorter windows (`sequence_length`)."
-        )
-    return np.array([_cut(ids, length, rng) for _ in range(samples)])
-
-
-def _cut(ids: list[int], length: int, rng: random.Random) -> list[int]:
-    """One window at a random offset. As in the originals, the last possible offset is never drawn."""
-    start = rng.randint(0, len(ids) - length - 1)
-    return ids[start : start + length]
-
-
-def _encode(tokenizer: Tokenizer, source: sources.Stream | sources.Documents) -> list[int]:
+def _encode(tokenizer: Tokenizer, source: sources.Stream | sources.Documents) -> Int32[np.ndarray, "tokens"]:
     """The ids of the whole source as one text."""
     text = source.text if isinstance(source, sources.Stream) else "\n\n".join(source.texts)
-    return tokenizer.encode(text, add_special_tokens=True)
+    return np.array(tokenizer.encode(text, add_special_tokens=True), np.int32)
 
 
 def _from_rows(

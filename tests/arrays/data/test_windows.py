@@ -1,3 +1,4 @@
+import collections
 import hashlib
 import json
 import logging
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jprune import data
-from jprune.data import windows
+from jprune.data import draws, windows
 from jprune.errors import JpruneError
 
 BOS = 1
@@ -105,16 +106,25 @@ def test_short_documents_are_joined_with_a_notice(documents, caplog):
     assert got.notices[0] in caplog.text
 
 
-def test_documents_known_to_be_short_are_not_tokenised_again(documents):
+@pytest.mark.parametrize(("keep", "times"), [(10**6, 1), (25, 2), (0, 2)])
+def test_documents_are_tokenised_once_or_twice_if_they_are_not_kept(keep, times):
     calls = []
 
-    class Counting(Tokenizer):
-        def encode(self, text, add_special_tokens):
-            calls.append(text)
-            return super().encode(text, add_special_tokens)
+    def encode(text):
+        calls.append(text)
+        return TOKENIZER.encode(text, add_special_tokens=True)
 
-    data.calibration(documents(*["a"] * 50, "b" * 20), Counting(), samples=20, length=10)
-    assert calls.count("a") == 50
+    texts = ["a" * 9] * 30 + [c * 20 for c in "bcdef"]
+    got = draws.from_documents(texts, encode, 200, 10, random.Random(2), keep=keep)
+    calls_of = collections.Counter(calls)
+    assert calls_of["a" * 9] == 30
+    assert max(calls_of[text] for text in texts[30:]) == times
+    rng = random.Random(2)
+    for window in got.tolist():
+        while len(ids := TOKENIZER.encode(texts[rng.randint(0, 34)], add_special_tokens=True)) <= 10:
+            pass
+        start = rng.randint(0, len(ids) - 11)
+        assert window == ids[start : start + 10]
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
