@@ -17,6 +17,7 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
+from jax._src.interpreters import mlir
 
 # Read when the first device is asked for. A program of a few operations is not worth being cut up for several
 # compilers; the emitters of fusions make faster programs, and compile three to five times as long. XLA ends the process
@@ -25,6 +26,14 @@ QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 QUICK += " --xla_cpu_parallel_codegen_split_count=1"
 QUICK += " --xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11))
 os.environ.setdefault("XLA_FLAGS", QUICK)
+
+# Where an operation stands in the source, told to the compiler, and tracebacks made short: nobody reads either here.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+jax.config.update("jax_traceback_filtering", "off")
+
+# For every program JAX makes a context of MLIR's anew, and the more programs are kept, the longer that takes: a tenth
+# of the time of all tests. One does for all that a process lowers.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 # What is traced are many small objects that stay: looking through all of them for garbage is a tenth of the time.
 gc.freeze()

@@ -57,10 +57,7 @@ def units_of_hidden(checkpoint: Checkpoint) -> Units:
     Raises:
       JpruneError: they are frozen; the message says why.
     """
-    f, params = _logits(checkpoint.config), _abstract(checkpoint)
-    return hidden_units(
-        coupled_axes(f, params, _tokens()), params, matmuls(f, params, _tokens(), stacked=False, partial=True)
-    )
+    return _hidden(checkpoint.config, tuple((path, s.shape, s.dtype) for path, s in checkpoint.shapes.items()))
 
 
 def reading_axes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -71,10 +68,18 @@ def reading_axes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=64)
 def _units_of_block(function: Callable, shapes: tuple, d_model: int, kinds: tuple[Kind, ...]) -> tuple[Units, ...]:
-    params = trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in shapes})
+    params = _structs(shapes)
     x = jax.ShapeDtypeStruct((1, TOKENS, d_model), jnp.float32)
     return block_units(
         coupled_axes(function, params, x), params, matmuls(function, params, x, stacked=False), kinds=kinds
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _hidden(config: DecoderConfig, shapes: tuple) -> Units:
+    f, params = _logits(config), _structs(shapes)
+    return hidden_units(
+        coupled_axes(f, params, _tokens()), params, matmuls(f, params, _tokens(), stacked=False, partial=True)
     )
 
 
@@ -84,6 +89,10 @@ def _logits(config: DecoderConfig) -> Callable[[PyTree, jax.Array], jax.Array]:
 
 def _abstract(checkpoint: Checkpoint) -> PyTree:
     return trees.unflatten({p: jax.ShapeDtypeStruct(s.shape, s.dtype) for p, s in checkpoint.shapes.items()})
+
+
+def _structs(shapes: tuple) -> PyTree:
+    return trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in shapes})
 
 
 def _tokens() -> jax.ShapeDtypeStruct:

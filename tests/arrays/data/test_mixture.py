@@ -42,7 +42,8 @@ def test_a_batch():
 
 def test_rows_come_by_the_weights():
     """2000 draws: the counts lie within four standard deviations of what the weights promise, before and after."""
-    stream = iter(mixture(50, 60, 70, proportions={"a": 0.7, "b": 0.2, "c": 0.1}, batch_size=20))
+    # Of a few rows grain makes permutations slowly.
+    stream = iter(mixture(700, 800, 900, proportions={"a": 0.7, "b": 0.2, "c": 0.1}, batch_size=20))
     for weights in ([0.7, 0.2, 0.1], [0.05, 0.05, 0.9], [0.0, 0.5, 0.5]):
         stream.weights = dict(zip("abc", weights))
         counts = np.bincount(taken(stream, 100)[:, 0], minlength=3)
@@ -50,7 +51,7 @@ def test_rows_come_by_the_weights():
         assert (abs(counts - expected) <= 4 * np.sqrt(expected * (1 - np.array(weights)))).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4), seed=st.integers(0, 2**32 - 1))
 def test_no_window_twice_within_an_epoch_of_its_domain(sizes, seed):
     mix = mixture(*sizes, seed=seed)

@@ -10,6 +10,7 @@ import pytest
 
 import jprune
 from jprune import trees
+from jprune.anatomy.units import units_of_block
 from jprune.errors import JpruneError
 from jprune.models import decoder
 from jprune.models.config import DecoderConfig
@@ -28,11 +29,11 @@ X = jax.ShapeDtypeStruct((1, 6, CONFIG.d_model), jnp.float32)
 
 
 def units_of(params, kinds):
-    """Units of all blocks of a tiny model."""
+    """Units of all blocks of a tiny model; equal blocks are traced once for all tests."""
     return [
         u.at(f"blocks/{i}")
         for i, block in params["blocks"].items()
-        for u in block_units(coupled_axes(BLOCK, block, X), block, matmuls(BLOCK, block, X), kinds=kinds)
+        for u in units_of_block(BLOCK, block, CONFIG.d_model, kinds)
     ]
 
 
@@ -56,7 +57,7 @@ def test_pruned_is_masked(rng, heads, criterion):
     touched."""
     method = LLMPruner(importance=criterion, heads=heads)
     params = random_params(rng)["blocks"]["0"]
-    units = block_units(coupled_axes(BLOCK, params, X), params, matmuls(BLOCK, params, X), kinds=method.kinds)
+    units = units_of_block(BLOCK, params, CONFIG.d_model, method.kinds)
     given = ()
     if method.needs in ("gradients", "squares"):
         examples = jnp.asarray(rng.normal(size=(3, 6, CONFIG.d_model)), jnp.float32)

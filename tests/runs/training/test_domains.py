@@ -32,36 +32,6 @@ def test_losses_equal_to_the_measured_references_leave_the_weights(tiny_model, t
     np.testing.assert_allclose(report.domains["much"]["reference_loss"], np.log(value), rtol=1e-5)
 
 
-def test_stopped_and_resumed(tiny_model, tmp_path):
-    """A run that dies between a checkpoint and the next ends as one that did not, weights and draws included."""
-
-    class Dies(Exception):
-        pass
-
-    def die(p):
-        if p.phase == "train" and p.done >= 8:
-            raise Dies
-
-    folder = tiny_model()
-    method = Full(steps=10, batch_size=8, micro_batch=8, warmup=0, learning_rate=0.01)
-    options = OPTIONS | {"method": method, "dynamic_loading": LOADING, "checkpoint_every": 3}
-    with pytest.raises(Dies):
-        tune_model(folder, tmp_path / "out", progress=die, **options)
-    with pytest.raises(JpruneError, match="was begun with domains"):
-        tune_model(folder, tmp_path / "out", resume=True, **options | {"dynamic_loading": None})
-    again = tune_model(folder, tmp_path / "out", resume=True, **options)
-    whole = tune_model(folder, tmp_path / "whole", **options)
-    assert again.resumed_from == 6
-    assert again.losses == whole.losses
-    assert again.domains == whole.domains
-    names = ["evaluation_loss", *(f"domain_{what}/{name}" for what in ("weight", "loss", "epochs") for name in DATA)]
-    for name in names:
-        assert series(tmp_path / "out", name) == series(tmp_path / "whole", name)
-    a, b = jprune.load(tmp_path / "out"), jprune.load(tmp_path / "whole")
-    for path in a.shapes:
-        np.testing.assert_array_equal(a.read(path), b.read(path))
-
-
 def test_other_data_to_evaluate_on(tiny_model, tmp_path):
     """A source for one domain, windows held out for the other, and a text for the perplexity before and after."""
     method = Full(epochs=1, batch_size=32, micro_batch=32, warmup=0)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sparse_model import sparse
 
 import jprune
 from jprune import trees
@@ -16,19 +17,6 @@ from jprune.pipeline.training import tune_model
 from jprune.tuning import Full, Lora
 
 SHORT = {"steps": 4, "batch_size": 4, "micro_batch": 4, "warmup": 0}
-
-
-def sparse(folder, share=0.5):
-    """The model with zeros in its kernels, as a pruned checkpoint has them."""
-    from safetensors.numpy import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    rng = np.random.default_rng(2)
-    for key, x in tensors.items():
-        if "proj" in key:
-            tensors[key] = np.where(rng.random(x.shape) < share, np.zeros_like(x), x)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def kernels(model):
@@ -136,45 +124,6 @@ def test_full_keeps_zeros_in_the_file(tiny_model, learnable, tmp_path):
     assert report.trainable_parameters == report.parameters
     assert report.before is None
     assert report.losses[-1] < report.losses[0]
-
-
-@pytest.mark.parametrize("way", [Full, Lora])
-def test_teacher(tiny_model, learnable, tmp_path, way):
-    """A sparse student comes nearer to the model that it was; here by hidden states too."""
-    folder = tiny_model()
-    student = sparse(tiny_model("student"), 0.3)
-    method = way(**SHORT | {"steps": 8}, learning_rate=0.01, teacher=str(folder), temperature=2.0, hidden_loss=0.5)
-    report = tune_model(student, tmp_path / "out", method=method, data=learnable)
-    assert report.losses[-1] < (0.8 if way is Full else 0.95) * report.losses[0]
-    teacher, models = jprune.load(folder), [jprune.load(x) for x in (student, tmp_path / "out")]
-    want = logits(teacher.config, teacher.params(), learnable)
-    far, near = (float(jnp.mean((logits(m.config, m.params(), learnable) - want) ** 2)) for m in models)
-    assert near < far
-    other = tiny_model("other", vocab_size=97)
-    with pytest.raises(JpruneError, match="teacher's vocabulary has 97 tokens and the model's 96"):
-        tune_model(student, tmp_path / "no", method=way(**SHORT, teacher=str(other)), data=learnable)
-
-
-def test_layers_of_different_sizes(tiny_model, learnable, tmp_path):
-    """A structurally pruned model keeps its shapes."""
-    whole = jprune.load(tiny_model())
-    axes = {"gate": 1, "up": 1, "down": 0}
-    smaller = whole.select({f"blocks/1/mlp/{name}/kernel": {axis: range(20)} for name, axis in axes.items()})
-    report = tune_model(smaller, tmp_path / "out", method=Lora(**SHORT, rank=2, learning_rate=0.02), data=learnable)
-    tuned = jprune.load(tmp_path / "out")
-    assert {p: s.shape for p, s in tuned.shapes.items()} == {p: s.shape for p, s in smaller.shapes.items()}
-    assert report.losses[-1] < report.losses[0]
-
-
-def test_without_a_gate(tiny_model, learnable, tmp_path):
-    """By default whatever kernels the blocks of a family have get adapters; not its projections outside of them."""
-    opt = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "ffn_dim": 56, "word_embed_proj_dim": 24}
-    model = tiny_model(**opt, do_layer_norm_before=False, num_key_value_heads=4)
-    report = tune_model(model, tmp_path / "out", method=Lora(**SHORT, rank=2, learning_rate=0.01), data=learnable)
-    before, after = jprune.load(model), jprune.load(tmp_path / "out")
-    changed = {path for path in before.shapes if not np.array_equal(before.read(path), after.read(path))}
-    assert changed == {p for p in before.shapes if p.startswith("blocks/") and p.endswith("kernel")}
-    assert report.trainable_parameters == 3 * 2 * (4 * 64 + 2 * (32 + 56))
 
 
 def test_bad_input(tiny_model, learnable, tmp_path):
