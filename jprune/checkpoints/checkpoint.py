@@ -28,8 +28,11 @@ from jprune.models.config import DecoderConfig, shapes
 
 _log = logging.getLogger(__name__)
 
-# Buffers that old versions of transformers saved although they follow from the config.
-_DERIVED = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(masked_)?bias$")
+# Buffers that old versions of transformers saved although they follow from the config: tables of rotary embeddings,
+# causal masks and numbers of positions.
+_DERIVED = re.compile(
+    r"rotary\w*\.(\w*inv_freq|(cos|sin)_cached)$|(attn|attention)\.(masked_)?bias$|(^|\.)(causal_mask|position_ids)$"
+)
 
 
 def load(source: str | Path, *, weights: bool = True) -> "Checkpoint":
@@ -243,25 +246,25 @@ def _by_path(opened: Source, config: DecoderConfig, source: str) -> dict[str, St
     if opened.layout == "hugging_face":
         table = families.table(config)
         expected = {key: entry.shape for entry in table.values() for key in entry.keys}
-        given: Mapping[str, StoredTensor] = {
-            families.stored_key(config, key): tensor for key, tensor in opened.tensors.items()
-        }
     else:
         expected = shapes(config)
-        given = opened.tensors
+    given = opened.tensors
     if missing := [key for key in expected if key not in given]:
-        hint = "; does config.json lack tie_word_embeddings?" if missing == ["lm_head.weight"] else ""
+        hint = ""
+        if missing[0] == families.ARCHITECTURES[config.architecture].model["head/kernel"][0]:
+            hint = "; does config.json lack tie_word_embeddings, or was the base model saved, without its head?"
         raise JpruneError(
             f"{source}: {len(missing)} tensors that {config.architecture} needs are missing, first {missing[0]!r}{hint}"
         )
     for key, shape in expected.items():
+        if problem := given[key].problem:
+            raise JpruneError(problem)
         if given[key].shape != shape:
             raise JpruneError(
                 f"{source}: tensor {key!r} in {given[key].where} has shape {given[key].shape}, "
                 f"but config.json asks for {shape}; the weights and the config do not belong together"
             )
-    # Tied models may store the head all the same; it is the embedding.
-    unknown = [key for key in given if key not in expected and not _DERIVED.search(key) and key != "lm_head.weight"]
+    unknown = [key for key in given if key not in expected and not _DERIVED.search(key)]
     if unknown:
         raise JpruneError(
             f"{source}: {len(unknown)} tensors are not part of a {config.architecture} with this config, "

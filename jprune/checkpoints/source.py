@@ -21,12 +21,22 @@ FLOAT_DTYPES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """One tensor in a file: its shape and dtype, the file it lies in (for messages), and how to read it."""
+    """One tensor in a file: its shape and dtype, the file it lies in (for messages), and how to read it.
+
+    Files hold tensors that no model needs, mask buffers for instance; what stands in the way of reading one is its
+    `problem`, and matters only if it is needed.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     where: str
     read: Callable[[], np.ndarray]
+    read_rows: Callable[[int, int], np.ndarray] | None = None  # some rows, where that takes less than all
+    problem: str | None = None  # why it cannot be read
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Some rows of it."""
+        return self.read()[start:stop] if self.read_rows is None else self.read_rows(start, stop)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ class Rope:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise JpruneError(f"unsupported rope_type {self.kind!r} in config.json; supported: {', '.join(KINDS)}")
-        if self.theta <= 1 or self.factor <= 0 or self.context <= 0:
+        if not (1 < self.theta < math.inf and 0 < self.factor < math.inf and self.context > 0):  # a NaN is none of it
             raise JpruneError(
                 f"rope parameters in config.json do not fit: theta {self.theta} (must be > 1), "
                 f"factor {self.factor} and context {self.context} (must be > 0)"

@@ -129,12 +129,6 @@ def test_a_parameter_may_take_a_tensor_for_each_of_its_first_axis(rng):
         e.write(e.read(*stored))
 
 
-def test_keys_without_the_prefix_are_known():
-    config = families.config({"model_type": "gpt_neox"})
-    assert families.stored_key(config, "layers.0.mlp.dense_h_to_4h.bias") == "gpt_neox.layers.0.mlp.dense_h_to_4h.bias"
-    assert families.stored_key(config, "embed_out.weight") == "embed_out.weight"
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_missing_keys_have_hugging_face_defaults(architecture):
     transformers = pytest.importorskip("transformers")
@@ -183,6 +177,27 @@ def test_windows():
 
 
 @pytest.mark.parametrize(
+    ("hf", "same"),
+    [
+        ({"model_type": "gemma2", "sliding_window": 5, "attn_logit_softcapping": None}, None),
+        ({"model_type": "llama", "rope_scaling": None, "head_dim": None, "per_layer_config": None}, {}),
+        ({"model_type": "llama", "attention_bias": None, "architectures": None}, {}),
+        ({"model_type": "mistral", "num_key_value_heads": None}, {"num_key_value_heads": 32}),
+        ({"model_type": "llama", "architectures": ["LLaMAForCausalLM"]}, {}),
+        ({"model_type": "llama", "architectures": ["LlamaModel"]}, {}),
+        ({"model_type": "llama", "architectures": ["MistralForCausalLM"]}, {}),
+        ({"model_type": None, "architectures": ["MistralModel"]}, {"model_type": "mistral"}),
+    ],
+)
+def test_nulls_and_names_as_transformers_takes_them(hf, same):
+    got = families.config(hf)
+    if same is None:
+        assert got.score_cap is None
+    else:
+        assert got == families.config({"model_type": hf["model_type"]} | same)
+
+
+@pytest.mark.parametrize(
     ("hf", "message"),
     [
         ({"architectures": ["LLaMAForCausalLM"]}, "architecture 'LLaMAForCausalLM'.*the nearest is LlamaForCausalLM"),
@@ -199,7 +214,15 @@ def test_windows():
         ({"model_type": "llama", "hidden_act": "xielu"}, "activation 'xielu'.*silu"),
         ({"model_type": "llama", "hidden_size": "many"}, "hidden_size.*'many'"),
         ({"model_type": "llama", "num_attention_heads": 0}, "num_attention_heads.*0"),
-        ({"model_type": "llama", "rms_norm_eps": "small"}, "does not describe a LlamaForCausalLM.*'small'"),
+        ({"model_type": "llama", "rms_norm_eps": "small"}, 'does not describe a LlamaForCausalLM.*"small"'),
+        (
+            {"model_type": "opt", "enable_bias": None},
+            "OPTForCausalLM: enable_bias is null, .* like true",
+        ),
+        ({"model_type": "gpt_neox", "rotary_pct": None}, "rotary_pct is null, expected something like 0.25"),
+        ({"model_type": "gemma", "tie_word_embeddings": "false"}, 'tie_word_embeddings is "false"'),
+        ({"model_type": "mistral", "rms_norm_eps": float("nan")}, "rms_norm_eps is NaN"),
+        ({"model_type": "llama", "rope_theta": float("nan")}, "theta nan .must be > 1"),
         ({"model_type": "llama", "rope_scaling": {"type": "proportional"}}, "rope_type 'proportional'.*yarn"),
         ({"model_type": "llama", "rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs 'factor'"),
         ({"model_type": "llama", "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial rotary"),

@@ -90,7 +90,8 @@ def plain(hf_config: dict[str, Any]) -> dict[str, Any]:
         sizes = [_sizes(i, block, heads, hf_config["hidden_size"]) for i, block in enumerate(blocks)]
     except (KeyError, TypeError) as error:
         raise JpruneError(f"config.json: block_configs is not what vLLM's DeciLM has ({error!r})") from error
-    rest = {key: value for key, value in hf_config.items() if key not in _OWN_KEYS}
+    # Sizes of the whole model may be null: the blocks have their own.
+    rest = {key: value for key, value in hf_config.items() if key not in _OWN_KEYS and value is not None}
     if hf_config.get("qkv_bias") and not hf_config.get("attention_bias"):
         rest = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"} | rest
     else:

@@ -16,6 +16,7 @@ from jprune.checkpoints import writing
 from jprune.checkpoints.huggingface import decilm
 from jprune.checkpoints.huggingface.files import SIDE_FILES
 from jprune.checkpoints.huggingface.locate import locate
+from jprune.checkpoints.huggingface.names import named
 from jprune.checkpoints.source import FLOAT_DTYPES, Source, StoredTensor, identify, reason
 from jprune.errors import JpruneError
 from jprune.models import families
@@ -33,22 +34,26 @@ def open_source(path: Path) -> Source:
     """
     folder = path.parent if path.is_file() else path
     config = _read_config(folder)
-    where, notices = locate(path, folder, config)
-    tensors: dict[str, StoredTensor] = {}
+    where, chosen = locate(path, folder, config)
+    stored: dict[str, StoredTensor] = {}
+    aliases: dict[str, str] = {}
     for file in dict.fromkeys(where.values()):
-        tensors |= {key: t for key, t in _open_file(file).items() if where.get(key, file) == file}
-    if lost := [key for key in where if key not in tensors and key != ""]:
+        there, metadata = _open_file(file)
+        stored |= {key: t for key, t in there.items() if where.get(key, file) == file}
+        aliases |= {key: other for key, other in metadata.items() if other in there}
+    if lost := [key for key in where if key not in stored and key != ""]:
         raise JpruneError(
             f"{where[lost[0]]}: tensor {lost[0]!r} is not in the file that the index names for it; download it again"
         )
     files = sorted(set(where.values()))
+    config, tensors, told = named(config, stored, aliases)
     return Source(
         config=config,
         tensors=tensors,
         layout="hugging_face",
         side_files=functools.partial(read_side_files, folder),
         identity=functools.partial(identify, *files),
-        notices=notices,
+        notices=chosen + told,
     )
 
 
@@ -80,12 +85,14 @@ def open_config(folder: Path) -> Source:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     config = writing.read_json(folder / "config.json")
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method")
+    # Null or empty it says that they are not; compressed-tensors once had a key of its own.
+    if quantised := config.get("quantization_config") or config.get("compression_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise JpruneError(
             f"{folder}: the weights are quantised ({method}); give the unquantised model, or a GGUF of it"
         )
-    return decilm.plain(config)
+    config = decilm.plain(config)
+    return {**config, "architectures": [families.architecture(config)]}
 
 
 def read_side_files(folder: Path) -> dict[str, bytes]:
@@ -97,7 +104,8 @@ def read_side_files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def _open_file(path: Path) -> dict[str, StoredTensor]:
+def _open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a file, and its metadata."""
     require("safetensors")
     from safetensors import SafetensorError, safe_open
 
@@ -105,21 +113,23 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
         with safe_open(path, framework="numpy") as file:  # checks the header, also against the file's size
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             info = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+            metadata = file.metadata() or {}
         starts = _data_starts(path)
     except (SafetensorError, OSError) as error:
         raise JpruneError(f"{path}: truncated or damaged safetensors ({reason(error)}); download it again") from error
 
     def stored(key: str) -> StoredTensor:
-        shape, stored_dtype = info[key]
-        if stored_dtype not in _STORED_DTYPES:
-            raise JpruneError(
-                f"{path}: tensor {key!r} is stored as {stored_dtype}; supported: {', '.join(_STORED_DTYPES)}"
-            )
-        dtype = FLOAT_DTYPES[_STORED_DTYPES[stored_dtype]]
-        read = functools.partial(_read_tensor, path, key, starts[key], shape, dtype)
-        return StoredTensor(shape=shape, dtype=dtype, where=path.name, read=read)
+        shape, kind = info[key]
+        problem = None
+        if kind not in _STORED_DTYPES:
+            problem = f"{path}: tensor {key!r} is stored as {kind}; supported: {', '.join(_STORED_DTYPES)}"
+        dtype = FLOAT_DTYPES[_STORED_DTYPES.get(kind, "float32")]
+        read = functools.partial(_read_rows, path, key, starts[key], shape, dtype)
+        return StoredTensor(
+            shape=shape, dtype=dtype, where=path.name, read=read, read_rows=read if shape else None, problem=problem
+        )
 
-    return {key: stored(key) for key in info}
+    return {key: stored(key) for key in info}, metadata
 
 
 def _data_starts(path: Path) -> dict[str, int]:
@@ -130,11 +140,19 @@ def _data_starts(path: Path) -> dict[str, int]:
     return {key: 8 + length + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
 
 
-def _read_tensor(path: Path, key: str, start: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Reads instead of mapping: pages of a mapped file stay in this process's memory, more of them with every block."""
+def _read_rows(
+    path: Path, key: str, at: int, shape: tuple[int, ...], dtype: np.dtype, start: int = 0, stop: int | None = None
+) -> np.ndarray:
+    """A tensor, or some rows of it, whose data begin at a byte of a file.
+
+    It is read and not mapped: pages of a mapped file stay in this process's memory, more of them with every block.
+    """
+    if shape and (start or stop is not None):
+        at += start * math.prod(shape[1:]) * dtype.itemsize
+        shape = (min(shape[0] if stop is None else stop, shape[0]) - start, *shape[1:])
     count = math.prod(shape)
     try:
-        values = np.fromfile(path, dtype, count, offset=start)
+        values = np.fromfile(path, dtype, count, offset=at)
     except OSError as error:
         raise JpruneError(f"{path}: {key!r} cannot be read ({reason(error)})") from error
     if len(values) < count:

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -32,6 +33,7 @@ from jprune.models.families import (
     qwen3_moe,
     sizes,
     stablelm,
+    values,
 )
 from jprune.models.families.table import Entry, Family, entry
 
@@ -62,7 +64,7 @@ FAMILIES: tuple[Family, ...] = (
 ARCHITECTURES: dict[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
-__all__ = ["ARCHITECTURES", "Entry", "Family", "config", "explicit", "resized", "stored_key", "table"]
+__all__ = ["ARCHITECTURES", "Entry", "Family", "architecture", "config", "explicit", "resized", "table"]
 
 
 def config(hf_config: Mapping[str, Any]) -> DecoderConfig:
@@ -71,39 +73,55 @@ def config(hf_config: Mapping[str, Any]) -> DecoderConfig:
     Raises JpruneError for an unknown architecture (naming it, the supported ones and the nearest) and for values that
     do not fit.
     """
-    architecture = _architecture(hf_config)
-    family = ARCHITECTURES[architecture]
+    name = architecture(hf_config)
+    family = ARCHITECTURES[name]
     hf = _common_names(family, hf_config)
     for key in SIZES:
         if not isinstance(hf[key], int) or hf[key] < 1:
             raise JpruneError(f"config.json: {key} must be a positive integer, got {hf[key]!r}")
+    for key, default in family.defaults.items():
+        if not values.fits(key, hf_config.get(key, default), default):
+            raise JpruneError(
+                f"config.json does not describe a {name}: {key} is {json.dumps(hf_config[key])}, expected something "
+                f"like {json.dumps(default)} (which it is where config.json lacks the key)"
+            )
     try:
-        return family.config(architecture, hf)
+        return family.config(name, hf)
     except JpruneError:
         raise
-    except (TypeError, ValueError, KeyError) as error:
-        raise JpruneError(f"config.json does not describe a {architecture}: {error}") from error
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise JpruneError(f"config.json does not describe a {name}: {error}") from error
 
 
-def _architecture(hf_config: Mapping[str, Any]) -> str:
-    """The supported architecture that a config.json names, or that its model_type implies."""
-    names = hf_config.get("architectures") or [
-        family.architectures[0] for family in FAMILIES if family.model_type == hf_config.get("model_type")
-    ]
-    name = str(names[0] if names else hf_config.get("model_type"))
+def architecture(hf_config: Mapping[str, Any]) -> str:
+    """The supported architecture that a config.json describes.
+
+    As transformers does, it goes by the model_type where it knows that, though the architectures name another family.
+    The class of a base model (LlamaModel) stands for the one with the head.
+
+    Raises JpruneError for an unknown one (naming it, the supported ones and the nearest).
+    """
+    kind = hf_config.get("model_type")
+    by_type = next((family.architectures[0] for family in FAMILIES if family.model_type == kind), None)
+    names = hf_config.get("architectures") or ([] if by_type is None else [by_type])
+    name = str(names[0] if isinstance(names, list) and names else names or kind)
+    by_stem = {_stem(supported): supported for supported in ARCHITECTURES}
+    if by_type is not None and (name in ARCHITECTURES or _stem(name) == _stem(by_type)):
+        return by_type
     if name in ARCHITECTURES:
         return name
-
-    def stem(name: str) -> str:
-        return re.sub("(ForCausalLM|ForConditionalGeneration|LMHeadModel|Model)$", "", name).lower()
-
-    by_stem = {stem(supported): supported for supported in ARCHITECTURES}
-    nearest = difflib.get_close_matches(stem(name), by_stem, n=1, cutoff=0.4)
+    if name.endswith("Model") and _stem(name) in by_stem:
+        return by_stem[_stem(name)]
+    nearest = difflib.get_close_matches(_stem(name), by_stem, n=1, cutoff=0.4)
     hint = f"; the nearest is {by_stem[nearest[0]]}" if nearest else ""
     raise JpruneError(
         f"unsupported architecture {name!r} in config.json; supported: {', '.join(ARCHITECTURES)}{hint}. "
         'The page "Add a family" of the documentation (docs/add-a-family.md) says how to add one'
     )
+
+
+def _stem(name: str) -> str:
+    return re.sub("(ForCausalLM|ForConditionalGeneration|LMHeadModel|TextModel|Model)$", "", name).lower()
 
 
 def _common_names(family: Family, hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,26 +132,26 @@ def _common_names(family: Family, hf_config: Mapping[str, Any]) -> dict[str, Any
 
 def explicit(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json with Hugging Face's defaults for the keys that it lacks (those that `config` reads)."""
-    return {**ARCHITECTURES[_architecture(hf_config)].defaults, **hf_config}
+    return {**ARCHITECTURES[architecture(hf_config)].defaults, **hf_config}
 
 
 def resized(hf_config: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     """The config.json of a model with other sizes; see `jprune.models.families.sizes.resized`."""
     hf_config = _with_layers_named(hf_config)
-    defaults = ARCHITECTURES[_architecture(hf_config)].defaults
+    defaults = ARCHITECTURES[architecture(hf_config)].defaults
     # A number of layers counted from the first one is no default any more when layers are gone.
     counted = {key: defaults[key] for key in ("max_window_layers",) if key in defaults}
     smaller = sizes.resized({**counted, **hf_config}, **options)
     windows = tuple(config(hf_config).windows[i] for i in options["layers"])
     if config(smaller).windows != windows and "layer_types" in defaults:  # a pattern that counts layers
         smaller["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in windows]
-    names = ARCHITECTURES[_architecture(hf_config)].names
+    names = ARCHITECTURES[architecture(hf_config)].names
     return {names.get(key, key): value for key, value in smaller.items()}
 
 
 def _with_layers_named(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
     """A config.json that says of each layer what would follow from its number, which changes when others go."""
-    known = ARCHITECTURES[_architecture(hf_config)].defaults
+    known = ARCHITECTURES[architecture(hf_config)].defaults
     named: dict[str, Any] = {}
     if "layer_types" in known and not hf_config.get("layer_types") and any(windows := config(hf_config).windows):
         named["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
@@ -156,10 +174,3 @@ def table(config: DecoderConfig) -> dict[str, Entry]:
             key, stored = model[path]
         entries[path] = entry(key, stored, axes, functools.partial(config.size, path=path))
     return entries
-
-
-def stored_key(config: DecoderConfig, key: str) -> str:
-    """The name that the table has for a tensor: some published checkpoints leave out the prefix of their keys."""
-    family = ARCHITECTURES[config.architecture]
-    known = key.startswith((family.prefix, "lm_head.")) or any(key == own for own, _ in family.model.values())
-    return key if known else family.prefix + key

@@ -76,5 +76,4 @@ FAMILY = Family(
     config=_config,
     model=MODEL,
     block=BLOCK,
-    prefix="transformer.",
 )

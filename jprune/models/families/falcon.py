@@ -104,7 +104,6 @@ FAMILY = Family(
     model=MODEL,
     block=BLOCK,
     rows=_rows,
-    prefix="transformer.",
     variants=(
         {},
         {"new_decoder_architecture": True},

@@ -81,6 +81,5 @@ FAMILY = Family(
     config=_config,
     model=MODEL,
     block=BLOCK,
-    prefix="transformer.",
     variants=({}, {"n_inner": 24, "activation_function": "relu"}),
 )

@@ -70,6 +70,5 @@ FAMILY = Family(
     config=_config,
     model=MODEL,
     block=BLOCK,
-    prefix="gpt_neox.",
     variants=({}, {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0}),
 )

@@ -69,6 +69,5 @@ FAMILY = Family(
     config=_config,
     model=MODEL,
     block=BLOCK,
-    prefix="transformer.",
     variants=({"rotary_dim": 4}, {"rotary_dim": 8, "n_inner": 24}),
 )

@@ -92,7 +92,6 @@ FAMILY = Family(
     model=MODEL,
     block=BLOCK,
     rows=_rows,
-    prefix="model.",
     variants=(
         {},
         {"enable_bias": False, "activation_function": "gelu"},

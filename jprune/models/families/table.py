@@ -46,9 +46,13 @@ class Family:
     model: Rows  # rows outside the blocks
     block: Rows  # rows of block i; "{i}" in a key stands for i
     names: Mapping[str, str] = field(default_factory=dict)  # what this config.json calls hidden_size and the like
-    prefix: str = ""  # of keys, which some published checkpoints leave out
     rows: Callable[[DecoderConfig], tuple[Rows, Rows]] | None = None  # other rows, where they depend on the config
     variants: tuple[Mapping[str, Any], ...] = ({},)  # settings of config.json that its test tries
+
+    @property
+    def prefix(self) -> str:
+        """The first word of the keys, and a dot; checkpoints of the base model leave it out."""
+        return next(iter(self.block.values()))[0].split(".")[0] + "."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,16 +2,18 @@
 
 import json
 import logging
+import tempfile
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from jprune.checkpoints import load
 from jprune.errors import JpruneError
 from jprune.models import families
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PT = {"format": "pt"}
 
 
 def change(folder, **keys):
@@ -22,11 +24,14 @@ def change(folder, **keys):
 
 
 def same_as_transformers(folder):
-    """Loads a folder with both and compares every parameter."""
+    """Loads a folder with both and compares every parameter with what transformers makes of it."""
     transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
-    theirs = {key: tensor.detach().float().numpy() for key, tensor in model.state_dict().items()}
+    with tempfile.TemporaryDirectory() as saved:
+        model.save_pretrained(saved)
+        theirs = load_file(f"{saved}/{WHOLE}")
     checkpoint = load(folder)
     for path, entry in families.table(checkpoint.config).items():
         want = entry.read(*(theirs[key] for key in entry.keys))
@@ -79,7 +84,7 @@ def test_a_file_that_is_given_is_taken(both, tiny, caplog):
 
 @pytest.mark.parametrize("named", ["other.safetensors", INDEX])
 def test_config_may_name_the_file(both, tiny, caplog, named):
-    save_file(tiny.tensors(tiny.config(), seed=2), both / "other.safetensors", metadata={"format": "pt"})
+    save_file(tiny.tensors(tiny.config(), seed=2), both / "other.safetensors", metadata=PT)
     same_as_transformers(change(both, transformers_weights=named))
     assert f"{named} was read, as config.json says" in caplog.text
     same_as_transformers(change(both, transformers_weights=None))
@@ -100,3 +105,114 @@ def test_safetensors_come_before_gguf_and_orbax(folder):
     (folder / "params" / "_CHECKPOINT_METADATA").write_text("{}")
     (folder / "model.gguf").write_bytes(b"GGUF")
     same_as_transformers(folder)
+
+
+# Tensors that no model needs, under any dtype
+
+
+MASKS = {
+    "llama": ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.cos_cached", "model.causal_mask"),
+    "GPT2LMHeadModel": ("transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias", "transformer.position_ids"),
+    "GPTNeoX": ("gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.rotary_emb.inv_freq"),
+    "GPTJ": ("transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"),
+}
+
+
+@pytest.mark.parametrize("family", MASKS)
+def test_buffers_do_not_matter(tiny, tmp_path, family):
+    if family == "llama":
+        folder = tiny.write(tmp_path / "in", tiny.config(), tiny.tensors(tiny.config()))
+    else:
+        pytest.importorskip("torch")
+        import hf_families
+
+        folder = hf_families.save(hf_families.make(f"{family}-0"), tmp_path / "in")
+    tensors = load_file(folder / WHOLE)
+    for dtype in (np.bool_, np.uint8, np.int64, np.float64):
+        save_file(tensors | {key: np.ones((1, 1, 4, 4), dtype) for key in MASKS[family]}, folder / WHOLE, PT)
+        assert load(folder).shapes
+    same_as_transformers(folder)
+
+
+def test_a_weight_of_such_a_dtype_still_matters(tiny, tmp_path):
+    config = tiny.config()
+    for dtype, word in ((np.float64, "F64"), (np.bool_, "BOOL")):
+        tensors = tiny.tensors(config) | {"model.norm.weight": np.ones(16, dtype)}
+        refused(tiny.write(tmp_path / word, config, tensors), "model.norm.weight", word)
+
+
+# Tied embeddings
+
+
+def test_only_the_head_of_a_tied_model(tiny, tmp_path):
+    config = tiny.config(tied=True)
+    tensors = tiny.tensors(config)
+    head = {"lm_head.weight": tensors.pop("model.embed_tokens.weight")}
+    same_as_transformers(tiny.write(tmp_path / "in", config, tensors | head))
+
+
+def test_the_head_of_a_tied_model_may_be_another(tiny, tmp_path, caplog):
+    config = tiny.config(tied=True)
+    tensors = tiny.tensors(config)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    folder = tiny.write(tmp_path / "in", config, tensors)
+    assert same_as_transformers(folder).config.tied
+    tensors["lm_head.weight"][-1, -1] += 1
+    checkpoint = same_as_transformers(tiny.write(folder, config, tensors))
+    assert not checkpoint.config.tied
+    assert checkpoint.hf_config["tie_word_embeddings"] is False
+    assert "they are not tied, as in transformers" in caplog.text
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_that_share_a_tensor(tiny, tmp_path, tied):
+    """As safetensors.torch.save_model writes them: one name holds the tensor, the others are in the metadata."""
+    config = tiny.config(tied=True)
+    whole = tiny.write(tmp_path / "whole", config, tiny.tensors(config))
+    expected = load(whole)
+    folder = tiny.write(tmp_path / "in", config | {"tie_word_embeddings": tied}, {})
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import save_model
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(whole)
+    layers = model.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        save_model(model, str(folder / WHOLE))
+    checkpoint = load(folder)
+    np.testing.assert_array_equal(checkpoint.read("embed/embedding"), expected.read("embed/embedding"))
+    np.testing.assert_array_equal(checkpoint.read("blocks/1/mlp/up/kernel"), expected.read("blocks/0/mlp/up/kernel"))
+    assert ("head/kernel" in checkpoint.shapes) == (not tied)
+
+
+# Names of tensors and classes
+
+
+def test_base_models_of_every_family(tmp_path):
+    pytest.importorskip("torch")
+    import hf_families
+
+    for name, (_, architecture, _) in hf_families.FIRST.items():
+        made = hf_families.make(name)
+        folder = hf_families.save(made.base_model, tmp_path / name)
+        assert not json.loads((folder / "config.json").read_text())["architectures"][0].endswith("ForCausalLM")
+        if not made.config.tie_word_embeddings:
+            refused(folder, "missing", "was the base model saved, without its head?")
+            key = families.ARCHITECTURES[architecture].model["head/kernel"][0].removesuffix("weight")
+            head = {f"{key}{k}": v.detach().numpy() for k, v in made.get_output_embeddings().named_parameters()}
+            save_file(load_file(folder / WHOLE) | head, folder / WHOLE, PT)
+        assert same_as_transformers(folder).hf_config["architectures"] == [architecture]
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "rope_scaling", "head_dim", "torch_dtype", "eos_token_id"])
+def test_keys_that_are_null(tiny, tmp_path, key):
+    config = tiny.config() | {"head_dim": 4}  # what it is without the key
+    folder = tiny.write(tmp_path / "in", config, tiny.tensors(config))
+    same_as_transformers(change(folder, **{key: None}))
+
+
+def test_not_quantised_and_quantised(folder):
+    assert load(change(folder, quantization_config={})).shapes
+    refused(change(folder, quantization_config={"quant_method": "fp8"}), "quantised (fp8)")
+    refused(change(folder, quantization_config=None, compression_config={"format": "x"}), "quantised")

@@ -1,0 +1,71 @@
+"""The tensors of a Hugging Face checkpoint under the names that its architecture gives them.
+
+Files may lack the prefix of the keys (those of a base model, `LlamaModel` say), keep a tensor that several names share
+once, with the others as aliases in `__metadata__` (`safetensors.torch.save_model`), and hold either end of a tied
+embedding, or both. All of it is read as transformers reads it; aliases also where transformers would not.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jprune.checkpoints.source import StoredTensor
+from jprune.models import families
+
+_COMPARED = 1 << 22  # elements at a time
+
+
+def named(
+    config: dict[str, Any], stored: Mapping[str, StoredTensor], aliases: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, StoredTensor], tuple[str, ...]]:
+    """Tensors by the architecture's names.
+
+    Args:
+        config: config.json.
+        stored: tensors by their names in the files.
+        aliases: names that stand for those of other tensors.
+
+    Returns:
+        The config, which says that the model is not tied if it is not; the tensors; and what a user should know.
+    """
+    decoder = families.config(config)
+    family = families.ARCHITECTURES[decoder.architecture]
+    entries = families.table(decoder)
+    expected = {key for entry in entries.values() for key in entry.keys}
+
+    def name(key: str) -> str:
+        full = family.prefix + key
+        return full if key not in expected and full in expected and full not in stored else key
+
+    tensors = {name(key): tensor for key, tensor in stored.items()}
+    for alias, key in aliases.items():
+        if name(key) in tensors:
+            tensors.setdefault(name(alias), tensors[name(key)])
+    if not decoder.tied:
+        return config, tensors, ()
+    embedding, head = entries["embed/embedding"].key, family.model["head/kernel"][0]
+    if head not in tensors:
+        return config, tensors, ()
+    if embedding not in tensors:
+        tensors[embedding] = tensors.pop(head)
+        return config, tensors, ()
+    if _equal(tensors[embedding], tensors[head]):
+        del tensors[head]
+        return config, tensors, ()
+    told = (
+        f"config.json ties {head} to {embedding}, but the files hold both, and they differ: they are not tied, as in "
+        "transformers"
+    )
+    return {**config, "tie_word_embeddings": False}, tensors, (told,)
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors have the same values, whatever their dtypes."""
+    if one is other or one.shape != other.shape or one.problem or other.problem:
+        return one.shape == other.shape
+    step = max(1, _COMPARED // max(1, int(np.prod(one.shape[1:]))))
+    return all(
+        np.array_equal(one.rows(i, i + step).astype(np.float32), other.rows(i, i + step).astype(np.float32))
+        for i in range(0, one.shape[0], step)
+    )
