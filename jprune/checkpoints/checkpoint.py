@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jprune import trees
+from jprune import texts, trees
 from jprune.checkpoints import demo, huggingface, orbax
 from jprune.checkpoints import select as selection
 from jprune.checkpoints.gguf import read as gguf
@@ -156,7 +156,7 @@ class Checkpoint:
     @functools.cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a generated text, as the generation config says, else the config."""
-        generation = json.loads(self.side_files.get("generation_config.json", b"{}"))
+        generation = texts.beside(self.side_files, "generation_config.json")
         ids = generation.get("eos_token_id", self.hf_config.get("eos_token_id"))
         return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 

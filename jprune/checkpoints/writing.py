@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from jprune import texts
 from jprune.checkpoints.model import Model
 from jprune.errors import JpruneError
 
@@ -158,7 +159,7 @@ def require_space(folder: Path, nbytes: int) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """One JSON object from a file, with errors that name the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = texts.json_of(path.read_bytes(), path.name)
     except FileNotFoundError:
         raise JpruneError(f"{path.parent}: no {path.name} there; expected a Hugging Face model folder") from None
     except (OSError, ValueError) as error:
@@ -170,7 +171,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes one JSON object, readably."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files may be no text; this is JSON's escape
 
 
 def write_side_files(folder: Path, checkpoint: Model, dtypes: Mapping[str, np.dtype]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 
+from jprune import texts
 from jprune.cli.command import Command, Told
 from jprune.errors import JpruneError
 
@@ -31,7 +32,8 @@ class Generate(Command):
         tokenizer = checkpoint.tokenizer
         if tokenizer is None:
             raise JpruneError(f"{self.model} has no tokenizer; put its tokenizer.json beside the weights")
-        prompt = tokenizer.encode(self.prompt, add_special_tokens=True)
+        given = texts.argument(self.prompt, "--prompt")
+        prompt = tokenizer.encode(given, add_special_tokens=True)
         start = time.perf_counter()
         tokens: list[int] = []
         shown = ""
@@ -52,5 +54,5 @@ class Generate(Command):
                 shown = text
         text = tokenizer.decode(tokens)
         seconds = round(time.perf_counter() - start, 3)
-        found = {"prompt": self.prompt, "text": text, "tokens": len(tokens), "seconds": seconds}
+        found = {"prompt": given, "text": text, "tokens": len(tokens), "seconds": seconds}
         return Told(found, show=lambda: print(text[len(shown) :]))

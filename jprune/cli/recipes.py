@@ -12,7 +12,6 @@ NAME=VALUE, such as the domains of --data. What stands on the command line count
 """
 
 import difflib
-import json
 import tomllib
 import types
 import typing
@@ -20,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
+from jprune import texts
 from jprune.cli.flags import Flag, Form
 from jprune.errors import JpruneError, UsageError
 
@@ -36,11 +36,13 @@ def read(path: Path) -> dict[str, Any]:
       JpruneError: the file cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        text = texts.decoded(path.read_bytes(), f"--recipe {path}")
+        content = texts.parsed(text)[0] if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise JpruneError(f"--recipe {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except JpruneError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise JpruneError(
             f"--recipe {path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}"
         ) from error

@@ -219,6 +219,7 @@ def token_batches(
     """
     source, name = windows.read(spec, "calibration")
     length, notices = windows.window_length(length, context, source)
+    notices += source.notices
     if windows_at_most is not None:
         windows.check_count("number of windows", windows_at_most)
     if isinstance(source, sources.TokenRows):

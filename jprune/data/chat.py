@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jprune import texts
 from jprune.errors import JpruneError
 from jprune.packages import require
 
@@ -52,11 +53,12 @@ class ChatTemplate:
 
 def template(files: Mapping[str, bytes]) -> ChatTemplate | None:
     """The chat template among the files beside a model's weights; None if there is none."""
-    source = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else None
+    written = files.get("chat_template.jinja")
+    source = None if written is None else texts.decoded(written, "chat_template.jinja")
     if source is None:
-        source = _json(files, "tokenizer_config.json").get("chat_template")
+        source = texts.beside(files, "tokenizer_config.json").get("chat_template")
     if source is None:
-        source = _json(files, "chat_template.json").get("chat_template")
+        source = texts.beside(files, "chat_template.json").get("chat_template")
     if isinstance(source, list):  # several by name, for tools and the like
         source = {item["name"]: item["template"] for item in source}.get("default")
     return None if source is None else ChatTemplate(source, special_tokens(files))
@@ -66,21 +68,13 @@ def special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
     """The special tokens of a tokenizer by their role, such as {"eos_token": "</s>"}."""
     tokens = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        content = _json(files, name)
+        content = texts.beside(files, name)
         for role in SPECIAL_TOKENS:
             token = content.get(role)
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str):
                 tokens[role] = token
     return tokens
-
-
-def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    try:
-        content = json.loads(files.get(name, b"{}"))
-    except ValueError as error:
-        raise JpruneError(f"{name} beside the model is not JSON ({error}); download it again.") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _environment() -> Any:

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jprune import texts
 from jprune.annotations import Integer
 from jprune.data import records
 from jprune.errors import JpruneError
@@ -48,7 +49,13 @@ C4_EVALUATION_WINDOWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream:
+class _Source:
+    notices: tuple[str, ...] = ()
+    """What the user should know about how it was read, one sentence each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream(_Source):
     """One long text: tokenised once, then cut. `max_windows` bounds what an evaluation takes of it."""
 
     text: str
@@ -56,14 +63,14 @@ class Stream:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Documents:
+class Documents(_Source):
     """Separate texts: a calibration window lies within one of them."""
 
     texts: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenRows:
+class TokenRows(_Source):
     """Windows that the user has cut already; memory-mapped, so that only the rows taken are read."""
 
     rows: Integer[np.ndarray, "n length"]
@@ -93,12 +100,9 @@ def read(spec: str | Path, split: Split) -> Source:
         if name.endswith(".parquet"):
             return Documents(texts=_parquet(path))
         if name.endswith(records.ENDINGS):
-            return Documents(texts=[_text_field(*record) for record in records.read(path)])
-        return Stream(text=path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise JpruneError(
-            f"{name} is not UTF-8 text (byte {error.start}: {error.reason}). A source is {KINDS}."
-        ) from error
+            rows = records.Reader(path)
+            return Documents(texts=[_text_field(*record) for record in rows], notices=rows.notices)
+        return Stream(text=texts.decoded(path.read_bytes(), name))
     except OSError as error:
         raise JpruneError(f"{name} cannot be read: {error}.") from error
 
@@ -168,9 +172,10 @@ def _parquet(path: Path) -> list[str]:
         column = pyarrow.parquet.read_table(path, columns=["text"]).column("text")
     except pyarrow.ArrowException as error:
         raise JpruneError(f"{path} is not a readable parquet file: {error}.") from error
-    if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
+    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+    if str(kind) not in ("string", "large_string", "string_view"):
         raise JpruneError(f"{path}: column 'text' holds {column.type}; expected strings.")
-    return [text or "" for text in column.to_pylist()]
+    return [text or "" for text in records.values(path, column)]
 
 
 class _Column(Sequence[str]):

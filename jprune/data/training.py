@@ -80,8 +80,8 @@ def training_batches(
     }
     found = _instructions(spec, "calibration")
     if found is not None:
-        examples = _conversations(found, str(spec), model, length, windows_at_most, train_on_prompt)
-        return Batches(examples=examples, source=str(spec), notices=examples.notices, **order)  # type: ignore[arg-type]
+        examples, told = _conversations(found, str(spec), model, length, windows_at_most, train_on_prompt)
+        return Batches(examples=examples, source=str(spec), notices=told, **order)  # type: ignore[arg-type]
     return token_batches(
         spec,
         model.tokenizer,
@@ -113,8 +113,8 @@ def evaluation_batches(
     found = _instructions(spec, "evaluation")
     examples: Rows | instructions.Conversations
     if found is not None:
-        examples = _conversations(found, str(spec), model, length, windows_at_most, train_on_prompt)
-        source, notices = str(spec), examples.notices
+        examples, notices = _conversations(found, str(spec), model, length, windows_at_most, train_on_prompt)
+        source = str(spec)
     else:
         text = windows.evaluation(
             spec,
@@ -148,32 +148,39 @@ def special_id(model: Model, role: str) -> int | None:
     return (named[0] if named else None) if isinstance(named, list) else named
 
 
-def _instructions(spec: Spec, split: sources.Split) -> Iterator[records.Record] | None:
+Found = tuple[Iterator[records.Record], records.Reader | None]
+"""Records, and who reads them if it is a file."""
+
+
+def _instructions(spec: Spec, split: sources.Split) -> Found | None:
     """The records of instruction data; None for everything else, which is read as text or token ids."""
     if isinstance(spec, np.ndarray):
         return None
     name = str(spec)
+    reader = None
     if name.startswith("hf:"):
         if sources.is_text_dataset(name):
             return None
         _, dataset = sources.hugging_face_dataset(name, split)
         rows: Iterator[records.Record] = ((f"{name}, record {i}", row) for i, row in enumerate(dataset, start=1))
     elif name.endswith(records.ENDINGS) and Path(name).is_file():
-        rows = records.read(Path(name))
+        rows = reader = records.Reader(Path(name))
     else:
         return None
     kind, rows = instructions.first(rows, name)
-    return None if kind == "text" else rows
+    return None if kind == "text" else (rows, reader)
 
 
 def _conversations(
-    rows: Iterator[records.Record],
+    found: Found,
     source: str,
     model: Model,
     length: int | None,
     at_most: int | None,
     train_on_prompt: bool,
-) -> instructions.Conversations:
+) -> tuple[instructions.Conversations, tuple[str, ...]]:
+    """The windows, and what the user should know about how they were made."""
+    rows, reader = found
     context = model.config.context
     length = min(INSTRUCTION_LENGTH, context) if length is None else windows.checked_length(length, context)
     if at_most is not None:
@@ -189,6 +196,7 @@ def _conversations(
         train_on_prompt=train_on_prompt,
     )
     examples = instructions.Conversations(islice(rows, at_most), source, form)
-    for notice in examples.notices:
+    notices = (reader.notices if reader else ()) + examples.notices
+    for notice in notices:
         logger.info(notice)
-    return examples
+    return examples, notices

@@ -97,6 +97,7 @@ def calibration(
     """
     source, spec = read(spec, "calibration")
     length, notices = window_length(length, context, source)
+    notices += source.notices
     if isinstance(source, sources.TokenRows):
         return _from_rows(source, spec, samples, length, vocab_size, notices)
     samples = DEFAULT_SAMPLES if samples is None else samples
@@ -135,6 +136,7 @@ def evaluation(
     """
     source, spec = read(spec, "evaluation")
     length, notices = window_length(length, context, source)
+    notices += source.notices
     if isinstance(source, sources.TokenRows):
         return _from_rows(source, spec, windows, length, vocab_size, notices)
     if windows is not None:

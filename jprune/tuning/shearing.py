@@ -9,7 +9,6 @@ be trained on with `jprune tune full`.
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jprune import texts
 from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.models import families, stacked
@@ -235,7 +235,7 @@ def _missed(expected: Mapping[str, float], target: Shape) -> tuple[str, ...]:
 def _shape_at(path: Path) -> Shape:
     """The shape that a config.json describes."""
     try:
-        config = families.config(json.loads(path.read_text(encoding="utf-8")))
+        config = families.config(texts.json_of(path.read_bytes(), path.name))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise JpruneError(
             f"`target` is a config.json or sizes such as layers=24,hidden=2048; {path} cannot be read as the first: "

@@ -28,7 +28,7 @@ FLOORS = [
 ]
 GROUND = [
     *("patterns", "masks", "counts", "statistics", "weighting", "evidence", "places"),
-    *("trees", "devices", "errors", "paths", "settings", "annotations", "packages"),
+    *("trees", "devices", "errors", "paths", "settings", "annotations", "packages", "texts"),
 ]
 """Modules of one room: they may know each other, but not in a circle."""
 FLOOR = {room: level for level, rooms in enumerate([*FLOORS, GROUND]) for room in rooms}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from jprune import texts
 from jprune.checkpoints.source import reason
 from jprune.errors import JpruneError
 from jprune.packages import require
@@ -30,7 +31,7 @@ class _Fast:
         import tokenizers
 
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
+            self._tokenizer = tokenizers.Tokenizer.from_str(texts.decoded(tokenizer_json, "tokenizer.json"))
         except Exception as error:  # `tokenizers` raises plain Exception
             raise JpruneError(f"tokenizer.json cannot be read ({reason(error)}); download it again") from error
         self._tokenizer.no_truncation()

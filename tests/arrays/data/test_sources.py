@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from jprune.data import sources
+from jprune.data import records, sources
 from jprune.errors import JpruneError
 
 
@@ -57,7 +57,11 @@ def test_json_lines(tmp_path):
         ('{"body": "a", "url": "b"}', r"line 1: .* found fields \['body', 'url'\]"),
         ('{"text": 3}', "line 1: expected an object with a string"),
         ("[1]", "line 1: .* found list"),
-        (b"\xff\xfe", "not UTF-8 text"),
+        (b'{"text": "a"}\n\n{"text": "\xff"}', "line 3: not UTF-8 text"),
+        ('{"text": "a\0"}', "line 1: not JSON"),
+        ("{}\n" + "[" * 10**5, "line 1: expected"),
+        ("[" * 10**5, "line 1: not JSON"),
+        ('{"text": ' + "1" * 5000 + "}", "line 1: not JSON"),
     ],
 )
 def test_bad_json_lines(tmp_path, content, message):
@@ -65,6 +69,45 @@ def test_bad_json_lines(tmp_path, content, message):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(JpruneError, match=message):
         sources.read(path, "calibration")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_files_as_editors_save_them(tmp_path, encoding, end):
+    written = "één\n\n你好\n"
+    objects = [{"text": "é\r\n你"}, {"text": "\N{BYTE ORDER MARK}b"}]
+    lines = "".join(json.dumps(o, ensure_ascii=False) + "\n" for o in objects)
+    packed = json.dumps(objects, ensure_ascii=False, indent=1)
+    files = {"a.txt": written, "a.jsonl": lines, "a.json": packed, "a.jsonl.gz": lines}
+    for name, text in files.items():
+        content = text.replace("\n", end).encode(encoding)
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert sources.read(tmp_path / "a.txt", "evaluation").text == written
+    for name in list(files)[1:]:
+        assert list(sources.read(tmp_path / name, "evaluation").texts) == [o["text"] for o in objects]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_halves_of_characters_are_replaced_with_a_notice(tmp_path, name):
+    texts = [
+        r'{"text": "ok \ud83d\ude00"}',
+        r'{"text": "half \ud83d of \ude00\ud83d"}',
+        r'{"text": "\ud800", "\udfff": [1]}',
+    ]
+    (tmp_path / name).write_text("\n".join(texts) if name == "a.jsonl" else f"[{','.join(texts)}]")
+    got = sources.read(tmp_path / name, "calibration")
+    assert list(got.texts) == ["ok \U0001f600", "half \ufffd of \ufffd\ufffd", "\ufffd"]
+    assert "half of a character" in got.notices[0]
+    assert name in got.notices[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"), [(b"a\nb\xe9\n", 2), (b"a\r\n\nb\0c", 3), ("ab".encode("utf-16-le"), 1), (b"\xff\xfea", 1)]
+)
+def test_what_is_no_text_is_named_with_its_line(tmp_path, content, line):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(JpruneError, match=f"a.txt(, line {line}: not UTF| is not text: .* line {line}).*UTF-8"):
+        sources.read(tmp_path / "a.txt", "calibration")
 
 
 def test_damaged_gzip(tmp_path):
@@ -87,6 +130,20 @@ def test_parquet(tmp_path):
     pq.write_table(pa.table({"body": ["a"]}), path)
     with pytest.raises(JpruneError, match="no column 'text'; its columns are body"):
         sources.read(path, "evaluation")
+    repeated = pa.array(["a", None, "a"]).dictionary_encode()
+    for text in (
+        repeated,
+        pa.chunked_array([repeated, repeated]),
+        repeated.cast(pa.dictionary("int8", "large_string")),
+    ):
+        pq.write_table(pa.table({"text": text}), path)
+        assert list(sources.read(path, "evaluation").texts) == ["a", "", "a"] * (len(text) // 3)
+        assert [row["text"] for _, row in records.Reader(path)] == text.to_pylist()
+    raw = pa.Array.from_buffers(pa.string(), 2, pa.array([b"ok", b"\xff"], pa.binary()).buffers())
+    pq.write_table(pa.table({"text": raw}), path)
+    for read in (lambda: sources.read(path, "evaluation"), lambda: list(records.Reader(path))):
+        with pytest.raises(JpruneError, match="record 2: its text is not UTF-8"):
+            read()
     pq.write_table(pa.table({"text": [1]}), path)
     with pytest.raises(JpruneError, match="holds int64"):
         sources.read(path, "evaluation")
@@ -146,7 +203,7 @@ def test_unknown_source_lists_what_there_is(tmp_path):
         sources.read(tmp_path, "calibration")
     path = tmp_path / "a.bin"
     path.write_bytes(b"ab\xff")
-    with pytest.raises(JpruneError, match=r"a.bin is not UTF-8 text \(byte 2"):
+    with pytest.raises(JpruneError, match=r"a.bin, line 1: not UTF-8 text"):
         sources.read(path, "calibration")
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from jprune import texts
 from jprune.cli import main
 from jprune.errors import JpruneError, UsageError
 
@@ -58,6 +59,30 @@ def test_wrong_recipes(tmp_path, recipe, said):
     assert str(error.value).startswith(f"{path}: ")
     assert said in str(error.value)
     assert "key" not in said or isinstance(error.value, UsageError)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_recipes_as_editors_save_them(tmp_path, encoding):
+    for name, text in (("r.toml", 'sparsity = 0.5\nskip = "é"\n'), ("r.json", '{"sparsity": 0.5,\n "skip": "é"}')):
+        (tmp_path / name).write_text(text, encoding=encoding, newline="\r\n")
+        command = parse("prune wanda", ["model", "--recipe", str(tmp_path / name)])
+        assert (command.pattern.made().sparsity, command.choice.skip) == (0.5, ("é",))
+
+
+@pytest.mark.parametrize("content", [b'x = "\xff"', b"sparsity = 0.5\0", b"a = " + b"[" * 10**5, b"a = " + b"1" * 5000])
+def test_recipes_that_cannot_be_read(tmp_path, content):
+    for name, text in (("r.toml", content), ("r.json", content.partition(b"= ")[2])):
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(JpruneError, match=name):
+            parse("prune wanda", ["model", "--recipe", str(tmp_path / name)])
+
+
+def test_words_as_their_user_meant_them():
+    assert texts.argument("ü\n", "--prompt") == "ü\n"
+    assert texts.argument("\udcc3\udcbc", "--prompt") == "ü"  # as the C locale has it
+    for word in ("a\udcff", "\ud83d"):
+        with pytest.raises(UsageError, match="--prompt is not UTF-8"):
+            texts.argument(word, "--prompt")
 
 
 def test_the_command_line_counts_more_than_the_recipe(tmp_path):
