@@ -1,6 +1,7 @@
 """Entry of the `jprune` command: finds the subcommand, makes it of its words, runs it, and reports errors in a line.
 
-Exit status: 0 when the job is done, 1 when it failed, 2 for bad usage, 130 when interrupted.
+Exit status: 0 when the job is done, 1 when it failed, 2 for bad usage, 130 when interrupted, 141 when nobody reads
+what it prints.
 
 What is not needed is not imported: the overview knows methods by name, and a command's help only its own options.
 """
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jprune.cli import console
 from jprune.errors import JpruneError, UsageError
 from jprune.packages import missing
 from jprune.pipeline.registry import IN_ROUNDS, ONE_SHOT, PRUNERS, STRUCTURED, TRAINED, TUNERS, Methods
@@ -45,8 +47,16 @@ RUNNERS = Methods(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `jprune` with the given words (by default those of the process) and returns its exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    console.prepare()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        with console.flushed():
+            return _main(list(sys.argv[1:] if argv is None else argv))
+    except console.Closed as closed:
+        return _fail(closed, 1, None) if str(closed) else console.CLOSED
+
+
+def _main(words: list[str]) -> int:
     form: Form | None = None
     try:
         name, rest = _find(words)
@@ -62,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(missing(error, "this command"), 1, form)
     except KeyboardInterrupt as error:
         return _fail(f"interrupted; {error or 'nothing was written'}", 130, form)
+    except BrokenPipeError:
+        raise  # nobody is there to be told
+    except OSError as error:
+        return _fail(f"the system refuses: {error}", 1, form)
     except (MemoryError, RuntimeError) as error:
         message = _explained(error)
         if message is None:

@@ -1,14 +1,16 @@
 """What a command imports before it works, recipe files that are not right, and errors in the command line's words."""
 
 import importlib
+import io
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from jprune import texts
-from jprune.cli import main
+from jprune.cli import command, main
 from jprune.errors import JpruneError, UsageError
 
 parse = importlib.import_module("jprune.cli.main")._parse
@@ -111,6 +113,42 @@ def test_a_recipe_gives_what_is_required(tmp_path):
     assert command.data.windows_at_most == 3
     path.write_text("drop = 2\n")
     assert parse("prune layers", ["model", "--recipe", str(path)]).method.drop == 2
+
+
+@pytest.mark.parametrize(("encoding", "read"), [("utf-8", "你ü"), ("cp1252", "?ü"), ("ascii", "??"), ("cp932", "??")])
+def test_consoles_replace_the_characters_they_lack(monkeypatch, encoding, read):
+    told = command.Told({"a": "你ü"}, ("notice 你ü",), lambda: print("你ü", flush=True))
+    monkeypatch.setattr("jprune.cli.evaluate.EvalPerplexity.run", lambda self: told)
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert main(["eval", "perplexity", "m"]) == 0
+    assert main(["info", "gibt es nicht 你ü"]) == 1
+    assert out.buffer.getvalue().decode(encoding).split() == [read]
+    assert err.buffer.getvalue().decode(encoding).startswith(f"notice {read}\njprune: gibt es nicht {read}")
+
+
+@pytest.mark.parametrize("words", ["--help", "info --help", "prune nonsense", "eval perplexity m", "generate m"])
+def test_nobody_reads_any_more(monkeypatch, words):
+    """Nothing is said, and the status is that of a program that SIGPIPE ends."""
+    told = command.Told({}, (), lambda: print("done"))
+    monkeypatch.setattr("jprune.cli.evaluate.EvalPerplexity.run", lambda self: told)
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        monkeypatch.setattr(sys, "stderr", closed)
+        assert main(words.split()) == 141
+
+
+def test_a_full_disk_behind_stdout_and_no_stdout_at_all(monkeypatch, capsys):
+    monkeypatch.setattr("jprune.cli.evaluate.EvalPerplexity.run", lambda self: command.Told({"a": 1}))
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["eval", "perplexity", "m", "--json"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["eval", "perplexity", "m", "--json"]) == 0
 
 
 @pytest.mark.parametrize(
