@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jprune import texts, trees
+from jprune import paths, texts, trees
 from jprune.checkpoints import demo, huggingface, orbax
 from jprune.checkpoints import select as selection
 from jprune.checkpoints.gguf import read as gguf
@@ -211,7 +211,7 @@ class Checkpoint:
 def _open(source: str, weights: bool) -> Source:
     if source == "demo":
         return gguf.open_source(demo.fetch())
-    path = Path(source).expanduser()
+    path = paths.given(source)
     if path.is_dir():
         return _open_folder(path, weights)
     if path.is_file():

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from jprune import texts
+from jprune import paths, texts
 from jprune.cli.flags import Flag, Form
 from jprune.errors import JpruneError, UsageError
 
@@ -36,7 +36,7 @@ def read(path: Path) -> dict[str, Any]:
       JpruneError: the file cannot be read.
     """
     try:
-        text = texts.decoded(path.read_bytes(), f"--recipe {path}")
+        text = texts.decoded(paths.given(path).read_bytes(), f"--recipe {path}")
         content = texts.parsed(text)[0] if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise JpruneError(f"--recipe {path} cannot be read: {error.strerror}") from error

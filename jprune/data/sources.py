@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jprune import texts
+from jprune import paths, texts
 from jprune.annotations import Integer
 from jprune.data import records
 from jprune.errors import JpruneError
@@ -90,7 +90,7 @@ def read(spec: str | Path, split: Split) -> Source:
         return Stream(text=_pydoc(split))
     if name.startswith("hf:"):
         return _hugging_face(name, split)
-    path = Path(name)
+    path = paths.given(name)
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise JpruneError(f"Token source {name!r} {what}. A source is {KINDS}.")

@@ -3,11 +3,11 @@
 import logging
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from jprune import paths
 from jprune.data import chat, instructions, records, sources, windows
 from jprune.data.batches import Batches, Rows, token_batches
 from jprune.data.windows import Spec, Tokenizer
@@ -163,8 +163,8 @@ def _instructions(spec: Spec, split: sources.Split) -> Found | None:
             return None
         _, dataset = sources.hugging_face_dataset(name, split)
         rows: Iterator[records.Record] = ((f"{name}, record {i}", row) for i, row in enumerate(dataset, start=1))
-    elif name.endswith(records.ENDINGS) and Path(name).is_file():
-        rows = reader = records.Reader(Path(name))
+    elif name.endswith(records.ENDINGS) and (path := paths.given(name)).is_file():
+        rows = reader = records.Reader(path)
     else:
         return None
     kind, rows = instructions.first(rows, name)

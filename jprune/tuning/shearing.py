@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jprune import texts
+from jprune import paths, texts
 from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.models import families, stacked
@@ -103,7 +103,7 @@ class Shearing(TrainedMethod):
         if self.parameters is not None:
             return target_shape.solve(source, target_shape.number(self.parameters), count(checkpoint.config))
         assert self.target is not None
-        path = Path(self.target).expanduser()
+        path = paths.given(self.target)
         path = path / "config.json" if path.is_dir() else path
         if "=" not in self.target or path.is_file():
             return _shape_at(path)

@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from jprune import paths
 from jprune.checkpoints import Checkpoint, formats, load, record
 from jprune.checkpoints.formats import Format
 from jprune.methods import Method
@@ -58,10 +59,10 @@ def prune_model(
     recipe, measured, wanted, machine = sorted_into(
         {"pattern": pattern, **options}, Recipe, Evaluation, Result, Machine
     )
-    out = Path(out).expanduser()
-    place = Path(machine.run).expanduser() if machine.run else default_folder(out)
+    shown, out = paths.given(out), paths.real(out)
+    place = paths.real(machine.run) if machine.run else default_folder(out)
     if wanted.resume and processes.decided_by_first(lambda: finished(place, out)):
-        return Report.from_record(record.read(out), out)
+        return Report.from_record(record.read(out), shown)
     with processes.run_together(), stopwatch.phase("data"):
         checkpoint = model if isinstance(model, Checkpoint) else load(model)
         format: Format = wanted.format or "hf"
@@ -98,7 +99,7 @@ def prune_model(
                 folder.mark(FINISHED, {})
                 output.publish(folder.partial, out, folder.old, overwrite=wanted.overwrite, source=checkpoint.source)
     folder.remove()
-    return dataclasses.replace(report, out=out)
+    return dataclasses.replace(report, out=shown)
 
 
 def _opened(job: Job, place: Path, out: Path, wanted: Result) -> RunFolder:
@@ -141,4 +142,4 @@ def plan_run(
     recipe, machine = sorted_into({"pattern": pattern, **options}, Recipe, Machine)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     job = Job.planned(checkpoint, method, recipe, mesh)
-    return Forecast(job, machine).plan(Path(out).expanduser())
+    return Forecast(job, machine).plan(paths.given(out))

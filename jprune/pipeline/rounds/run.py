@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jprune import paths
 from jprune.checkpoints import Checkpoint, load, record
 from jprune.checkpoints.formats import Format
 from jprune.data.windows import Spec
@@ -86,7 +87,7 @@ def prune_and_tune(
         *(Recipe, Schedule, Evaluation, Result, Machine),
     )
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
-    out = Path(out).expanduser()
+    shown, out = paths.given(out), paths.real(out)
     if not result.resume:  # else it may be the result of this very run
         output.check(out, overwrite=result.overwrite, source=checkpoint.source)
     method = SparseGPT() if method is None else method
@@ -94,10 +95,10 @@ def prune_and_tune(
     format: Format = result.format or "hf"
     job = RoundsJob.of(checkpoint, method, tuning, rounds, recipe, training, schedule, measured, format)
     settings = as_json(job.settings())
-    folder = Path(machine.run).expanduser() if machine.run else default_folder(out)
+    folder = paths.real(machine.run) if machine.run else default_folder(out)
     if result.resume and _finished(out, settings):
         remove(folder)
-        return PruneAndTuneReport.from_record(record.read(out), out)
+        return PruneAndTuneReport.from_record(record.read(out), shown)
     output.check(out, overwrite=result.overwrite, source=checkpoint.source)
     work = _Rounds(job=job, folder=folder, machine=machine, progress=progress)
     with state_folder(folder, forget=result.overwrite and not result.resume):
@@ -105,7 +106,7 @@ def prune_and_tune(
         work.do()
         with output.new_folder(out, overwrite=result.overwrite, source=checkpoint.source) as part:
             work.gather(part, keep_rounds=keep_rounds)
-            report = report_of(job, work.records(), out)
+            report = report_of(job, work.records(), shown)
             record.write(part, contents_of(job, work.records(), report, settings))
         remove(folder)
     return report

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jprune import paths
 from jprune.checkpoints import Checkpoint, formats, load, record
 from jprune.checkpoints.dtypes import activation_dtype
 from jprune.checkpoints.formats import Format
@@ -58,7 +59,7 @@ def shrink_model(
     measured, result = sorted_into(options, Evaluation, Output)
     stopwatch = Stopwatch()
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
-    out = Path(out).expanduser()
+    shown, out = paths.given(out), paths.real(out)
     output.check(out, overwrite=result.overwrite, source=checkpoint.source)
     check_target(method, target)
     expected = planned(checkpoint, method, target)
@@ -92,7 +93,7 @@ def shrink_model(
         except JpruneError as error:  # the work is not thrown away for it
             after, told = None, (*told, f"the perplexity after pruning could not be measured: {error}")
         report = ShrinkReport(
-            out=out,
+            out=shown,
             method=method,
             parameters=(checkpoint.parameters, smaller.parameters),
             sizes=smaller.sizes,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jprune import paths
 from jprune.checkpoints import Checkpoint, formats, load, record
 from jprune.checkpoints.formats import Format
 from jprune.pipeline.options import TrainOptions
@@ -47,7 +48,7 @@ def train_model(
     """
     stopwatch, result = Stopwatch(), options.result
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
-    out = Path(out).expanduser()
+    shown, out = paths.given(out), paths.real(out)
     output.check(out, overwrite=result.overwrite, source=checkpoint.source)
     prepared = method.prepare(checkpoint)
     format = result.format or ("hf" if prepared.planned.config.uniform else "jprune")
@@ -66,7 +67,7 @@ def train_model(
             shutil.copy2(folder / metrics.NAME, part / metrics.NAME)
         after, failed = session.perplexity_after(part if outcome.weights is None else outcome.weights, task.dtype)
         report = outcome.report(
-            out=out,
+            out=shown,
             method=recipe["method"],
             steps=session.data.steps,
             parameters=checkpoint.parameters,

@@ -289,6 +289,13 @@ def test_out_is_never_replaced_unasked(tiny_model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(JpruneError, match="is a file"):
         run(tmp_path / "file", overwrite=True)
+    (tmp_path / "link").symlink_to("disk/target")  # and the run's folder is a link too
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    (tmp_path / "run").symlink_to("disk/run")
+    report = prune_model(folder, tmp_path / "link", method=Magnitude(), pattern=Unstructured(0.5), run=tmp_path / "run")
+    assert report.out == tmp_path / "link"
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["target"]
     assert (mine / "chapter1.txt").read_text() == "do not lose me"
 
 
