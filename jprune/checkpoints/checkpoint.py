@@ -35,7 +35,7 @@ _DERIVED = re.compile(
 )
 
 
-def load(source: str | Path, *, weights: bool = True) -> "Checkpoint":
+def load(source: str | Path, *, weights: bool = True, adapter: str | Path | None = None) -> "Checkpoint":
     """Opens a model without reading its weights.
 
     Args:
@@ -43,11 +43,14 @@ def load(source: str | Path, *, weights: bool = True) -> "Checkpoint":
             "demo" (SmolLM2-135M-Instruct, fetched once).
         weights: False is content with config.json alone, for plans: shapes are known, and reading raises. Where there
             is no config.json (GGUF) it makes no difference.
+        adapter: a folder with a LoRA adapter, as PEFT writes it, that is merged into the model as it is read.
 
     Raises:
-        JpruneError: nothing there, not a model that is supported, or damaged files.
+        JpruneError: nothing there, not a model that is supported, damaged files, or an adapter of another model.
     """
     opened = _open(str(source), weights)
+    if adapter is not None:
+        opened = huggingface.adapters.merge(opened, Path(adapter).expanduser())
     for notice in opened.notices:
         _log.warning(notice)
     return Checkpoint(str(source), opened)
@@ -218,6 +221,8 @@ def _open(source: str, weights: bool) -> Source:
         if path.suffix == ".gguf":
             return gguf.open_source(path)
         if path.suffix == ".safetensors":
+            if path.name == huggingface.adapters.WEIGHTS:
+                huggingface.adapters.refuse(path.parent)
             return huggingface.open_source(path)
         raise JpruneError(
             f"{source}: only .safetensors and .gguf files are read, not {path.suffix or 'files like this'!r}"
@@ -229,6 +234,8 @@ def _open(source: str, weights: bool) -> Source:
 
 def _open_folder(folder: Path, weights: bool) -> Source:
     if not weights and (folder / "config.json").exists():
+        if not huggingface.holds_weights(folder):
+            huggingface.adapters.refuse(folder)
         return huggingface.open_config(folder)
     if huggingface.holds_weights(folder):  # as transformers does, whatever else lies there
         return huggingface.open_source(folder)
@@ -238,6 +245,7 @@ def _open_folder(folder: Path, weights: bool) -> Source:
         if len(ggufs) > 1:
             raise JpruneError(f"{folder}: {len(ggufs)} GGUF files there; give one of them, such as {ggufs[0]}")
         return gguf.open_source(ggufs[0])
+    huggingface.adapters.refuse(folder)
     return huggingface.open_source(folder)
 
 

@@ -1,9 +1,10 @@
-"""Dtypes by their names, and the one that a model is computed in."""
+"""Dtypes by their names, the one that a model is computed in, and casts between them that lose no number."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jprune.checkpoints.model import Model
@@ -27,3 +28,36 @@ def parse_dtype(name: str) -> Any:
     if name not in ("float32", "bfloat16", "float16"):
         raise JpruneError(f"dtype must be float32, bfloat16 or float16; got {name!r}")
     return jnp.dtype(name)
+
+
+def cast(values: np.ndarray, dtype: DTypeLike, name: str, *, saturate: bool = False) -> np.ndarray:
+    """An array in another float dtype; the array itself where that is its own.
+
+    Args:
+        values: floats. Infinities and NaNs among them stay.
+        dtype: of the result.
+        name: of the tensor, for messages.
+        saturate: finite numbers beyond the dtype's range become its largest, instead of being refused.
+
+    Raises:
+        JpruneError: a finite number would become infinite.
+    """
+    dtype = np.dtype(dtype)
+    if values.dtype == dtype:
+        return values
+    most = float(jnp.finfo(dtype).max)
+    with np.errstate(over="ignore", invalid="ignore"):  # NaNs of every kind are numbers like others here
+        narrow = values.astype(dtype)
+        if float(jnp.finfo(values.dtype).max) <= most:
+            return narrow
+        lost = np.isinf(narrow) & ~np.isinf(values)
+    if not lost.any():
+        return narrow
+    if saturate:
+        return np.where(lost, np.copysign(dtype.type(most), narrow), narrow)
+    finite = values[np.isfinite(values)]
+    raise JpruneError(
+        f"{name}: {int(lost.sum())} of {values.size} numbers do not fit {dtype.name}, whose largest is {most:.5g}; the "
+        f"tensor's are between {finite.min():.5g} and {finite.max():.5g}. Write another dtype (bfloat16 has float32's "
+        "range), or `saturate` them"
+    )

@@ -30,7 +30,12 @@ Writer = huggingface.Writer | orbax.Writer
 
 
 def write(
-    folder: Path, checkpoint: Checkpoint, *, format: Format = "hf", dtypes: Mapping[str, Any] | None = None
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    format: Format = "hf",
+    dtypes: Mapping[str, Any] | None = None,
+    saturate: bool = False,
 ) -> tuple[str, ...]:
     """Writes a whole checkpoint, such as a view, tensor by tensor (orbax: in parts).
 
@@ -39,14 +44,15 @@ def write(
         checkpoint: what to write.
         format: one of `Format`.
         dtypes: the dtype of each parameter in the file, by path; those not named keep theirs.
+        saturate: numbers beyond the range of their dtype become its largest, instead of being refused.
 
     Returns:
         What a user should know of the result (see `notices`).
 
     Raises:
-        JpruneError: the format cannot hold this model, or the folder cannot be written.
+        JpruneError: the format cannot hold this model, a dtype its numbers, or the folder cannot be written.
     """
-    with writer(folder, checkpoint, format=format, dtypes=dtypes) as out:
+    with writer(folder, checkpoint, format=format, dtypes=dtypes, saturate=saturate) as out:
         for path in checkpoint.shapes:
             out.write(path, checkpoint.read(path))
     return notices(checkpoint, format)
@@ -58,6 +64,7 @@ def writer(
     *,
     format: Format = "hf",
     dtypes: Mapping[str, Any] | None = None,
+    saturate: bool = False,
     **options: Any,
 ) -> Writer:
     """A writer for parameters of `checkpoint`'s shapes; arguments and errors are those of `write`.
@@ -66,8 +73,8 @@ def writer(
     """
     restated = _restated(checkpoint, format)
     if format == "orbax":
-        return orbax.Writer(folder, restated, dtypes)
-    return huggingface.Writer(folder, restated, dtypes, **options)
+        return orbax.Writer(folder, restated, dtypes, saturate=saturate)
+    return huggingface.Writer(folder, restated, dtypes, saturate=saturate, **options)
 
 
 def check(checkpoint: Checkpoint, format: Format) -> None:

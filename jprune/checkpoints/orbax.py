@@ -19,6 +19,7 @@ import numpy as np
 
 from jprune import trees
 from jprune.checkpoints import record, writing
+from jprune.checkpoints.dtypes import cast
 from jprune.checkpoints.huggingface.read import read_side_files
 from jprune.checkpoints.model import Model
 from jprune.checkpoints.source import Source, StoredTensor, identify, reason
@@ -79,13 +80,17 @@ class Writer:
         folder: where the checkpoint goes; an Orbax checkpoint that an earlier process left there unfinished is removed.
         checkpoint: where config and tokenizer come from, and which parameters there must be.
         dtypes: the dtype of each parameter in the file, by path; those not named keep what they come in.
+        saturate: see `jprune.checkpoints.dtypes.cast`.
 
     Raises:
         JpruneError: the disk is full or cannot be written.
     """
 
-    def __init__(self, folder: Path, checkpoint: Model, dtypes: Mapping[str, Any] | None = None):
+    def __init__(
+        self, folder: Path, checkpoint: Model, dtypes: Mapping[str, Any] | None = None, *, saturate: bool = False
+    ):
         require("orbax.checkpoint")
+        self._saturate = saturate
         self._folder, self._checkpoint, self._dtypes = folder, checkpoint, dtypes or {}
         self._pending = dict(checkpoint.shapes)
         self._written: dict[str, np.dtype] = {}
@@ -102,7 +107,7 @@ class Writer:
         if values.shape != self._pending[path].shape:
             raise JpruneError(f"{path}: expected shape {self._pending[path].shape}, got {values.shape}")
         del self._pending[path]
-        self._held[path] = values.astype(self._dtypes.get(path, values.dtype), copy=False)
+        self._held[path] = cast(values, self._dtypes.get(path, values.dtype), path, saturate=self._saturate)
         self._written[path] = self._held[path].dtype
         if sum(held.nbytes for held in self._held.values()) >= PART_BYTES:
             self._save_part()

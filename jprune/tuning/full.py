@@ -10,6 +10,7 @@ import numpy as np
 
 from jprune import trees
 from jprune.checkpoints import Checkpoint
+from jprune.checkpoints.dtypes import cast
 from jprune.errors import JpruneError
 from jprune.models import loss, stacked
 from jprune.train.keep_masked import keep_masked
@@ -68,7 +69,7 @@ def _result(checkpoint: Checkpoint, trainable: PyTree) -> Outcome:
 
     def read(path: str) -> np.ndarray:
         before = checkpoint.read(path)
-        after = np.asarray(leaf(trainable, path)).astype(before.dtype)
+        after = cast(np.asarray(leaf(trainable, path)), before.dtype, path)
         if path.endswith("kernel") and (wrong := np.count_nonzero(after[before == 0])):
             raise JpruneError(f"{path}: {wrong} pruned weights are not zero after training; please report this")
         return after

@@ -12,6 +12,7 @@ import numpy as np
 
 from jprune.annotations import Array, Float, Key
 from jprune.checkpoints import Checkpoint
+from jprune.checkpoints.dtypes import cast
 from jprune.errors import JpruneError
 from jprune.models import loss, stacked
 from jprune.train.loop import Batch
@@ -66,7 +67,7 @@ def result(masked: MaskedModel, trainable: PyTree) -> tuple[Checkpoint, Iterator
     smaller = masked.left(masks)
     params = stacked.unstack(jax.tree.map(np.asarray, trainable["model"]))
     leaves = masked.sheared(params, masks)
-    return smaller, ((path, np.asarray(x).astype(smaller.shapes[path].dtype)) for path, x in leaves)
+    return smaller, ((path, cast(np.asarray(x), smaller.shapes[path].dtype, path)) for path, x in leaves)
 
 
 def expected_shape(masked: MaskedModel, log_alpha: lagrangian.LogAlpha) -> dict[str, float]:

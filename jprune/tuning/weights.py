@@ -14,7 +14,7 @@ from jprune import trees
 from jprune.anatomy.kernels import matmul_kernels
 from jprune.annotations import Array, Float
 from jprune.checkpoints import Checkpoint
-from jprune.checkpoints.dtypes import activation_dtype
+from jprune.checkpoints.dtypes import activation_dtype, cast
 from jprune.errors import JpruneError
 from jprune.models import loss, stacked
 from jprune.train import lora
@@ -107,7 +107,7 @@ def merge_adapter(
     if adapter is None:
         return kernel
     change = np.asarray(lora.delta(*adapter, alpha, in_axes[path]))
-    return (kernel.astype(np.float32) + change).astype(kernel.dtype)
+    return cast(kernel.astype(np.float32) + change, kernel.dtype, path)
 
 
 def compute_dtype(checkpoint: Checkpoint, base: BaseDtype | None) -> Any:

@@ -23,7 +23,12 @@ def download(repo_id: str, *, weights: bool = True) -> Path:
     try:
         folder = huggingface_hub.snapshot_download(
             repo_id,
-            allow_patterns=[*(("*.safetensors", "*.index.json") if weights else ()), "config.json", *SIDE_FILES],
+            allow_patterns=[
+                *(("*.safetensors", "*.index.json") if weights else ()),
+                "config.json",
+                "adapter_config.json",
+                *SIDE_FILES,
+            ],
             # Other copies of the same weights, in subfolders or under Mistral's own names.
             ignore_patterns=["*/*", "consolidated*"],
         )

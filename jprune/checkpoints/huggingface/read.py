@@ -38,7 +38,7 @@ def open_source(path: Path) -> Source:
     stored: dict[str, StoredTensor] = {}
     aliases: dict[str, str] = {}
     for file in dict.fromkeys(where.values()):
-        there, metadata = _open_file(file)
+        there, metadata = open_file(file)
         stored |= {key: t for key, t in there.items() if where.get(key, file) == file}
         aliases |= {key: other for key, other in metadata.items() if other in there}
     if lost := [key for key in where if key not in stored and key != ""]:
@@ -104,8 +104,12 @@ def read_side_files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def _open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of a file, and its metadata."""
+def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a safetensors file, and its metadata.
+
+    Raises:
+        JpruneError: the file is truncated or damaged.
+    """
     require("safetensors")
     from safetensors import SafetensorError, safe_open
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jprune.checkpoints import writing
+from jprune.checkpoints.dtypes import cast
 from jprune.checkpoints.huggingface.files import INDEX
 from jprune.checkpoints.model import Model
 from jprune.errors import JpruneError
@@ -27,6 +28,7 @@ class Writer:
         max_shard_bytes: a file holds at most this much (or one tensor, if that is larger).
         reopen: the folder may hold what an earlier process wrote with the same arguments; see `keep`.
         follow: another process makes the folder and writes it; this one only reads.
+        saturate: see `jprune.checkpoints.dtypes.cast`.
 
     Raises:
         JpruneError: the disk is full or cannot be written.
@@ -41,8 +43,10 @@ class Writer:
         max_shard_bytes: int | float = 5e9,
         reopen: bool = False,
         follow: bool = False,
+        saturate: bool = False,
     ):
         self.folder = folder
+        self._saturate = saturate
         self._entries = families.table(checkpoint.config)
         self._dtypes = {
             path: np.dtype((dtypes or {}).get(path, leaf.dtype)) for path, leaf in checkpoint.shapes.items()
@@ -74,7 +78,7 @@ class Writer:
     def write(self, path: str, array: np.ndarray | jax.Array) -> int:
         """Writes one parameter, in our layout, cast to its dtype in the file; returns the checksum of what is there.
 
-        Each path is written once.
+        Each path is written once. Numbers that the dtype cannot hold are refused, or saturated.
         """
         if path not in self._pending:
             raise JpruneError(f"{path!r} is not a parameter of this model, or was written before")
@@ -82,7 +86,7 @@ class Writer:
         if values.shape != entry.path_shape:
             raise JpruneError(f"{path}: expected shape {entry.path_shape}, got {values.shape}")
         with writing.explained(self.folder):
-            values = values.astype(self._dtypes[path], copy=False)
+            values = cast(values, self._dtypes[path], path, saturate=self._saturate)
             if _plain(entry):
                 checksum = self._shards[entry.key].write(entry.key, entry.write(values))
             else:

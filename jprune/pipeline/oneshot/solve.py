@@ -63,6 +63,8 @@ def _report(kernel: Kernel, pruned: jax.Array, loss: Any, few: tuple[int, ...]) 
     loss = None if loss is None else float(loss)
     if loss is not None and not math.isfinite(loss):
         raise JpruneError(f"{kernel.path}: pruning it gave weights that are not finite (loss {loss})")
+    if pruned.dtype == jnp.float16 and not bool(jnp.isfinite(pruned).all()):
+        raise JpruneError(f"{kernel.path}: pruning it gave weights beyond float16; convert the model to bfloat16")
     return KernelReport(
         path=kernel.path,
         shape=kernel.shape,

@@ -10,6 +10,7 @@ import pytest
 
 from jprune import trees
 from jprune.checkpoints import formats, load
+from jprune.checkpoints.dtypes import cast
 from jprune.checkpoints.huggingface import decilm
 from jprune.errors import JpruneError
 from jprune.models import families
@@ -331,3 +332,49 @@ def test_dtypes(make, tmp_path):
         formats.write(tmp_path / format, whole, format=format, dtypes=dict.fromkeys(whole.shapes, jnp.bfloat16))
         assert {leaf.dtype.name for leaf in load(tmp_path / format).shapes.values()} == {"bfloat16"}
         assert load(tmp_path / format).hf_config["torch_dtype"] == "bfloat16"
+
+
+WIDE = {"blocks/0/mlp/up/kernel": 1e6, "final_norm/scale": np.inf}
+
+
+@pytest.mark.parametrize("format", ["hf", "orbax"])
+def test_numbers_that_a_dtype_cannot_hold(make, tmp_path, monkeypatch, format):
+    whole = make("llama")
+    read = whole.read
+
+    def with_large(path):
+        values = read(path).copy()
+        if path in WIDE:
+            values[(0,) * values.ndim], values[(1,) * values.ndim] = WIDE[path], -WIDE[path]
+        return values
+
+    monkeypatch.setattr(whole, "read", with_large)
+    half = dict.fromkeys(whole.shapes, np.float16)
+    message = r"blocks/0/mlp/up/kernel: 2 of \d+ .*float16, .* 65504; .* between -1e\+06 and 1e\+06.*`saturate`"
+    (tmp_path / "refused").mkdir()
+    with pytest.raises(JpruneError, match=message):
+        formats.write(tmp_path / "refused", whole, format=format, dtypes=half)
+    (tmp_path / "out").mkdir()
+    formats.write(tmp_path / "out", whole, format=format, dtypes=half, saturate=True)
+    again = load(tmp_path / "out")
+    for path in whole.shapes:
+        with np.errstate(over="ignore"):
+            want = np.where(np.isinf(with_large(path)), np.inf, 65504) * np.sign(with_large(path))
+            plain = with_large(path).astype(np.float16)
+        np.testing.assert_array_equal(again.read(path), np.where(np.abs(with_large(path)) > 65504, want, plain))
+
+
+@pytest.mark.parametrize("wide", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("narrow", ["float32", "bfloat16", "float16"])
+def test_a_cast_rounds_or_refuses(wide, narrow):
+    """Everything that is no overflow is what NumPy's own cast gives, to the bit, NaNs and infinities too."""
+    bits = np.random.default_rng(0).integers(0, 2**16, 4000, dtype=np.uint16)
+    values = bits.view(jnp.dtype(wide)) if wide != "float32" else (bits.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = values.astype(jnp.dtype(narrow))
+        fits = np.isinf(want.astype(np.float32)) == np.isinf(values.astype(np.float32))
+    np.testing.assert_array_equal(cast(values[fits], narrow, "x").view(np.uint8), want[fits].view(np.uint8))
+    for value in values[~fits][:20]:
+        with pytest.raises(JpruneError, match="x: 1 of 1 numbers do not fit"):
+            cast(np.array([value]), narrow, "x")
+    assert fits.all() == ((wide, narrow) not in {("float32", "float16"), ("bfloat16", "float16")})
