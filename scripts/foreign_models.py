@@ -12,6 +12,7 @@ is pruned by SparseGPT. Two things are checked that the trace does not know of:
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,10 +25,20 @@ LIBRARIES = {
     "equinox": ("equinox_transformer",),
     "dm-haiku": ("haiku_transformer",),
     "keras": ("keras_model",),
-    "transformers<5": ("transformers_flax",),
+    "transformers<5": ("transformers_gpt2", "transformers_llama", "transformers_vit"),
+    "torchax==0.0.13": ("torchax_llama",),
+    "penzai": ("penzai_llama",),
+    "qwix": ("qwix_lora", "qwix_int8"),
+    "google-tunix": ("tunix_llama",),
+    "gemma": ("gemma_decoder",),
 }
 """What is installed, and the models that are made of it."""
-NEEDS = {"transformers<5": ("flax",)}
+NEEDS = {
+    "transformers<5": ("flax",),
+    "torchax==0.0.13": ("torch==2.13.0", "transformers"),
+    "qwix": ("flax",),
+    "gemma": ("sentencepiece<0.2.2",),
+}
 """What is installed beside."""
 
 
@@ -70,7 +81,7 @@ def tell(a: dict[str, Any]) -> None:
 
 def environment(folder: Path, library: str) -> Path:
     """The Python of a library's environment, which is made if it is not there."""
-    place = folder.resolve() / library.partition("<")[0]
+    place = folder.resolve() / package(library)
     python = place / "bin/python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", place], check=True)
@@ -80,9 +91,14 @@ def environment(folder: Path, library: str) -> Path:
     return python
 
 
+def package(library: str) -> str:
+    """Its name, without the versions."""
+    return re.split("[<=]", library)[0]
+
+
 def account(python: Path, library: str, model: str) -> dict[str, Any]:
     """What a model's own environment says of it."""
-    program = [python, ROOT / "scripts/foreign/account.py", model, library.partition("<")[0]]
+    program = [python, ROOT / "scripts/foreign/account.py", model, package(library)]
     done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

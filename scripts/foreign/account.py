@@ -14,10 +14,17 @@ import jprune
 
 
 def changed(f, params, args, out, path) -> bool:
-    """Whether the output depends on a leaf: it, and it alone, is replaced by other numbers."""
+    """Whether the output depends on a leaf: it, and it alone, is replaced by other numbers, and by none (NaN).
+
+    The latter tells of leaves that cancel out, as a bias of keys does in a softmax.
+    """
     leaves = jprune.trees.flatten(params)
-    other = np.random.default_rng(0).standard_normal(leaves[path].shape).astype(leaves[path].dtype)
-    return bool(jnp.any(f(jprune.trees.replace(params, {**leaves, path: jnp.asarray(other)}), *args) != out))
+    leaf = leaves[path]
+    other = jnp.asarray(np.random.default_rng(0).standard_normal(leaf.shape).astype(leaf.dtype))
+    return any(
+        bool(jnp.any(f(jprune.trees.replace(params, {**leaves, path: x}), *args) != out))
+        for x in (other, other * jnp.asarray(jnp.nan, leaf.dtype))
+    )
 
 
 def main() -> None:
