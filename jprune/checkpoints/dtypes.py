@@ -12,15 +12,17 @@ from jprune.errors import JpruneError
 
 
 def activation_dtype(checkpoint: Model, name: str | None) -> DTypeLike:
-    """The dtype activations have: as named, or float32 on CPU and the weights' own elsewhere.
+    """The dtype activations have: as named, or float32 on CPU and for float16 weights, else the weights' own.
 
-    CPUs multiply in float32 many times faster than in bfloat16.
+    CPUs multiply in float32 many times faster than in bfloat16. Activations of models whose weights fit float16 often
+    do not: beyond 65504 they are infinite, and statistics of them say nothing.
     """
     if name is not None:
         return parse_dtype(name)
-    if jax.default_backend() == "cpu":
+    stored = checkpoint.shapes["embed/embedding"].dtype
+    if jax.default_backend() == "cpu" or stored == jnp.float16:
         return jnp.dtype(jnp.float32)
-    return checkpoint.shapes["embed/embedding"].dtype
+    return stored
 
 
 def parse_dtype(name: str) -> Any:

@@ -17,7 +17,8 @@ class EvalPerplexity(OnDevices):
     windows: int | None = None
     """Number of evaluation windows, from the beginning of the text. By default all."""
     dtype: str | None = None
-    """Dtype of the activations: float32, bfloat16 or float16. By default float32 on CPU, else that of the weights."""
+    """Dtype of the activations: float32, bfloat16 or float16. By default float32 on CPU and
+    for float16 weights, else that of the weights."""
 
     def run(self) -> Told:
         """Measures."""

@@ -27,7 +27,8 @@ class Shrink(Planning):
     method: UnitMethod
     calibration: Annotated[Calibration, Flags(only=("calibration",))]
     dtype: str | None = None
-    """Dtype of the activations: float32, bfloat16 or float16. By default float32 on CPU, else that of the weights."""
+    """Dtype of the activations: float32, bfloat16 or float16. By default float32 on CPU and
+    for float16 weights, else that of the weights."""
     evaluation: Annotated[Evaluation, Flags(without=("evaluate_windows",))]
     result: Output
 

@@ -18,16 +18,21 @@ class Recipe(Choice, Calibration):
     pattern: Pattern
     """What the zeros must look like."""
     dtype: str | None = None
-    """Dtype of the activations while pruning: float32, bfloat16 or float16. By default float32 on CPU, else what the
-    weights have."""
+    """Dtype of the activations while pruning: float32, bfloat16 or float16. By default float32 on CPU and
+    for float16 weights, else what the weights have."""
     expert_tokens: int = 128
-    """An expert that sees fewer calibration tokens than this is pruned by magnitude, whatever the method."""
+    """An expert that sees fewer calibration tokens than this, or none, is pruned by magnitude, whatever the method."""
     keep_zeros: bool = False
     """Prune a model further that is pruned already: what is zero stays zero, and counts among the zeros asked for."""
 
     def __post_init__(self):
         if self.expert_tokens < 0:
             raise JpruneError(f"expert_tokens must not be negative, got {self.expert_tokens}")
+
+    @property
+    def least_tokens(self) -> int:
+        """Tokens that an expert must see not to be pruned by magnitude: of one that sees none nothing is known."""
+        return max(1, self.expert_tokens)
 
     def json(self) -> dict[str, Any]:
         """The recipe as the record of a result has it, without where the calibration text comes from."""

@@ -34,12 +34,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jprune import devices, masks
+from jprune import devices, evidence, masks
 from jprune.annotations import Array, Bool, Float, Int, Shaped
 from jprune.errors import JpruneError
 from jprune.patterns import Pattern, known
 from jprune.solvers._sweep import Factor, Kind, block_count, pruning_scores, sweep_blocks
 from jprune.solvers.pruned import Pruned
+from jprune.statistics import Gram
 from jprune.trees import check_floating
 
 
@@ -115,18 +116,8 @@ def check_factor(factor: Factor, gram: Float[Array, "d_in d_in"], where: str) ->
     """Raises a `JpruneError` that names `where` if the factorisation failed, and says why; nothing under a trace."""
     if isinstance(factor.upper, jax.core.Tracer) or np.isfinite(factor.upper[0, 0]):
         return
-    values = np.asarray(gram)
-    if not np.isfinite(values).all():
-        raise JpruneError(
-            f"{where}: the Gram matrix of its inputs has NaN or inf in {int((~np.isfinite(values)).any(0).sum())} of "
-            f"{len(values)} inputs; the activations overflow before this kernel: use a wider dtype or check the weights"
-        )
-    diagonal = np.diagonal(values)
-    if count := int((diagonal < 0).sum()):
-        raise JpruneError(
-            f"{where}: the Gram matrix of its inputs, a sum of x x^T, has a negative diagonal in {count} of "
-            f"{len(values)} inputs; gather it with jprune.observe, or with `update` from zeros"
-        )
+    evidence.check(Gram(gram, jnp.int32(1)), where)
+    diagonal = np.diagonal(np.asarray(gram))
     live = diagonal[diagonal > 0]
     raise JpruneError(
         f"{where}: the Gram matrix of its inputs is not positive definite even with damping {float(factor.damping):g} "

@@ -116,8 +116,9 @@ def compute_dtype(checkpoint: Checkpoint, base: BaseDtype | None) -> Any:
         raise JpruneError(f"`base_dtype` is one of {', '.join(BASE_DTYPES)}; got {base!r}")
     if base in ("float32", "bfloat16"):
         return jnp.dtype(base)
-    usual = jnp.dtype(activation_dtype(checkpoint, None))
-    return jnp.dtype(jnp.bfloat16) if usual == jnp.float16 else usual
+    if jax.default_backend() != "cpu" and checkpoint.shapes["embed/embedding"].dtype == jnp.float16:
+        return jnp.dtype(jnp.bfloat16)  # takes half of what float32 does
+    return jnp.dtype(activation_dtype(checkpoint, None))
 
 
 def _keys(key: Array, layers: range) -> Array:

@@ -1,6 +1,7 @@
 """Methods and `prune` over trees: every container, kernels with head axes, filters, errors, a method of one's own."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jprune.methods import ByScore, Magnitude, Method, SparseGPT, Wanda, masked
 from jprune.patterns import NM, Unstructured
 from jprune.pipeline.registry import ONE_SHOT
 from jprune.places import Observed, Place
-from jprune.statistics import Gram, SquaredNorm
+from jprune.statistics import Gram, Moments, SquaredNorm
 
 D, HEADS, HEAD_DIM, FF = 24, 4, 6, 24  # one matrix shape, so that solvers compile once
 
@@ -247,6 +248,48 @@ def test_statistics_that_no_inputs_can_have(rng, method):
     new, masks_by_path = prune(seen.total * 0)
     assert (np.asarray(masks_by_path["kernel"]).sum(0) == 12).all()
     assert (np.asarray(new["kernel"]) == 0).all() == isinstance(method, SparseGPT), "its dead inputs lose their weights"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Peaks:
+    """A statistic of a user's own: the largest value of every input, of each sign."""
+
+    both: Any
+    seen: Any
+
+    @classmethod
+    def zeros(cls, d_in):
+        return cls(jnp.zeros((d_in, 2)), jnp.int32(0))
+
+    @property
+    def d_in(self):
+        return len(self.both)
+
+    def update(self, x):
+        return Peaks(jnp.stack([x.max(0), (-x).max(0)], 1), self.seen + len(x))
+
+    def merge(self, other):
+        return Peaks(jnp.maximum(self.both, other.both), self.seen + other.seen)
+
+
+@pytest.mark.parametrize("kind", [SquaredNorm, Gram, Moments, Peaks])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_no_statistic_may_have_seen_what_is_not_finite(rng, kind, value):
+    """Two of 24 inputs overflow; a method that takes whatever it gets is not asked."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Trusting(ByScore):
+        statistic = kind
+
+        def score(self, kernel, statistic):
+            return jnp.abs(kernel)
+
+    params, x = {"kernel": jnp.ones((D, 8))}, rng.normal(size=(60, D)).astype(np.float32)
+    jprune.prune(params, {"kernel": kind.zeros(D).update(jnp.asarray(x))}, Trusting(), Unstructured(0.5))
+    x[7, [3, 20]] = value
+    with pytest.raises(JpruneError, match=r"kernel: .*NaN or inf in 2 of 24 inputs; .*wider dtype"):
+        jprune.prune(params, {"kernel": kind.zeros(D).update(jnp.asarray(x))}, Trusting(), Unstructured(0.5))
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, bool])

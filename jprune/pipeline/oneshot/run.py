@@ -117,7 +117,7 @@ def _few_tokens(job: Job, kernels: list[dict[str, Any]]) -> tuple[str, ...]:
         return ()
     return (
         f"{max(few.values())} experts of {max(few, key=lambda path: few[path])} saw fewer than "
-        f"{job.recipe.expert_tokens} calibration tokens and were pruned by magnitude (so were some in "
+        f"{job.recipe.least_tokens} calibration tokens and were pruned by magnitude (so were some in "
         f"{len(few)} kernels in all, see few_tokens in jprune.json); more calibration text helps",
     )
 

@@ -44,7 +44,7 @@ def solve(
     few: tuple[int, ...] = ()
     results: Mapping[str, tuple[jax.Array, Any]]
     if next(iter(kernels.values())).stack:
-        results, few = solve_stacks(by_path, given, statistic, together, least=job.recipe.expert_tokens)
+        results, few = solve_stacks(by_path, given, statistic, together, least=job.recipe.least_tokens)
     else:
         solved = together({path: trees.to_matrix(x, by_path[path].in_axes) for path, x in given.items()}, statistic)
         results = {

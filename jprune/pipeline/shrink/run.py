@@ -47,7 +47,8 @@ def shrink_model(
       method: e.g. `LLMPruner()`.
       target: how small; methods that say themselves which layers stay need none.
       calibration: source of the text that importance is read from, or token windows [n, length].
-      dtype: of the activations; float32 on CPU, elsewhere what the weights have. Gradients are float32.
+      dtype: of the activations; float32 on CPU and for float16 weights, elsewhere what the weights have. Gradients
+        are float32.
       progress: called often.
       **options: the fields of `Evaluation` and `Output` in `jprune.pipeline.options`: evaluate, evaluate_length,
         evaluate_windows, format (by default "hf" if all layers end up equal, else "jprune"), overwrite. There is

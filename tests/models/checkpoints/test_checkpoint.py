@@ -1,8 +1,10 @@
+import jax
 import numpy as np
 import pytest
 
-from jprune.checkpoints import load
+from jprune.checkpoints import dtypes, load
 from jprune.errors import JpruneError
+from jprune.tuning.weights import compute_dtype
 
 
 def test_paths_shapes_and_layout(folder, tiny):
@@ -34,6 +36,18 @@ def test_params_below_nothing(folder, prefix):
 def test_unknown_path(folder):
     with pytest.raises(JpruneError, match="no parameter 'x'"):
         load(folder).read("x")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_the_default_dtype_of_activations_does_not_overflow(folder, monkeypatch, backend, stored):
+    monkeypatch.setattr("jax.default_backend", lambda: backend)
+    model = load(folder)
+    monkeypatch.setitem(model.shapes, "embed/embedding", jax.ShapeDtypeStruct((2, 2), stored))
+    same = backend != "cpu" and stored == "bfloat16"
+    assert dtypes.activation_dtype(model, None) == (stored if same else "float32")
+    assert dtypes.activation_dtype(model, "float16") == "float16"
+    assert compute_dtype(model, None) == ("bfloat16" if backend != "cpu" and stored != "float32" else "float32")
 
 
 def test_a_folder_without_tokenizer(folder):

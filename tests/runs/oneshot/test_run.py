@@ -310,7 +310,8 @@ def test_weights_that_are_not_finite(tiny_model, token_file, tmp_path, value):
     assert not (tmp_path / "out").exists()
 
 
-def test_activations_that_overflow_name_the_kernel(tiny_model, token_file, tmp_path):
+@pytest.mark.parametrize("method", [SparseGPT(), Wanda()])
+def test_activations_that_overflow_name_the_kernel(tiny_model, token_file, tmp_path, method):
     def grow(tensors):
         tensors["model.layers.1.mlp.up_proj.weight"][:] *= 1e30
         tensors["model.layers.1.mlp.gate_proj.weight"][:] *= 1e30
@@ -319,7 +320,7 @@ def test_activations_that_overflow_name_the_kernel(tiny_model, token_file, tmp_p
         prune_model(
             tiny_model(change=grow),
             tmp_path / "out",
-            method=SparseGPT(),
+            method=method,
             pattern=NM(2, 4),
             calibration=token_file(),
             skip=("mlp/gate", "mlp/up"),

@@ -16,6 +16,7 @@ from jprune.models import decoder, families
 from jprune.patterns import Unstructured
 from jprune.pipeline.job import Job
 from jprune.pipeline.oneshot.experts import solve_stacks
+from jprune.pipeline.oneshot.run import _few_tokens
 from jprune.pipeline.oneshot.solve import solve
 from jprune.pipeline.recipe import Recipe
 from jprune.statistics import Gram, Moments, SquaredNorm, Stacked
@@ -132,6 +133,26 @@ def test_zeros_of_a_stack_are_kept(rng):
     assert ((kept == 0).sum(axis=(1, 2)) == 24).all()
     assert (kept[values == 0] == 0).all()
     assert (anew[values == 0] != 0).any()
+
+
+@pytest.mark.parametrize(("least", "few"), [(0, (1,)), (1, (1,)), (41, (0, 1, 2))])
+def test_an_expert_that_no_token_reached_is_pruned_by_magnitude_and_named(rng, least, few):
+    x = jnp.asarray(rng.normal(size=(EXPERTS, 40, 8)), jnp.float32).at[1].set(0)
+    values = jnp.asarray(rng.normal(size=(EXPERTS, 8, 6)), jnp.float32)
+    kernel = Kernel(
+        path="w", unit="u", shape=values.shape, in_axes=(1,), batch_axes=(0,), stage=0, pattern=Unstructured(0.5)
+    )
+    job = Job(
+        checkpoint=None,
+        method=Wanda(),
+        recipe=Recipe(pattern=kernel.pattern, expert_tokens=least),
+        kernels=(kernel,),
+    )
+    pruned, reports = solve(job, {"w": kernel}, {"w": values}, Stacked.zeros(SquaredNorm, 8, EXPERTS).update(x))
+    assert reports[0].few_tokens == few
+    expected = Magnitude()(values[1], None, Unstructured(0.5, "output")).kernel
+    np.testing.assert_array_equal(pruned["w"][1], expected)
+    assert "1 experts of w saw fewer than 1 " in _few_tokens(job, [{"path": "w", "few_tokens": [1]}])[0] or least > 1
 
 
 def test_the_batch_axis_may_be_anywhere(rng):
