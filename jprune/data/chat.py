@@ -60,7 +60,10 @@ def template(files: Mapping[str, bytes]) -> ChatTemplate | None:
     if source is None:
         source = texts.beside(files, "chat_template.json").get("chat_template")
     if isinstance(source, list):  # several by name, for tools and the like
-        source = {item["name"]: item["template"] for item in source}.get("default")
+        named = [each for each in source if isinstance(each, dict)]
+        source = next((each.get("template") for each in named if each.get("name") == "default"), None)
+    if source is not None and not isinstance(source, str):
+        raise JpruneError(f"The model's chat template must be text, or a list of named texts; it is {source!r:.80}.")
     return None if source is None else ChatTemplate(source, special_tokens(files))
 
 

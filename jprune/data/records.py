@@ -7,6 +7,7 @@
 | `.parquet`                               | rows                                        |
 """
 
+import contextlib
 import gzip
 import json
 import zlib
@@ -104,14 +105,25 @@ def _rows(path: Path) -> Iterator[_Read]:
         import pyarrow.parquet
     except ImportError as error:
         raise JpruneError(f"Reading {path} needs pyarrow: pip install 'jprune[data]'.") from error
-    try:
-        number = 0
+    number = 0
+    with readable_parquet(path):
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             for row in values(path, batch, before=number):
                 number += 1
                 yield f"{path}, record {number}", row, False
-    except pyarrow.ArrowException as error:
-        raise JpruneError(f"{path} is not a readable parquet file: {error}.") from error
+
+
+@contextlib.contextmanager
+def readable_parquet(path: Path) -> Iterator[None]:
+    """Errors of pyarrow as one of ours: of a damaged file it raises whatever its bytes led to."""
+    try:
+        yield
+    except JpruneError:
+        raise
+    except Exception as error:
+        raise JpruneError(
+            f"{path} is not a readable parquet file: {str(error).strip() or type(error).__name__}."
+        ) from error
 
 
 def values(path: Path, column: Any, *, before: int = 0) -> list[Any]:

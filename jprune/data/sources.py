@@ -137,7 +137,7 @@ def _npy(path: Path) -> np.ndarray:
     """A memory map of `path`. `open_memmap` reads the .npy format only: no pickled objects, no .npz."""
     try:
         rows = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # a damaged header is read as Python, which fails in ways of its own
         raise JpruneError(f"{path} is not a readable .npy of token ids [n, length]: {error}.") from error
     return checked_rows(rows, str(path))
 
@@ -165,13 +165,11 @@ def _parquet(path: Path) -> list[str]:
         import pyarrow.parquet
     except ImportError as error:
         raise JpruneError(f"Reading {path} needs pyarrow: pip install 'jprune[data]'.") from error
-    try:
+    with records.readable_parquet(path):
         names = pyarrow.parquet.read_schema(path).names
         if "text" not in names:
             raise JpruneError(f"{path} has no column 'text'; its columns are {', '.join(names)}.")
         column = pyarrow.parquet.read_table(path, columns=["text"]).column("text")
-    except pyarrow.ArrowException as error:
-        raise JpruneError(f"{path} is not a readable parquet file: {error}.") from error
     kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
     if str(kind) not in ("string", "large_string", "string_view"):
         raise JpruneError(f"{path}: column 'text' holds {column.type}; expected strings.")

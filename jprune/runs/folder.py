@@ -27,7 +27,7 @@ from jprune.checkpoints import writing
 from jprune.errors import JpruneError
 from jprune.runs import lock, processes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FINISHED = "finished"
 """The mark of a run whose result is complete, and only lacks its name."""
 _RUN = "run.json"
@@ -44,11 +44,9 @@ def finished(folder: Path, out: Path) -> bool:
     Raises:
       JpruneError: the folder is in use.
     """
-    try:
-        state = json.loads((folder / _RUN).read_bytes())
-        partial = out.with_name(f".{out.name}.{state['id']}.partial")
-    except (OSError, ValueError, KeyError):
+    if (state := read_mark(folder / _RUN)) is None:
         return False
+    partial = out.with_name(f".{out.name}.{state['id']}.partial")
     if partial.exists() or not out.exists() or not (folder / "done" / f"{FINISHED}.json").exists():
         return False
     ours = lock.Lock(folder)
@@ -212,19 +210,18 @@ class RunFolder:
             self._lock.release()
 
     def _read(self) -> dict[str, Any] | None:
-        try:
-            state = json.loads((self.folder / _RUN).read_bytes())
-        except FileNotFoundError:
+        path = self.folder / _RUN
+        if not path.exists():
             return None
-        except (OSError, ValueError) as error:
-            raise JpruneError(f"{self.folder / _RUN} cannot be read ({error}); remove {self.folder}") from error
-        if state.get("format_version") != FORMAT_VERSION:
-            raise JpruneError(f"{self.folder} is a run of another version of jprune; remove it, or use that version")
+        if (state := read_mark(path)) is None or state["format_version"] != FORMAT_VERSION:
+            raise JpruneError(
+                f"{path} is damaged, or of another version of jprune; remove {self.folder}, or use that version"
+            )
         return state
 
     def _write(self, state: Mapping[str, Any]) -> None:
         with writing.explained(self.folder):
-            writing.replace(self.folder / _RUN, json.dumps(state, indent=2).encode())
+            write_mark(self.folder / _RUN, state)
 
     def _clear(self, before: Mapping[str, Any] | None) -> None:
         """Removes what an earlier run left, its partial result too."""
@@ -265,6 +262,6 @@ def read_mark(path: Path) -> Any:
     try:
         whole = json.loads(path.read_bytes())
         intact = zlib.crc32(json.dumps(whole["contents"]).encode()) == whole["checksum"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return whole["contents"] if intact else None

@@ -74,7 +74,8 @@ def plain(hf_config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         JpruneError: a DeciLM with layers that have no attention or no feed-forward part, or that is of another kind.
     """
-    if ARCHITECTURE not in (hf_config.get("architectures") or ()):
+    names = hf_config.get("architectures")
+    if not isinstance(names, list) or ARCHITECTURE not in names:
         return hf_config
     blocks, heads = hf_config.get("block_configs"), hf_config.get("num_attention_heads")
     if not isinstance(blocks, list) or len(blocks) != hf_config.get("num_hidden_layers") or not isinstance(heads, int):

@@ -39,10 +39,16 @@ class _Fast:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         # The fast form does not track where in the text each token lies: a third less time and memory.
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        try:
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except Exception as error:  # `tokenizers` raises plain Exception
+            raise JpruneError(f"tokenizer.json does not tokenise this text ({reason(error)})") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        try:
+            return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        except Exception as error:
+            raise JpruneError(f"tokenizer.json does not decode these ids ({reason(error)})") from error
 
 
 class _Slow:

@@ -63,6 +63,8 @@ FAMILIES: tuple[Family, ...] = (
 )
 ARCHITECTURES: dict[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+MOST_LAYERS = 10_000
+"""Models have up to a few hundred; a config that says more is damaged, and would fill the memory with layers."""
 
 __all__ = ["ARCHITECTURES", "Entry", "Family", "architecture", "config", "explicit", "resized", "table"]
 
@@ -79,6 +81,8 @@ def config(hf_config: Mapping[str, Any]) -> DecoderConfig:
     for key in SIZES:
         if not isinstance(hf[key], int) or hf[key] < 1:
             raise JpruneError(f"config.json: {key} must be a positive integer, got {hf[key]!r}")
+    if hf["num_hidden_layers"] > MOST_LAYERS:
+        raise JpruneError(f"config.json: num_hidden_layers is {hf['num_hidden_layers']}; there is no such model")
     for key, default in family.defaults.items():
         if not values.fits(key, hf_config.get(key, default), default):
             raise JpruneError(
