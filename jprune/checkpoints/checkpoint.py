@@ -21,6 +21,7 @@ from jprune.checkpoints import demo, huggingface, orbax
 from jprune.checkpoints import select as selection
 from jprune.checkpoints.gguf import read as gguf
 from jprune.checkpoints.huggingface import tokenizer
+from jprune.checkpoints.inside import checked
 from jprune.checkpoints.source import Source, StoredTensor
 from jprune.errors import JpruneError
 from jprune.models import families
@@ -244,7 +245,7 @@ def _open_folder(folder: Path, weights: bool) -> Source:
     if ggufs := sorted(folder.glob("*.gguf")):
         if len(ggufs) > 1:
             raise JpruneError(f"{folder}: {len(ggufs)} GGUF files there; give one of them, such as {ggufs[0]}")
-        return gguf.open_source(ggufs[0])
+        return gguf.open_source(checked(ggufs[0], folder))
     huggingface.adapters.refuse(folder)
     return huggingface.open_source(folder)
 

@@ -18,9 +18,9 @@ import jax
 import numpy as np
 
 from jprune import trees
-from jprune.checkpoints import record, writing
+from jprune.checkpoints import beside, record, writing
 from jprune.checkpoints.dtypes import cast
-from jprune.checkpoints.huggingface.read import read_side_files
+from jprune.checkpoints.inside import checked
 from jprune.checkpoints.model import Model
 from jprune.checkpoints.source import Source, StoredTensor, identify, reason
 from jprune.errors import JpruneError
@@ -67,7 +67,7 @@ def save(folder: Path, checkpoint: Model, params: Mapping[str, Any], contents: M
         raise JpruneError(f"{unknown[0]!r} is not a parameter of this model")
     with writing.explained(folder):
         writing.require_space(folder, sum(leaf.nbytes for leaf in leaves.values()))
-        writing.write_side_files(folder, checkpoint, {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()})
+        beside.write(folder, checkpoint, {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()})
         ocp.save((folder / _PARAMS).resolve(), trees.unflatten(leaves))
         if contents is not None:
             record.write(folder, contents)
@@ -133,7 +133,7 @@ class Writer:
             self._save_part()
         with writing.explained(self._folder):
             ocp.partial.finalize((self._folder / _PARAMS).resolve())
-            writing.write_side_files(self._folder, self._checkpoint, self._written)
+            beside.write(self._folder, self._checkpoint, self._written)
 
     def __enter__(self) -> "Writer":
         return self
@@ -160,6 +160,7 @@ def open_source(folder: Path) -> Source:
             "as `jprune convert --format orbax` writes them"
         )
     path = (folder / _PARAMS).resolve()
+    files = sorted(file for file in checked(path, folder.resolve()).rglob("*") if checked(file, folder).is_file())
     try:
         leaves = trees.flatten(ocp.metadata(path).metadata)
         if not leaves:  # Orbax logs why, and goes on
@@ -184,7 +185,7 @@ def open_source(folder: Path) -> Source:
         return read([name])[name]
 
     return Source(
-        config=writing.read_json(folder / "config.json"),
+        config=writing.read_json(checked(folder / "config.json", folder)),
         tensors={
             name: StoredTensor(
                 shape=tuple(leaf.shape),
@@ -196,6 +197,6 @@ def open_source(folder: Path) -> Source:
         },
         layout="jprune",
         read_together=read,
-        side_files=functools.partial(read_side_files, folder),
-        identity=functools.partial(identify, *sorted(file for file in path.rglob("*") if file.is_file())),
+        side_files=functools.partial(beside.read, folder),
+        identity=functools.partial(identify, *files),
     )

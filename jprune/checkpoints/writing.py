@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from jprune import texts
-from jprune.checkpoints.model import Model
 from jprune.errors import JpruneError
 
 _TYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -173,18 +172,3 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes one JSON object, readably."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     path.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files may be no text; this is JSON's escape
-
-
-def write_side_files(folder: Path, checkpoint: Model, dtypes: Mapping[str, np.dtype]) -> None:
-    """Writes config.json, with the dtype that most parameters have, and everything that travels with the model."""
-    counts: dict[str, int] = {}
-    for path, leaf in checkpoint.shapes.items():
-        counts[dtypes[path].name] = counts.get(dtypes[path].name, 0) + leaf.size
-    config = dict(checkpoint.hf_config)
-    key = (
-        "dtype" if "dtype" in config else "torch_dtype"
-    )  # transformers 5 writes the first, everything reads the second
-    config[key] = max(counts, key=lambda name: counts[name])
-    write_json(folder / "config.json", config)
-    for name, content in checkpoint.side_files.items():
-        (folder / name).write_bytes(content)

@@ -17,6 +17,7 @@ import numpy as np
 from jprune.checkpoints import writing
 from jprune.checkpoints.dtypes import cast
 from jprune.checkpoints.huggingface.read import open_file
+from jprune.checkpoints.inside import checked
 from jprune.checkpoints.source import Source, StoredTensor, identify
 from jprune.errors import JpruneError
 from jprune.models import families
@@ -45,7 +46,7 @@ _FROM_THE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def refuse(folder: Path) -> None:
     """Raises a JpruneError, with the command that merges it, if a folder without weights of a model is an adapter."""
     if (folder / CONFIG).exists():
-        config = writing.read_json(folder / CONFIG)
+        config = writing.read_json(checked(folder / CONFIG, folder))
         base = config.get("base_model_name_or_path") or "MODEL"
         raise JpruneError(
             f"{folder}: an adapter ({config.get('peft_type')}) of {base}, not a model; merge it into its model: "
@@ -65,13 +66,13 @@ def merge(source: Source, folder: Path) -> Source:
         )
     if not (folder / CONFIG).exists():
         raise JpruneError(f"{folder}: no {CONFIG} there; expected the folder of an adapter, as PEFT writes it")
-    config = writing.read_json(folder / CONFIG)
+    config = writing.read_json(checked(folder / CONFIG, folder))
     _check(config, folder)
     if not (folder / WEIGHTS).exists():
         raise JpruneError(
             f"{folder}: no {WEIGHTS} there; pickled adapters (.bin) are not read because they can run code"
         )
-    stored, _ = open_file(folder / WEIGHTS)
+    stored, _ = open_file(checked(folder / WEIGHTS, folder))
     pairs: dict[str, dict[str, StoredTensor]] = {}
     tensors = dict(source.tensors)
     architecture = families.architecture(source.config)

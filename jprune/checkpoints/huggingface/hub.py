@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jprune.checkpoints.huggingface.files import SIDE_FILES
+from jprune.checkpoints import beside
 from jprune.checkpoints.source import reason
 from jprune.errors import JpruneError
 from jprune.packages import require
@@ -27,7 +27,8 @@ def download(repo_id: str, *, weights: bool = True) -> Path:
                 *(("*.safetensors", "*.index.json") if weights else ()),
                 "config.json",
                 "adapter_config.json",
-                *SIDE_FILES,
+                *beside.PATTERNS,
+                beside.CODE,
             ],
             # Other copies of the same weights, in subfolders or under Mistral's own names.
             ignore_patterns=["*/*", "consolidated*"],

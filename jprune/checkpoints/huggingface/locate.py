@@ -11,6 +11,7 @@ from typing import Any
 
 from jprune.checkpoints import writing
 from jprune.checkpoints.huggingface.files import INDEX, WHOLE
+from jprune.checkpoints.inside import checked
 from jprune.errors import JpruneError
 
 Where = dict[str, Path]
@@ -26,12 +27,24 @@ def locate(path: Path, folder: Path, config: Mapping[str, Any]) -> tuple[Where, 
         config: the content of config.json.
 
     Raises:
-        JpruneError: no weights, pickled ones, missing shards, or a name that leaves the folder.
+        JpruneError: no weights, pickled ones, missing shards, or a name or a link that leaves the folder.
     """
-    index = folder / INDEX
     if path != folder:
+        index = folder / INDEX
         listed = _read_index(index) if index.exists() and path.name != WHOLE else {}
-        return (listed, ()) if path in listed.values() else ({"": path}, ())
+        return (_inside(listed, folder), ()) if path in listed.values() else ({"": path}, ())
+    where, notices = _locate(folder, config)
+    return _inside(where, folder), notices
+
+
+def _inside(where: Where, folder: Path) -> Where:
+    for file in set(where.values()):
+        checked(file, folder)
+    return where
+
+
+def _locate(folder: Path, config: Mapping[str, Any]) -> tuple[Where, tuple[str, ...]]:
+    index = folder / INDEX
     others = _candidates(folder)
     if (name := config.get("transformers_weights")) is not None:
         where = _named(folder, name)
@@ -83,7 +96,7 @@ def _named(folder: Path, name: Any) -> Where:
 
 
 def _read_index(index: Path) -> Where:
-    weight_map = writing.read_json(index).get("weight_map")
+    weight_map = writing.read_json(checked(index, index.parent)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise JpruneError(f"{index}: expected a non-empty object 'weight_map'; download it again")
     for key, name in weight_map.items():

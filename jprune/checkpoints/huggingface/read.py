@@ -3,7 +3,6 @@
 Only safetensors are read. Pickled weights (pytorch_model.bin) can run code when they are opened and are refused.
 """
 
-import fnmatch
 import functools
 import json
 import math
@@ -12,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from jprune.checkpoints import writing
+from jprune.checkpoints import beside, writing
 from jprune.checkpoints.huggingface import decilm
-from jprune.checkpoints.huggingface.files import SIDE_FILES
 from jprune.checkpoints.huggingface.locate import locate
 from jprune.checkpoints.huggingface.names import named
+from jprune.checkpoints.inside import checked
 from jprune.checkpoints.source import FLOAT_DTYPES, Source, StoredTensor, identify, reason
 from jprune.errors import JpruneError
 from jprune.models import families
@@ -51,7 +50,7 @@ def open_source(path: Path) -> Source:
         config=config,
         tensors=tensors,
         layout="hugging_face",
-        side_files=functools.partial(read_side_files, folder),
+        side_files=functools.partial(beside.read, folder),
         identity=functools.partial(identify, *files),
         notices=chosen + told,
     )
@@ -78,13 +77,13 @@ def open_config(folder: Path) -> Source:
             for path, shape in shapes(families.config(hf_config)).items()
         },
         layout="jprune",
-        side_files=functools.partial(read_side_files, folder),
+        side_files=functools.partial(beside.read, folder),
         identity=lambda: "no weights",
     )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    config = writing.read_json(folder / "config.json")
+    config = writing.read_json(checked(folder / "config.json", folder))
     # Null or empty it says that they are not; compressed-tensors once had a key of its own.
     if quantised := config.get("quantization_config") or config.get("compression_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
@@ -93,15 +92,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     config = decilm.plain(config)
     return {**config, "architectures": [families.architecture(config)]}
-
-
-def read_side_files(folder: Path) -> dict[str, bytes]:
-    """Tokenizer, generation config and licence of a folder."""
-    return {
-        path.name: path.read_bytes()
-        for path in sorted(folder.iterdir())
-        if path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in SIDE_FILES)
-    }
 
 
 def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

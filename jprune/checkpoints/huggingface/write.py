@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jprune.checkpoints import writing
+from jprune.checkpoints import beside, writing
 from jprune.checkpoints.dtypes import cast
 from jprune.checkpoints.huggingface.files import INDEX
 from jprune.checkpoints.model import Model
@@ -66,7 +66,7 @@ class Writer:
             if not follow:
                 there = sum(file.stat().st_blocks * 512 for file in folder.glob("*.safetensors")) if reopen else 0
                 writing.require_space(folder, self._total - there)
-                writing.write_side_files(folder, checkpoint, self._dtypes)
+                beside.write(folder, checkpoint, self._dtypes)
             self._shards: dict[str, writing.SafetensorsFile] = {}
             plan = _shards(sizes, max_shard_bytes)
             for i, keys in enumerate(plan):
