@@ -31,6 +31,7 @@ LIBRARIES = {
     "qwix": ("qwix_lora", "qwix_int8"),
     "google-tunix": ("tunix_llama",),
     "gemma": ("gemma_decoder",),
+    "maxtext": ("maxtext_decoder",),
 }
 """What is installed, and the models that are made of it."""
 NEEDS = {
@@ -38,8 +39,39 @@ NEEDS = {
     "torchax==0.0.13": ("torch==2.13.0", "transformers"),
     "qwix": ("flax",),
     "gemma": ("sentencepiece<0.2.2",),
+    # fmt: off
+    "maxtext": (
+        "flax",
+        "aqtp",
+        "datasets",
+        "drjax",
+        "etils",
+        "google-cloud-storage",
+        "grain",
+        "jinja2",
+        "ml_collections",
+        "omegaconf",
+        "orbax-checkpoint",
+        "pathwaysutils",
+        "pillow",
+        "psutil",
+        "pydantic",
+        "pyyaml",
+        "qwix",
+        "requests",
+        "sentencepiece",
+        "sympy",
+        "tabulate",
+        "tensorboardx",
+        "tiktoken",
+        "tokamax",
+        "transformers",
+    ),
+    # fmt: on
 }
-"""What is installed beside."""
+"""What is installed beside: of MaxText's requirements, which all lie in extras, those that its model imports."""
+NEWER = {"maxtext": (3, 12)}
+"""The Python that a library needs, where it is newer than ours."""
 
 
 def main() -> None:
@@ -56,6 +88,9 @@ def main() -> None:
         found = []
         print(ROW.format("model", "of", "parameters", "prunable", "other", "skipped", "never read", "error", "misses"))
         for library in options.libraries or LIBRARIES:
+            if sys.version_info < (version := NEWER.get(library, ())):
+                print(f"{library}: left out; run this script with Python {'.'.join(map(str, version))}")
+                continue
             python = environment(folder, library)
             for model in LIBRARIES[library]:
                 found.append(account(python, library, model))
