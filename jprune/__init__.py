@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune.structured import DropLayers as DropLayers
     from jprune.structured import LLMPruner as LLMPruner
     from jprune.structured import shrink as shrink
+    from jprune.structured import shrink_function as shrink_function
     from jprune.structured.selection import Target as Target
     from jprune.trace import coupled_axes as coupled_axes
     from jprune.trace.matmuls import matmuls as matmuls
@@ -96,7 +97,7 @@ _NAMES = {
     ),
     "jprune.solvers": ("Pruned",),
     "jprune.statistics": ("Gram", "Moments", "SquaredNorm"),
-    "jprune.structured": ("DropLayers", "LLMPruner", "shrink"),
+    "jprune.structured": ("DropLayers", "LLMPruner", "shrink", "shrink_function"),
     "jprune.structured.selection": ("Target",),
     "jprune.trace": ("coupled_axes",),
     "jprune.trace.matmuls": ("matmuls", "skipped"),

@@ -39,7 +39,6 @@ NEEDS = {
     "torchax==0.0.13": ("torch==2.13.0", "transformers"),
     "qwix": ("flax",),
     "gemma": ("sentencepiece<0.2.2",),
-    # fmt: off
     "maxtext": (
         "flax",
         "aqtp",
@@ -67,7 +66,6 @@ NEEDS = {
         "tokamax",
         "transformers",
     ),
-    # fmt: on
 }
 """What is installed beside: of MaxText's requirements, which all lie in extras, those that its model imports."""
 NEWER = {"maxtext": (3, 12)}

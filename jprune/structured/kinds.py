@@ -30,6 +30,31 @@ from jprune.trace.matmuls import ParamMatmul
 PyTree = Any
 
 
+def members(
+    group: Group, shapes: Mapping[str, tuple[int, ...]], in_axes: Mapping[str, tuple[int, ...]]
+) -> tuple[UnitMember, ...]:
+    """Where the units of a group lie, in the order of the matmuls; what is in no matmul comes last.
+
+    Args:
+      group: of `jprune.coupled_axes`.
+      shapes: of all parameters, by path.
+      in_axes: the input axes of kernels, by path, in the order of their matmuls.
+    """
+    order = {path: i for i, path in enumerate(in_axes)}
+    found = []
+    for member in sorted(group.members, key=lambda m: order.get(m.path, len(order))):
+        shape, axis = shapes[member.path], member.axis
+        side: tuple[int, ...] = (axis,)
+        if member.path in in_axes:
+            inside = in_axes[member.path]
+            side = tuple(i for i in range(len(shape)) if (i in inside) == (axis in inside))
+        units = np.full(shape[axis], -1)
+        within = np.arange(member.length) // member.stride % group.size
+        units[member.offset : member.offset + member.length] = within
+        found.append(UnitMember(path=member.path, axis=axis, shape=shape, side=side, units=units))
+    return tuple(found)
+
+
 def block_units(
     groups: Sequence[Group],
     params: PyTree,
@@ -135,32 +160,22 @@ def _place(groups: Sequence[Group], params: PyTree, matmuls: Iterable[ParamMatmu
     in_axes: dict[str, tuple[int, ...]] = {}
     for matmul in matmuls:
         in_axes.setdefault(matmul.path, matmul.in_axes)
-    order = {path: i for i, path in enumerate(in_axes)}
     placed = []
     for group in groups:
         if group.size < 2:  # nothing of it can go
             continue
-        members: list[UnitMember] = []
+        found = members(group, shapes, in_axes)
         places: dict[tuple[str, tuple[int, ...]], frozenset[int]] = {}
-        for member in sorted(group.members, key=lambda m: order.get(m.path, len(order))):
-            shape, axis = shapes[member.path], member.axis
-            side: tuple[int, ...] = (axis,)
+        for member in found:
             if member.path in in_axes:
-                inside = in_axes[member.path]
-                side = tuple(i for i in range(len(shape)) if (i in inside) == (axis in inside))
-            units = np.full(shape[axis], -1)
-            within = np.arange(member.length) // member.stride % group.size
-            units[member.offset : member.offset + member.length] = within
-            members.append(UnitMember(path=member.path, axis=axis, shape=shape, side=side, units=units))
-            if member.path in in_axes:
-                place = member.path, side
-                places[place] = places.get(place, frozenset()) | frozenset(members[-1].channels.ravel().tolist())
+                place = member.path, member.side
+                places[place] = places.get(place, frozenset()) | frozenset(member.channels.ravel().tolist())
         placed.append(
             _Placed(
                 group=group,
-                members=tuple(members),
-                kernels=tuple(m for m in members if m.path in in_axes),
-                stacked=any(len(m.shape) > 2 and m.path not in in_axes and m.counted for m in members),
+                members=found,
+                kernels=tuple(m for m in found if m.path in in_axes),
+                stacked=any(len(m.shape) > 2 and m.path not in in_axes and m.counted for m in found),
                 places=places,
             )
         )
