@@ -1,17 +1,17 @@
 """A model's chat template: conversations to text, as transformers' `apply_chat_template` renders them.
 
-Templates are programs in Jinja that come with a model, so they run in Jinja's sandbox, with the settings, filters and
-functions that transformers documents for them.
+Templates are programs in Jinja that come with a model, so they run in Jinja's sandbox, in a process that may take
+little memory and time, with the settings, filters and functions that transformers documents for them.
 
 Deviation: `strftime_now` is not there. A template that prints today's date (Llama 3.2) prints the date that it has for
 this case, so the same data are the same tokens tomorrow, and training can resume.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jprune import texts
+from jprune.data import renderer
 from jprune.errors import JpruneError
 from jprune.packages import require
 
@@ -27,27 +27,24 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]):
         require("jinja2")
-        import jinja2
-
         self._special_tokens = dict(special_tokens)
+        self._source = source
         try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
+            renderer.render(source, None)
+        except JpruneError as error:
             raise JpruneError(f"The model's chat template cannot be read: {error}.") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation; with the words that make the model answer, if `add_generation_prompt`.
 
         Raises:
-            JpruneError: the template does not take these messages (some demand that roles take turns, for instance).
+            JpruneError: the template does not take these messages (some demand that roles take turns, for instance),
+                or takes too much time or memory for them.
         """
-        import jinja2
-
+        given = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._special_tokens
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            return renderer.render(self._source, given | self._special_tokens)
+        except JpruneError as error:
             raise JpruneError(f"the model's chat template does not take these messages ({error})") from error
 
 
@@ -78,34 +75,3 @@ def special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
             if isinstance(token, str):
                 tokens[role] = token
     return tokens
-
-
-def _environment() -> Any:
-    import jinja2
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %} ... {% endgeneration %}` marks what a model says; the text within is rendered as it is."""
-
-        tags = {"generation"}  # noqa: RUF012 (Jinja's interface)
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys=False):
-        # Jinja's own would escape <, > and & for HTML.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    return environment
