@@ -189,7 +189,7 @@ def _command_with(option: str) -> str | None:
 def _named(option: str, words: Sequence[str], recipe: dict[str, Any] | None, methods: Methods) -> str | None:
     """The method that an option names, if it is there and names one."""
     value = _value_of(f"--{option}", words) or (recipe or {}).get(option)
-    return value if value in methods else None
+    return value if isinstance(value, str) and value in methods else None
 
 
 def _value_of(flag: str, words: Sequence[str]) -> str | None:
@@ -228,7 +228,8 @@ def _explained(error: Exception) -> str | None:
 
 def _fail(error: object, status: int, form: "Form | None") -> int:
     """Tells an error in the words of the command line."""
-    print(f"jprune: {error if form is None else form.spelled(str(error))}", file=sys.stderr)
+    line = " ".join(str(error).splitlines())  # names of files and columns may have several
+    print(f"jprune: {line if form is None else form.spelled(line)}", file=sys.stderr)
     if "jprune.runs.processes" not in sys.modules:
         return status
     from jprune.runs import processes

@@ -12,6 +12,7 @@ NAME=VALUE, such as the domains of --data. What stands on the command line count
 """
 
 import difflib
+import sys
 import tomllib
 import types
 import typing
@@ -128,18 +129,11 @@ def _checked(value: Any, kind: Any) -> Any:
 
 
 def _plain(value: Any, kind: type) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, float) or (type(value) is int and abs(value) <= sys.float_info.max)
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and number:
         return float(value)
     if type(value) is kind:
         return value
-    names: dict[Any, str] = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        Path: "a path",
-        str: "text",
-    }
-    raise TypeError(names.get(kind, "a list"))
+    raise TypeError(_NAMES.get(kind, "a list"))

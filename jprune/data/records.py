@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jprune import texts
+from jprune.checkpoints.source import reason
 from jprune.errors import JpruneError
 
 Record = tuple[str, Any]
@@ -64,7 +65,7 @@ def _read(path: Path) -> Iterator[_Read]:
         else:
             yield from _rows(path)
     except OSError as error:
-        raise JpruneError(f"{path} cannot be read: {error}.") from error
+        raise JpruneError(f"{path} cannot be read: {reason(error)}.") from error
 
 
 def found(record: Any) -> str:
@@ -121,9 +122,7 @@ def readable_parquet(path: Path) -> Iterator[None]:
     except JpruneError:
         raise
     except Exception as error:
-        raise JpruneError(
-            f"{path} is not a readable parquet file: {str(error).strip() or type(error).__name__}."
-        ) from error
+        raise JpruneError(f"{path} is not a readable parquet file: {reason(error)}.") from error
 
 
 def values(path: Path, column: Any, *, before: int = 0) -> list[Any]:

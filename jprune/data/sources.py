@@ -27,6 +27,7 @@ import numpy as np
 
 from jprune import paths, texts
 from jprune.annotations import Integer
+from jprune.checkpoints.source import reason
 from jprune.data import records
 from jprune.errors import JpruneError
 
@@ -104,7 +105,7 @@ def read(spec: str | Path, split: Split) -> Source:
             return Documents(texts=[_text_field(*record) for record in rows], notices=rows.notices)
         return Stream(text=texts.decoded(path.read_bytes(), name))
     except OSError as error:
-        raise JpruneError(f"{name} cannot be read: {error}.") from error
+        raise JpruneError(f"{name} cannot be read: {reason(error)}.") from error
 
 
 def _pydoc(split: Split) -> str:
@@ -138,7 +139,7 @@ def _npy(path: Path) -> np.ndarray:
     try:
         rows = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # a damaged header is read as Python, which fails in ways of its own
-        raise JpruneError(f"{path} is not a readable .npy of token ids [n, length]: {error}.") from error
+        raise JpruneError(f"{path} is not a readable .npy of token ids [n, length]: {reason(error)}.") from error
     return checked_rows(rows, str(path))
 
 

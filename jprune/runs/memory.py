@@ -33,7 +33,7 @@ def parse(text: str) -> int:
     found = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     try:
         size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         size = 0
     if size < 1:
         raise JpruneError(f"{text!r} is not an amount of memory; expected something like 6GB or 512MiB")

@@ -190,7 +190,9 @@ def test_npy_of_other_content(tmp_path):
     whole = path.read_bytes()
     with (tmp_path / "b.npz").open("wb") as file:
         np.savez(file, a=np.zeros((2, 2), np.int32))
-    for content in (b"", whole[:60], whole[:500], (tmp_path / "b.npz").read_bytes(), b"\x80\x04K\x01."):
+    archive = (tmp_path / "b.npz").read_bytes()
+    odd = whole.replace(b"(4, 100)", b"(4, (100"), whole.replace(b"'", b'"', 1)  # the header is Python
+    for content in (b"", whole[:60], whole[:500], *odd, archive, b"\x80\x04K\x01."):
         path.write_bytes(content)
         with pytest.raises(JpruneError, match="not a readable"):
             sources.read(path, "calibration")

@@ -50,6 +50,15 @@ def test_what_is_not_needed_is_not_imported(words, absent):
         ("plan = 1", "key 'plan' must be true or false; got 1"),
         ('format = "zip"', "key 'format' must be one of hf, jprune, decilm, orbax; got 'zip'"),
         ('memory = "much"', "'much' is not an amount of memory"),
+        ("memory = 1e400", "'inf' is not an amount of memory"),
+        ('memory = "1e400"', "'1e400' is not an amount of memory"),
+        (f"sparsity = {10**400}", "key 'sparsity' must be a number"),
+        ("sparsity = 1979-05-27", "key 'sparsity' must be a number; got datetime"),
+        ("seed = true", "key 'seed' must be a whole number; got True"),
+        ("calibration = {a = 1}", "key 'calibration' must be text"),
+        ("overrides = 3", "is text; got 3"),
+        ("overrides = {mlp = {sparsty = 1}}", "is no pattern"),
+        ("[[sparsity]]\na = 1", "key 'sparsity' must be a number"),
         ('[overrides]\n"mlp" = "two"', "pattern 'two' is neither"),
     ],
 )
@@ -85,6 +94,14 @@ def test_words_as_their_user_meant_them():
     for word in ("a\udcff", "\ud83d"):
         with pytest.raises(UsageError, match="--prompt is not UTF-8"):
             texts.argument(word, "--prompt")
+
+
+@pytest.mark.parametrize("option", ["pruner", "tuning"])
+@pytest.mark.parametrize("value", [["sparsegpt"], {"a": 1}, 3, "sparsgpt"])
+def test_recipes_that_name_no_method(tmp_path, option, value):
+    (tmp_path / "r.json").write_text(json.dumps({"sparsity": 0.5, option: value}))
+    with pytest.raises(UsageError, match=f"key '{option}' must be one of .*; got"):
+        parse("prune prune-and-tune", ["model", "--recipe", str(tmp_path / "r.json")])
 
 
 def test_the_command_line_counts_more_than_the_recipe(tmp_path):
