@@ -162,3 +162,73 @@ def test_bfloat16_base(getkey, x):
     wide = x.astype(jnp.float32)
     want = wide @ params["w"].astype(jnp.float32) + wide @ adapters["w"]["a"] @ adapters["w"]["b"]
     np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=0.02, atol=0.05)
+
+
+def deep(p, x):
+    """A scan along layers on axis 1 of one kernel and axis 0 of the other, with a kernel that all of them share."""
+
+    def layer(x, each):
+        up, down = each
+        return x + jnp.tanh(x @ up) @ down + x @ p["shared"], jnp.sum(x)
+
+    x, sums = jax.lax.scan(layer, x, (p["up"].swapaxes(0, 1), p["down"]), reverse=True)
+    return x @ p["head"], sums
+
+
+def test_layers_of_a_scan(getkey):
+    rng = np.random.default_rng(0)
+    shapes = {"up": (4, 3, 5), "down": (3, 5, 4), "shared": (4, 4), "head": (4, 2)}
+    params = {name: jnp.asarray(rng.standard_normal(shape) / 3, jnp.float32) for name, shape in shapes.items()}
+    x = jax.random.normal(getkey(), (6, 4))
+    kernels = matmuls(deep, params, x)
+    adapters = lora.init(params, kernels, rank=2, key=getkey())
+    assert adapters["up"]["a"].shape == (3, 4, 2)
+    assert adapters["up"]["b"].shape == (3, 2, 5)
+    assert float(jnp.abs(adapters["down"]["a"]).max()) <= 5**-0.5  # U(-1/sqrt(d_in), 1/sqrt(d_in)) of one layer
+    adapters = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape) / 3, jnp.float32), adapters)
+    adapted = lora.adapt(deep, alpha=3.0)
+
+    def merged(adapters):
+        """By NumPy's rules, layer by layer."""
+        new = {name: params[name] + 1.5 * adapters[name]["a"] @ adapters[name]["b"] for name in ("shared", "head")}
+        up, down = (jnp.einsum("ndr,nrk->ndk", adapters[name]["a"], adapters[name]["b"]) for name in ("up", "down"))
+        return new | {"up": params["up"] + 1.5 * up.swapaxes(0, 1), "down": params["down"] + 1.5 * down}
+
+    close(lora.merge(params, adapters, alpha=3.0, in_axes=kernels), merged(adapters), rtol=1e-5, atol=1e-6)
+
+    def both(run):
+        return jax.jit(jax.value_and_grad(lambda adapters: jnp.sum(jnp.square(run(adapters)[0]))))(adapters)
+
+    close(both(lambda a: adapted(params, a, None, x)), both(lambda a: deep(merged(a), x)), rtol=2e-4, atol=1e-4)
+    with pytest.raises(JpruneError, match=r"up: expected adapters a \(3, 4\) x r and b \(3,\) x r x \(5,\) .*stacked"):
+        adapted(params, {"up": adapters["down"]}, None, x)
+
+
+def test_dropout_in_a_scan_differs_by_layer(getkey):
+    params = {"w": jnp.zeros((2, 64, 64))}
+    kernels = {"w": {"a": jnp.tile(jnp.eye(64), (2, 1, 1)), "b": jnp.tile(jnp.eye(64), (2, 1, 1))}}
+
+    def outputs(p, x):
+        return jax.lax.scan(lambda x, w: (x, x @ w), x, p["w"])[1]
+
+    run = lora.adapt(outputs, alpha=64.0, dropout=0.5)
+    first, second = run(params, kernels, getkey(), jnp.ones((8, 64)))
+    assert {float(v) for v in np.unique(np.stack([first, second]))} == {0.0, 2.0}
+    assert 0.4 < float(jnp.mean(first == second)) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("f", "why"),
+    [
+        (lambda p, x: jax.lax.while_loop(jnp.any, lambda y: y @ p["w"][0], x), "inside of a while loop or branch"),
+        (lambda p, x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ p["w"][0], lambda x: x, x), "while loop or branch"),
+        (lambda p, x: jnp.einsum("ntd,ndk->ntk", jnp.stack([x, x]), p["w"]), "as a stack .other than along a scan"),
+        (lambda p, x: jax.lax.scan(lambda x, w: (x @ w[:, :4], x), x, p["w"])[1], "in parts"),
+    ],
+)
+def test_what_is_no_scan_of_whole_kernels_is_refused(f, why):
+    d_out = 5 if why == "in parts" else 4
+    params, x = {"w": jnp.ones((2, 4, d_out))}, jnp.ones((3, 4))
+    adapters = {"w": {"a": jnp.ones((2, 4, 1)), "b": jnp.ones((2, 1, d_out))}}
+    with pytest.raises(JpruneError, match=f"there is an adapter for 'w', but .*{why}"):
+        lora.adapt(f, alpha=1)(params, adapters, None, x)
