@@ -23,6 +23,9 @@ _SIZES = ("vocab", "d_model", "layers", "heads", "kv_heads", "head_dim", "d_ff",
 class Info(Command):
     """What a model is: family, sizes, zeros and their patterns, and what becomes of every parameter."""
 
+    verify: bool = False
+    """Read every file that jprune wrote, and say which of them is not what it was."""
+
     def run(self) -> Told:
         """Reads every kernel of the blocks once."""
         from jprune import patterns, trees
@@ -31,6 +34,8 @@ class Info(Command):
         from jprune.checkpoints import load
         from jprune.models.config import describe
 
+        if self.verify:
+            _verify(self.model)
         checkpoint = load(self.model)
         found = matmul_kernels(checkpoint)
         rows = []
@@ -65,6 +70,16 @@ class Info(Command):
             "account": [dataclasses.asdict(entry) for entry in account(checkpoint)],
         }
         return Told(result, show=functools.partial(_show, result, sparsity))
+
+
+def _verify(model: str) -> None:
+    """Raises JpruneError if a file of a result is damaged, or if nobody noted what it should be."""
+    from jprune import paths
+    from jprune.checkpoints import record
+    from jprune.errors import JpruneError
+
+    if wrong := record.damaged(paths.real(model)):
+        raise JpruneError(f"{model}: {'; '.join(wrong)} since jprune wrote it. Make it again, or restore a copy")
 
 
 def _show(result: dict[str, Any], sparsity: "Sparsity") -> None:

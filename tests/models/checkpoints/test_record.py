@@ -8,7 +8,9 @@ from jprune.errors import JpruneError
 
 def test_write_and_read(tmp_path):
     record.write(tmp_path, {"recipe": {"method": "wanda"}, "note": "é"})
-    assert record.read(tmp_path) == {"format_version": 1, "recipe": {"method": "wanda"}, "note": "é"}
+    found = record.read(tmp_path)
+    assert (found.pop("files"), type(found.pop("checksum"))) == ({}, int)
+    assert found == {"format_version": 1, "recipe": {"method": "wanda"}, "note": "é"}
 
 
 def test_what_an_editor_makes_of_it_and_names_that_are_no_text(tmp_path):
@@ -19,6 +21,32 @@ def test_what_an_editor_makes_of_it_and_names_that_are_no_text(tmp_path):
     for encoding in ("utf-8-sig", "utf-16"):
         path.write_text(json.dumps({"format_version": 1, "note": "é"}, indent=1), encoding=encoding, newline="\r\n")
         assert record.read(tmp_path)["note"] == "é"
+
+
+def test_every_flipped_bit_is_found_and_named(tmp_path):
+    """Of each file a few, wherever they lie; of the record too, unless it is not JSON any more."""
+    (tmp_path / "params").mkdir()
+    names = ["model.safetensors", "params/data"]
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(range(256)))
+    record.write(tmp_path, {"seconds": 1.5, 3: {10: "a", 9: "b"}, "sizes": (1, 2)})
+    assert record.damaged(tmp_path) == []
+    for name in [*names, "jprune.json"]:
+        whole = (tmp_path / name).read_bytes()
+        for at in range(0, len(whole), 17):
+            (tmp_path / name).write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+            try:
+                assert record.damaged(tmp_path)[0].startswith(f"{name} ") or name == "jprune.json"
+                assert record.damaged(tmp_path)
+            except JpruneError as error:
+                assert name == "jprune.json"
+                assert "jprune.json" in str(error)
+        (tmp_path / name).write_bytes(whole)
+    (tmp_path / "params" / "data").unlink()
+    assert record.damaged(tmp_path) == ["params/data is missing"]
+    (tmp_path / "jprune.json").write_text('{"format_version": 1}')
+    with pytest.raises(JpruneError, match="has no digests of files"):
+        record.damaged(tmp_path)
 
 
 def test_there_is_none(tmp_path):
