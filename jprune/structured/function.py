@@ -103,10 +103,10 @@ def _chosen(groups: Groups, where: trees.Filter | None, believed: bool) -> list[
     safe = [group for group in asked if group.frozen is None and (group.proven or believed)]
     left = [group for group in asked if group not in safe]
     if left and (where is not None or not safe):
-        advice = "" if all(g.frozen for g in left) else "; `believed` takes what is only believed to be safe"
-        raise JpruneError(
-            f"expected groups that are proven to be safe to prune, got {'; '.join(map(str, left[:5]))}{advice}"
-        )
+        left.sort(key=lambda group: group.frozen is not None)
+        more = f"; and {len(left) - 1} more, see jprune.coupled_axes" if len(left) > 1 else ""
+        advice = "" if left[0].frozen else "; `believed` takes what is only believed to be safe"
+        raise JpruneError(f"expected groups that are proven to be safe to prune, got {left[0]}{more}{advice}")
     if not safe:
         raise JpruneError("expected a function with axes of parameters that can shrink, found none")
     if unsure := [group for group in left if group.frozen is None]:
