@@ -170,6 +170,9 @@ def merge(
       alpha: as for `adapt`.
       in_axes: as for `init`; of kernels that are not named the leading axes.
       masks: what is pruned stays zero (see `jprune.apply_masks`): the result then is not quite what was trained.
+
+    Raises:
+      JpruneError: an adapter of no parameter, of other sizes, or of a kernel that is no float and would be rounded.
     """
     leaves = trees.flatten(params)
     said = places.given(() if in_axes is None else in_axes)
@@ -180,6 +183,11 @@ def merge(
         change = delta(a, b, alpha) if place is None else delta(a, b, alpha, place.in_axes, place.batch_axes)
         if change.shape != leaves[path].shape:
             raise JpruneError(f"{path}: the adapter's product is {change.shape}, the kernel {leaves[path].shape}")
+        if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
+            raise JpruneError(
+                f"{path}: expected a kernel in floating point, got {leaves[path].dtype}, to which the result would be "
+                "rounded; merge before it is quantised"
+            )
         wide = jnp.asarray(leaves[path]).astype(jnp.float32) + change.astype(jnp.float32)
         leaves[path] = wide.astype(leaves[path].dtype)
     merged = trees.replace(params, leaves)

@@ -146,6 +146,8 @@ def test_merge_keeps_zeros_and_dtypes(getkey):
     adapters = {"w": {"a": jnp.ones((6, 2)), "b": jnp.ones((2, 4))}}
     merged = lora.merge({"w": w, "norm": jnp.ones(3)}, adapters, alpha=1.0, masks={"w": w != 0})
     assert merged["w"].dtype == jnp.bfloat16
+    with pytest.raises(JpruneError, match="w: expected a kernel in floating point, got int8"):
+        lora.merge({"w": w.astype(jnp.int8)}, adapters, alpha=1.0)
     np.testing.assert_array_equal(merged["w"], jnp.where(w != 0, 2.5, 0).astype(jnp.bfloat16))
     np.testing.assert_array_equal(merged["norm"], 1)
     with pytest.raises(JpruneError, match=r"w: the adapter's product is \(6, 4\), the kernel \(4, 6\)"):
