@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import functools
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -132,6 +133,21 @@ def make_recipe(folder: Path, rng: random.Random) -> None:
         (folder / "recipe.toml").write_bytes(damaged_bytes(text, rng))
 
 
+def make_adapter(folder: Path, rng: random.Random) -> None:
+    _model(folder)
+    shapes = {"A": (2, LLAMA["hidden_size"]), "B": (LLAMA["num_attention_heads"] * LLAMA["head_dim"], 2)}
+    start = "base_model.model.model"
+    pair = {f"{start}.layers.0.self_attn.q_proj.lora_{n}.weight": np.ones(s, np.float32) for n, s in shapes.items()}
+    pair[f"{start}.norm.weight"] = np.ones(LLAMA["hidden_size"], np.float32)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "alpha_pattern": {"q_proj": 3}}
+    data = safetensors(pair, (lambda header: damaged_tree(header, rng)) if rng.random() < 0.4 else lambda h: h)
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_bytes(damaged_json(config, rng))
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(
+        damaged_bytes(data, rng) if rng.random() < 0.2 else data
+    )
+
+
 def make_record(folder: Path, rng: random.Random) -> None:
     _model(folder)
     (folder / "jprune.json").write_bytes(damaged_json(RECORD, rng))
@@ -157,7 +173,8 @@ def make_run(folder: Path, rng: random.Random) -> None:
 def use_checkpoint(folder: Path) -> None:
     from jprune.checkpoints import load
 
-    checkpoint = load(folder / "model.gguf" if (folder / "model.gguf").exists() else folder)
+    adapter = folder / "adapter" if (folder / "adapter").exists() else None
+    checkpoint = load(folder / "model.gguf" if (folder / "model.gguf").exists() else folder, adapter=adapter)
     checkpoint.described()
     for path in checkpoint.shapes:
         checkpoint.read(path)
@@ -236,6 +253,7 @@ KINDS: dict[str, tuple[Make, Callable[[Path], None]]] = {
     "index": (make_index, use_checkpoint),
     "config": (make_config, use_config),
     "gguf": (make_gguf, use_checkpoint),
+    "adapter": (make_adapter, use_checkpoint),
     "tokenizer": (make_tokenizer, use_tokenizer),
     "texts": (make_texts, use_texts),
     "recipe": (make_recipe, use_recipe),
@@ -315,6 +333,7 @@ def work(number: int, kinds: list[str], seed: int, until: float, inputs: int, fo
     import jprune.cli  # noqa: F401
     from jprune.checkpoints import load  # noqa: F401
 
+    logging.disable()  # stderr is a file of each input, and closed after it
     _unwatched_first(kinds, scratch)
     sys.addaudithook(_watch)
     weights = [1 if kind in COMMANDS else 20 for kind in kinds]

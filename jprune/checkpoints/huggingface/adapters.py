@@ -154,8 +154,10 @@ def _added(
 
 def _alpha(config: Mapping[str, Any], module: str, folder: Path) -> float:
     """The adapter's alpha for a module: `alpha_pattern` may have another for some."""
-    alpha = config.get("lora_alpha")
-    for pattern, own in (config.get("alpha_pattern") or {}).items():
+    alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise JpruneError(f"{folder / CONFIG}: alpha_pattern must be an object, got {patterns!r:.80}")
+    for pattern, own in patterns.items():
         if not re.fullmatch(r"[\w.]+", pattern):  # PEFT takes them as regular expressions; a file's may run for ever
             raise JpruneError(f"{folder / CONFIG}: alpha_pattern {pattern!r} is more than a name. Merge it with PEFT")
         if f".{module}".endswith(f".{pattern}"):

@@ -118,6 +118,7 @@ def test_kernels_that_are_stored_with_their_inputs_first(tmp_path, adapter, rng)
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"lora_alpha": None}, "lora_alpha"),
         ({"alpha_pattern": {"(a+)+b": 1}}, "alpha_pattern"),
+        ({"alpha_pattern": [1]}, "alpha_pattern must be an object"),
     ],
 )
 def test_what_is_no_plain_lora(folder, adapter, config, words):
