@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jprune.checkpoints import load
+from jprune.checkpoints import formats, load
 from jprune.errors import JpruneError
 from jprune.models import families
 
@@ -37,6 +37,16 @@ def same_as_transformers(folder):
         want = entry.read(*(theirs[key] for key in entry.keys))
         np.testing.assert_array_equal(checkpoint.read(path).astype(np.float32), want, err_msg=path)
     return checkpoint
+
+
+def written_again(checkpoint, out):
+    """What we write of it is for transformers what it is for us."""
+    out.mkdir()
+    formats.write(out, checkpoint)
+    again = same_as_transformers(out)
+    assert again.config == checkpoint.config
+    for path in checkpoint.shapes:
+        np.testing.assert_array_equal(again.read(path), checkpoint.read(path))
 
 
 def refused(folder, *words):
@@ -88,6 +98,11 @@ def test_config_may_name_the_file(both, tiny, caplog, named):
     same_as_transformers(change(both, transformers_weights=named))
     assert f"{named} was read, as config.json says" in caplog.text
     same_as_transformers(change(both, transformers_weights=None))
+
+
+def test_a_result_names_no_file_of_its_source(folder, tmp_path):
+    (folder / WHOLE).rename(folder / "other.safetensors")
+    written_again(load(change(folder, transformers_weights="other.safetensors")), tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["../a.safetensors", "/a.safetensors", "a/b.safetensors", 3, "a\0.safetensors"])
@@ -148,7 +163,7 @@ def test_only_the_head_of_a_tied_model(tiny, tmp_path):
     config = tiny.config(tied=True)
     tensors = tiny.tensors(config)
     head = {"lm_head.weight": tensors.pop("model.embed_tokens.weight")}
-    same_as_transformers(tiny.write(tmp_path / "in", config, tensors | head))
+    written_again(same_as_transformers(tiny.write(tmp_path / "in", config, tensors | head)), tmp_path / "out")
 
 
 def test_the_head_of_a_tied_model_may_be_another(tiny, tmp_path, caplog):
@@ -162,6 +177,7 @@ def test_the_head_of_a_tied_model_may_be_another(tiny, tmp_path, caplog):
     assert not checkpoint.config.tied
     assert checkpoint.hf_config["tie_word_embeddings"] is False
     assert "they are not tied, as in transformers" in caplog.text
+    written_again(checkpoint, tmp_path / "out")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -184,6 +200,7 @@ def test_names_that_share_a_tensor(tiny, tmp_path, tied):
     np.testing.assert_array_equal(checkpoint.read("embed/embedding"), expected.read("embed/embedding"))
     np.testing.assert_array_equal(checkpoint.read("blocks/1/mlp/up/kernel"), expected.read("blocks/0/mlp/up/kernel"))
     assert ("head/kernel" in checkpoint.shapes) == (not tied)
+    written_again(checkpoint, tmp_path / "out")
 
 
 # Names of tensors and classes
