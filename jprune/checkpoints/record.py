@@ -1,4 +1,4 @@
-"""jprune.json: what was done to a model, beside the result, and what the files of the result were when it was written."""
+"""jprune.json: what was done to a model, beside the result, and what its files were when it was written."""
 
 import hashlib
 import json

@@ -23,6 +23,13 @@ def test_what_an_editor_makes_of_it_and_names_that_are_no_text(tmp_path):
         assert record.read(tmp_path)["note"] == "é"
 
 
+def said(folder):
+    try:
+        return record.damaged(folder)
+    except JpruneError as error:  # it is no JSON any more
+        return [str(error)]
+
+
 def test_every_flipped_bit_is_found_and_named(tmp_path):
     """Of each file a few, wherever they lie; of the record too, unless it is not JSON any more."""
     (tmp_path / "params").mkdir()
@@ -35,12 +42,7 @@ def test_every_flipped_bit_is_found_and_named(tmp_path):
         whole = (tmp_path / name).read_bytes()
         for at in range(0, len(whole), 17):
             (tmp_path / name).write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
-            try:
-                assert record.damaged(tmp_path)[0].startswith(f"{name} ") or name == "jprune.json"
-                assert record.damaged(tmp_path)
-            except JpruneError as error:
-                assert name == "jprune.json"
-                assert "jprune.json" in str(error)
+            assert any(name in line for line in said(tmp_path)), at
         (tmp_path / name).write_bytes(whole)
     (tmp_path / "params" / "data").unlink()
     assert record.damaged(tmp_path) == ["params/data is missing"]
