@@ -223,7 +223,7 @@ def _stored(header: gguf_header.Header, tensor: gguf_header.Tensor, heads: dict[
         )
     part = tensor.name.split(".")[-2] if tensor.name.startswith("blk.") else ""
     count = heads.get(part)
-    if count is not None and tensor.shape[0] % (2 * count):
+    if count is not None and (count < 1 or tensor.shape[0] % (2 * count)):
         raise JpruneError(
             f"{header.path}: {tensor.shape[0]} rows of {tensor.name!r} are not {count} heads of an even size"
         )

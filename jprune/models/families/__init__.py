@@ -93,7 +93,7 @@ def config(hf_config: Mapping[str, Any]) -> DecoderConfig:
         return family.config(name, hf)
     except JpruneError:
         raise
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise JpruneError(f"config.json does not describe a {name}: {error}") from error
 
 
