@@ -62,7 +62,12 @@ def test_jax_arrays_of_another_dtype(folder, tmp_path):
 
 def test_the_record_lies_beside_it(folder, tmp_path):
     out = save(load(folder), tmp_path / "orbax")
-    assert record.read(out) == {"format_version": 1, "recipe": {"method": "none"}}
+    contents = record.read(out)
+    assert {key: contents[key] for key in ("format_version", "recipe")} == {
+        "format_version": 1,
+        "recipe": {"method": "none"},
+    }
+    assert record.damaged(out) == []
 
 
 def test_fingerprints_tell_weights_apart(folder, tmp_path):
