@@ -1,7 +1,10 @@
 """Causal grouped-query attention, with or without a cache of earlier keys and values.
 
 Scores are computed a chunk of queries at a time: keys that a chunk cannot see (later ones, or earlier than its window)
-are never touched, which halves the work of a full sequence, and only one chunk's scores are alive.
+are never touched, which halves the work of a full sequence, and only one chunk's scores are alive. On a CPU one
+key/value head of one sequence is taken at a time: its products are of two-dimensional arrays, which XLA multiplies at
+the machine's speed (of batches of small ones it does not), its scores stay in the cache, and the backward pass computes
+them again instead of keeping those of all heads.
 """
 
 import math
@@ -13,10 +16,11 @@ import jax.numpy as jnp
 
 from jprune.annotations import Array, DTypeLike, Float, Int
 
-# Queries at a time, and how many chunks at most (each is traced and compiled by itself). One layer of SmolLM2-135M over
-# 2 x 2048 tokens on 2 CPU cores took 0.27, 0.28, 0.33, 0.75 s with chunks of 128, 256, 512 and 2048.
-CHUNK = 256
+# Queries at a time, and how many different chunks at most (each is traced and compiled by itself).
+CHUNK = 128
 MAX_CHUNKS = 16
+LONG = 128
+"""Queries from which a CPU takes one head at a time; below that the products are small either way."""
 
 
 class Cache(NamedTuple):
@@ -69,19 +73,107 @@ def attend(
     batch, time, heads, head_dim = q.shape
     q = q.reshape(batch, time, k.shape[2], heads // k.shape[2], head_dim)
     scale = head_dim**-0.5 if scale is None else scale
-    if isinstance(start, int):
+    if not isinstance(start, int):
+        out = _attend(q, k, v, start, window, scale, cap, slopes)
+    elif time >= LONG and jax.default_backend() == "cpu":
+        out = _by_head(q, k, v, start, window, scale, cap, slopes)
+    else:
         size = max(CHUNK, -(-time // MAX_CHUNKS))
         chunks = []
         for first in range(0, time, size):
             last = min(first + size, time)
-            low = 0 if window is None else max(start + first - window + 1, 0)
+            low = _first_seen(start + first, window)
             seen = slice(low, start + last)
             part = q[:, first:last], k[:, seen], v[:, seen]
             chunks.append(_attend(*part, start + first - low, window, scale, cap, slopes))
         out = jnp.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
-    else:
-        out = _attend(q, k, v, start, window, scale, cap, slopes)
     return out.reshape(batch, time, heads, v.shape[3])
+
+
+def _first_seen(query: int, window: int | None) -> int:
+    """The earliest key that a query sees."""
+    return 0 if window is None else max(query - window + 1, 0)
+
+
+def _by_head(
+    q: Float[Array, "B T K G D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    start: int,
+    window: int | None,
+    scale: float,
+    cap: float | None,
+    slopes: Sequence[float] | None,
+) -> Float[Array, "B T K G D"]:
+    """One sequence and key/value head after the other."""
+    batch, time, kv_heads, group, _ = q.shape
+    falls = jnp.zeros((kv_heads, group)) if slopes is None else jnp.asarray(slopes, jnp.float32).reshape(kv_heads, -1)
+
+    @jax.checkpoint
+    def one(operands: tuple[Array, ...]) -> Array:
+        queries, keys, values, fall = operands
+        # Different lengths of keys for at most MAX_CHUNKS segments; within a long one, chunks that all see its keys.
+        segment = CHUNK * -(-time // (CHUNK * MAX_CHUNKS))
+        done = []
+        for first in range(0, time, segment):
+            last = min(first + segment, time)
+            low = _first_seen(start + first, window)
+            seen = keys[low : start + last], values[low : start + last]
+
+            def rows(part: tuple[Array, Array], seen: tuple[Array, Array] = seen) -> Array:
+                chunk, at = part
+                return _rows(chunk, *seen, None if slopes is None else fall, at, window, scale, cap)
+
+            whole = (last - first) // CHUNK * CHUNK
+            at = start + first - low
+            if whole > CHUNK:
+                chunks = queries[first : first + whole].reshape(-1, CHUNK, *queries.shape[1:])
+                several = jax.lax.map(rows, (chunks, at + CHUNK * jnp.arange(len(chunks))))
+                done.append(several.reshape(whole, *several.shape[2:]))
+            else:
+                whole = 0
+            if first + whole < last:
+                done.append(rows((queries[first + whole : last], jnp.asarray(at + whole))))
+        return jnp.concatenate(done)
+
+    out = jax.lax.map(
+        one,
+        (
+            q.swapaxes(1, 2).reshape(-1, time, group, q.shape[-1]),
+            k.swapaxes(1, 2).reshape(-1, *k.shape[1::2]),
+            v.swapaxes(1, 2).reshape(-1, *v.shape[1::2]),
+            jnp.tile(falls, (batch, 1)),
+        ),
+    )
+    return out.reshape(batch, kv_heads, time, group, -1).swapaxes(1, 2)
+
+
+def _rows(
+    q: Float[Array, "T G D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S E"],
+    fall: Float[Array, "G"] | None,
+    start: Int[Array, ""],
+    window: int | None,
+    scale: float,
+    cap: float | None,
+) -> Float[Array, "T G E"]:
+    """The queries of one key/value head, as rows of a matrix; query t stands at key `start + t`."""
+    time, group, head_dim = q.shape
+    scores = jnp.matmul(q.reshape(-1, head_dim), k.T, preferred_element_type=jnp.float32) * scale
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    ago = start + jnp.arange(time * group)[:, None] // group - jnp.arange(len(k))  # [T G, S]
+    if fall is not None:
+        scores -= jnp.tile(fall, time)[:, None] * ago.astype(jnp.float32)
+    visible = ago >= 0
+    if window is not None:
+        visible &= ago < window
+    scores = jnp.where(visible, scores, -jnp.inf)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    sums = weights.sum(axis=-1, keepdims=True)
+    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / sums
+    return out.astype(v.dtype).reshape(time, group, -1)
 
 
 def _attend(

@@ -8,7 +8,13 @@ import pytest
 from jprune.models import attention
 
 
-def reference(q, k, v, start, window):
+@pytest.fixture(params=["heads together", "one head at a time"])
+def road(request, monkeypatch):
+    """Both ways that sums are laid out, whatever the length."""
+    monkeypatch.setattr(attention, "LONG", 1 if request.param == "one head at a time" else 10**9)
+
+
+def reference(q, k, v, start, window, cap=None, slopes=None):
     """One query, one head at a time, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     (batch, time, heads, head_dim), kv_heads = q.shape, k.shape[2]
@@ -20,6 +26,10 @@ def reference(q, k, v, start, window):
                 shared = h // (heads // kv_heads)
                 keys = k[b, low : start + t + 1, shared]
                 scores = keys @ q[b, t, h] / np.sqrt(head_dim)
+                if cap is not None:
+                    scores = cap * np.tanh(scores / cap)
+                if slopes is not None:
+                    scores -= slopes[h] * np.arange(len(scores))[::-1]
                 weights = np.exp(scores - scores.max())
                 out[b, t, h] = weights / weights.sum() @ v[b, low : start + t + 1, shared]
     return out
@@ -30,27 +40,61 @@ def random_qkv(rng, *, time, keys, heads=4, kv_heads=2, head_dim=6):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 8, 100])
-@pytest.mark.parametrize("traced_start", [False, True])
-@pytest.mark.parametrize(("start", "keys"), [(0, 19), (5, 24), (5, 30)])
-def test_is_softmax_over_what_is_visible(rng, monkeypatch, window, traced_start, start, keys):
+@pytest.mark.parametrize("window", [None, 1, 8])
+@pytest.mark.parametrize(("start", "keys"), [(0, 19), (5, 30)])
+def test_is_softmax_over_what_is_visible(rng, road, monkeypatch, window, start, keys):
     monkeypatch.setattr(attention, "CHUNK", 8)  # 19 queries: two whole chunks and a rest
     q, k, v = random_qkv(rng, time=19, keys=keys)
-    if traced_start:
-        ours = jax.jit(lambda at: attention.attend(q, k, v, start=at, window=window))(start)
-    else:
-        ours = jax.jit(lambda: attention.attend(q, k, v, start=start, window=window))()
+    ours = jax.jit(lambda: attention.attend(q, k, v, start=start, window=window))()
     np.testing.assert_allclose(ours, reference(q, k, v, start, window), atol=2e-6)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 1), (6, 2), (6, 3), (6, 6)])
-def test_query_heads_share_key_heads_in_order(rng, heads, kv_heads):
+@pytest.mark.parametrize("window", [None, 3, 100])
+def test_a_start_that_is_not_known_while_tracing(rng, window):
+    q, k, v = random_qkv(rng, time=19, keys=30)
+    ours = jax.jit(lambda at: attention.attend(q, k, v, start=at, window=window))
+    for start in (0, 5):
+        np.testing.assert_allclose(ours(start), reference(q, k, v, start, window), atol=2e-6)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 1), (6, 2), (6, 6)])
+def test_query_heads_share_key_heads_in_order(rng, road, heads, kv_heads):
     q, k, v = random_qkv(rng, time=5, keys=5, heads=heads, kv_heads=kv_heads)
-    ours = attention.attend(q, k, v)
+    ours = jax.jit(attention.attend)(q, k, v)
     np.testing.assert_allclose(ours, reference(q, k, v, 0, None), atol=2e-6)
 
 
-def test_number_of_chunks_is_bounded(rng, monkeypatch):
+@pytest.mark.parametrize(("cap", "slopes"), [(2.0, None), (None, (0.5, 0.25, 0.1, 0.0))])
+def test_caps_and_slopes(rng, road, monkeypatch, cap, slopes):
+    monkeypatch.setattr(attention, "CHUNK", 8)
+    q, k, v = random_qkv(rng, time=19, keys=22)
+    ours = jax.jit(lambda *x: attention.attend(*x, start=3, window=9, cap=cap, slopes=slopes))(q, k, v)
+    np.testing.assert_allclose(ours, reference(q, k, v, 3, 9, cap, slopes), atol=2e-6)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_long_sequences_have_few_programs_and_the_same_sums(rng, monkeypatch, most):
+    """Segments of several chunks, and a rest; gradients too, against those of the other way."""
+    monkeypatch.setattr(attention, "CHUNK", 4)
+    monkeypatch.setattr(attention, "MAX_CHUNKS", most)
+    q, k, v = random_qkv(rng, time=30, keys=30)
+
+    def results(long):
+        monkeypatch.setattr(attention, "LONG", long)
+
+        def f(*x):
+            out = attention.attend(*x, window=21, cap=5.0, slopes=(0.5, 0.25, 0.1, 0.0))
+            return jnp.sum(jnp.sin(out)), out
+
+        (_, out), gradients = jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(q, k, v)
+        return out, *gradients
+
+    for ours, theirs in zip(results(1), results(10**9), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+    np.testing.assert_allclose(results(1)[0], reference(q, k, v, 0, 21, 5.0, (0.5, 0.25, 0.1, 0.0)), atol=2e-6)
+
+
+def test_number_of_chunks_is_bounded(rng, road, monkeypatch):
     monkeypatch.setattr(attention, "CHUNK", 1)
     q, k, v = random_qkv(rng, time=50, keys=50)
     products = str(jax.make_jaxpr(attention.attend)(q, k, v)).count("dot_general")
