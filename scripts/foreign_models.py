@@ -8,6 +8,10 @@ is pruned by SparseGPT. Two things are checked that the trace does not know of:
 
     read     a leaf is never read if, and only if, the output stays the same where the leaf is changed
     error    SparseGPT changes the output less than the same share of the smallest weights does
+
+Where a library reads Hugging Face folders, a small Llama goes there, is pruned there to 2:4, and comes back as such a
+folder. jprune's own decoder, which knows nothing of the library, reads both folders: its logits are the library's,
+before and after, and the zeros lie in the folder as the pattern wants them.
 """
 
 import argparse
@@ -34,6 +38,8 @@ LIBRARIES = {
     "maxtext": ("maxtext_decoder",),
 }
 """What is installed, and the models that are made of it."""
+ROUND_TRIPS = {"google-tunix": "tunix_round_trip", "maxtext": "maxtext_round_trip"}
+"""Of those the ones that a Hugging Face folder goes to and comes back from."""
 NEEDS = {
     "transformers<5": ("flax",),
     "torchax==0.0.13": ("torch==2.13.0", "transformers"),
@@ -91,12 +97,15 @@ def main() -> None:
                 continue
             python = environment(folder, library)
             for model in LIBRARIES[library]:
-                found.append(account(python, library, model))
+                found.append(said(python, "account", library, model))
                 tell(found[-1])
+            if library in ROUND_TRIPS:
+                found.append(said(python, "round_trip", library, ROUND_TRIPS[library]))
+                tell_trip(found[-1])
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
     if any(a["misses"] for a in found):
-        raise SystemExit("parameters without an account; see misses")
+        raise SystemExit("parameters without an account, or a round trip that loses something; see misses")
 
 
 ROW = "{:20} {:22} {:>10} {:>9} {:>7} {:>8} {:>11} {:>14}  {}"
@@ -110,6 +119,15 @@ def tell(a: dict[str, Any]) -> None:
     for reason in a["reasons"]:
         print(f"    skipped: {reason}")
     sys.stdout.flush()
+
+
+def tell_trip(a: dict[str, Any]) -> None:
+    """A line about a way to a library and back: the largest differences, and the zeros that came back."""
+    differences = f"values {a['values']:.1e}, logits {a['dense']:.1e}, pruned {a['pruned']:.1e}"
+    zeros = f"zeros {a['zeros']} of {a['masked']}"
+    print(
+        f"{a['round_trip']:20} {a['version']:22} {differences}; {zeros}  {', '.join(a['misses']) or 'none'}", flush=True
+    )
 
 
 def environment(folder: Path, library: str) -> Path:
@@ -129,10 +147,10 @@ def package(library: str) -> str:
     return re.split("[<=]", library)[0]
 
 
-def account(python: Path, library: str, model: str) -> dict[str, Any]:
-    """What a model's own environment says of it."""
-    program = [python, ROOT / "scripts/foreign/account.py", model, package(library)]
-    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True)
+def said(python: Path, program: str, library: str, model: str) -> dict[str, Any]:
+    """What one of the programs in scripts/foreign says of a model, in the model's own environment."""
+    command = [python, ROOT / f"scripts/foreign/{program}.py", model, package(library)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,5 +1,6 @@
 """MaxText's own decoder, small: a scan over layers that lie on axis 1, with boxes around its parameters."""
 
+import functools
 import tempfile
 
 import jax
@@ -33,8 +34,13 @@ RUN = {
 }
 
 
-def made():
-    config = pyconfig.initialize(["", f"{MAXTEXT_CONFIGS_DIR}/base.yml"], **SIZES, **RUN)
+@functools.cache
+def configured(**more):
+    return pyconfig.initialize(["", f"{MAXTEXT_CONFIGS_DIR}/base.yml"], **{**SIZES, **RUN, **more})
+
+
+def made(config=None):
+    config = config or configured()
     model = transformer_as_linen(config, Mesh(create_device_mesh(config), config.mesh_axes), quant=None)
     tokens = jax.random.randint(jax.random.key(1), (8, 16), 0, 64)
     positions = jnp.broadcast_to(jnp.arange(16), (8, 16))
