@@ -267,10 +267,10 @@ def encode_documents(
     for text in texts:
         if not text:
             continue
-        ids = tokenizer.encode(text, add_special_tokens=True)
-        if eos_id is not None and ids[-1:] != [eos_id]:
-            ids = [*ids, eos_id]
-        parts.append(np.array(ids, dtype=np.int32))
+        ids = np.array(tokenizer.encode(text, add_special_tokens=True), np.int32)
+        if eos_id is not None and ids[-1:].tolist() != [eos_id]:
+            ids = np.append(ids, np.int32(eos_id))
+        parts.append(ids)
         count += len(ids)
         if at_most is not None and count >= at_most:
             break

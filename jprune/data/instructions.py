@@ -13,7 +13,7 @@ share a window.
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -170,13 +170,13 @@ def _encode(record: Record, form: Format) -> tuple[np.ndarray, np.ndarray, int]:
     skipped = 0
     if kind(record) == "alpaca":
         prompt, answer = alpaca(record)
-        ids = form.tokenizer.encode(prompt + answer, add_special_tokens=True)
+        ids = list(form.tokenizer.encode(prompt + answer, add_special_tokens=True))
         if form.eos_id is not None and ids[-1:] != [form.eos_id]:
             ids = [*ids, form.eos_id]
         spans = [(_common(ids, form.tokenizer.encode(prompt, add_special_tokens=True)), len(ids))]
     elif kind(record) == "messages":
         text, places, skipped = conversation(record, form.template)
-        ids = form.tokenizer.encode(text, add_special_tokens=False)
+        ids = list(form.tokenizer.encode(text, add_special_tokens=False))
 
         def token(place: int) -> int:
             return _common(ids, form.tokenizer.encode(text[:place], add_special_tokens=False))
@@ -243,7 +243,7 @@ def _messages(where: str, messages: Any) -> list[Mapping[str, Any]]:
     return messages
 
 
-def _common(left: list[int], right: list[int]) -> int:
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
     """How many tokens two lists have in common at their beginnings."""
     return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))
 

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import logging
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -36,7 +37,7 @@ DEFAULT_LENGTH = 2048
 class Tokenizer(Protocol):
     """What is needed of a tokenizer."""
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool) -> Sequence[int]:
         """The token ids of `text`, with a BOS where the tokenizer adds one."""
         ...
 
