@@ -421,7 +421,7 @@ def hunt(options: argparse.Namespace) -> int:
 
     def begin(number: int) -> None:
         words = (number, options.kinds.split(","), options.seed, until, each, options.found, told)
-        running[number] = context.Process(target=work, args=words)
+        running[number] = context.Process(target=work, args=words, daemon=True)
         running[number].start()
 
     for number in range(options.processes):
