@@ -361,7 +361,7 @@ def test_output_that_cannot_be_written(tmp_path, recipe, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(JpruneError, match=r"`out` .* cannot be made in .*file: it is a file"):
         prune_model(**recipe, out=tmp_path / "file" / "out")
-    with pytest.raises(JpruneError, match=r"file/run.* cannot be|`run` .* it is a file"):
+    with pytest.raises(JpruneError, match="file/run cannot be written"):
         prune_model(**recipe, out=tmp_path / "out", run=tmp_path / "file" / "run")
 
     def refuse(path, *args, **kwargs):

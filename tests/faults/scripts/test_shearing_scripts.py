@@ -1,8 +1,10 @@
-"""Shearing's scripts: the published recipes fit the published sizes, and a step for a 7B source compiles without a
-weight in memory."""
+"""Shearing's scripts: the published recipes fit the published sizes, a step for a 7B source compiles without a weight in
+memory, and the comparison behind docs/results.md has every row."""
 
 import json
 import pathlib
+import subprocess
+import sys
 import tomllib
 
 import jax
@@ -93,3 +95,28 @@ def test_published_sizes(tmp_path):
     plan = plan_shearing(tmp_path, method=Shearing(target="layers=24,hidden=2048,heads=16,intermediate=5504"))
     assert plan.parameters == (6_738_415_616, 1_345_423_360)
     assert plan.sizes == ({"d_model": 2048, "heads": 16, "kv_heads": 16, "d_ff": 5504},) * 24
+
+
+def test_the_comparison(tiny_model, token_file, tmp_path):
+    words = ["--model", tiny_model(), "--data", token_file(16, 12), "--text", token_file(2, 12, seed=1)]
+    words += ["--target", "layers=2,hidden=28,heads=2,intermediate=48"]
+    words += ["--evaluate-length", "12", "--windows", "2", "--steps", "3", "--train-steps", "2", "--length", "12"]
+    out = tmp_path / "rows.json"
+    words += ["--work", tmp_path / "work", "--out", out]
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "reproduce_shearing.py", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == [
+        "dense", "shearing, mask phase", "shearing", "llm-pruner, not trained", "llm-pruner",
+        "random weights, not trained", "random weights",
+    ]  # fmt: skip
+    assert rows["shearing"]["tokens"] == rows["llm-pruner"]["tokens"] == rows["random weights"]["tokens"] == 5 * 2 * 12
+    small = load(tmp_path / "work" / "sheared").config
+    assert (small.layers, small.d_model, small.heads, small.kv_heads, small.d_ff) == (2, 28, 2, 1, 48)
+    assert rows["llm-pruner"]["parameters"]["after"] <= rows["shearing"]["parameters"]["after"]
+    assert all(np.isfinite(row["perplexity"]) for row in rows.values())
