@@ -1,5 +1,5 @@
-"""Shearing's scripts: the published recipes fit the published sizes, a step for a 7B source compiles without a weight in
-memory, and the comparison behind docs/results.md has every row."""
+"""Shearing's scripts: the published recipes fit the published sizes, a step for a 7B source compiles without a weight
+in memory, and the comparison behind docs/results.md has every row."""
 
 import json
 import pathlib
