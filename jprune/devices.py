@@ -66,6 +66,13 @@ def batch(mesh: Mesh, rows: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA)) if rows % mesh.shape[DATA] == 0 else replicated(mesh)
 
 
+def spread(args: Any, mesh: Mesh | None) -> Any:
+    """A pytree with its arrays shared out along their first axis (`batch`); as it is where there is no mesh."""
+    if mesh is None:
+        return args
+    return jax.tree.map(lambda x: jax.device_put(x, batch(mesh, len(x))) if getattr(x, "shape", ()) else x, args)
+
+
 def parts(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays with one row for every device."""
     return NamedSharding(mesh, PartitionSpec((DATA, MODEL)))

@@ -118,12 +118,7 @@ class _Source:
         for args, weights in pairs:
             if args is missing or weights is missing:
                 raise JpruneError("expected weights for each batch, got more of the one than of the other")
-            yield jax.tree.map(self._placed, tuple(args)), weights
-
-    def _placed(self, x: Any) -> Any:
-        if self.mesh is None or not getattr(x, "shape", ()):
-            return x
-        return jax.device_put(x, devices.batch(self.mesh, len(x)))
+            yield devices.spread(tuple(args), self.mesh), weights
 
 
 def _observed(f: Callable, params: PyTree, source: _Source, statistic: type[Any], where: Any) -> Observed:

@@ -5,15 +5,17 @@ everything that goes with a unit, and loses its least important units.
 """
 
 import functools
+import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jprune import trees
+from jprune import devices, trees
 from jprune.annotations import Int
 from jprune.errors import JpruneError
 from jprune.structured import importance, selection
@@ -44,14 +46,16 @@ def shrink_function(
     numbers: Numbers | None = None,
     round_to: int = 1,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> tuple[PyTree, dict[str, Int[np.ndarray, "units"]]]:
     """Removes the least important units of a function's coupled groups.
 
     Args:
       f: any traceable function of (params, *args) that computes with the sizes of its arrays.
       params: its parameters.
-      batches: argument tuples; the first is traced, and the loss is that of all. Criteria go by the mean gradient over
-        the batches and by the mean of the batches' squared gradients, so an example a batch is what the authors have.
+      batches: argument tuples, taken one by one; the first is traced, and the loss is that of all. Criteria go by the
+        mean gradient over the batches and by the mean of the batches' squared gradients, so an example a batch is what
+        the authors have.
       target: how small: a share of the units of each group, or a size of all parameters.
       loss: a number, of the arguments of f; f itself if None. Criteria that go by weights alone need none.
       criterion: how important a unit is, as for `LLMPruner`.
@@ -60,6 +64,7 @@ def shrink_function(
       numbers: what numbers in f come from, as for `coupled_axes`.
       round_to: makes what stays of a group a multiple of it, where units are one channel wide.
       seed: of the criterion "random".
+      mesh: devices that share each batch, along its first axis; JAX's default device if None.
 
     Returns:
       The smaller parameters, and which units stay of each group, by its name; `Groups.keep` makes of these what
@@ -69,12 +74,12 @@ def shrink_function(
       JpruneError: there is no batch; no group is safe, or one that `where` finds is not; the loss is no number; what
         the target asks for cannot be had.
     """
-    batches = list(batches)
-    if not batches:
+    stream = iter(batches)
+    if (beginning := next(stream, None)) is None:
         raise JpruneError("expected at least one batch, got none")
+    first = tuple(beginning)
     if criterion != "random" and criterion not in CRITERIA:
         raise JpruneError(f"expected a criterion out of {', '.join([*CRITERIA, 'random'])}, got {criterion!r}")
-    first = tuple(batches[0])
     groups = coupled_axes(f, params, *first, numbers=numbers)
     chosen = _chosen(groups, where, believed)
     shapes = {path: tuple(leaf.shape) for path, leaf in trees.flatten(params).items()}
@@ -83,7 +88,8 @@ def shrink_function(
     for m in whole:
         in_axes.setdefault(m.path, m.in_axes)
     units = [_units(group, shapes, in_axes) for group in chosen]
-    scores = _scores(units, params, batches, loss or f, criterion, seed)
+    every = (devices.spread(tuple(args), mesh) for args in itertools.chain([first], stream))
+    scores = _scores(units, params, every, loss or f, criterion, seed)
 
     def choose(ratio: float) -> selection.Kept:
         return selection.select(units, scores, ratio, round_to=round_to)
@@ -132,7 +138,7 @@ def _units(group: Group, shapes: Mapping[str, tuple[int, ...]], in_axes: Mapping
 def _scores(
     units: Sequence[Units],
     params: PyTree,
-    batches: Sequence[Sequence[PyTree]],
+    batches: Iterator[tuple[PyTree, ...]],
     loss: Callable[..., Any],
     criterion: Criterion | Literal["random"],
     seed: int,
@@ -154,14 +160,15 @@ def _scores(
 
 
 def _gradients(
-    loss: Callable[..., Any], params: PyTree, needed: Gradients, batches: Sequence[Sequence[PyTree]]
+    loss: Callable[..., Any], params: PyTree, needed: Gradients, batches: Iterator[tuple[PyTree, ...]]
 ) -> tuple[Gradients, Gradients]:
     """The gradient of the mean loss, and the mean of the batches' squared gradients, in float32, by path."""
 
     def value(needed: Gradients, args: Sequence[PyTree]) -> Any:
         return loss(trees.replace(params, {**trees.flatten(params), **needed}), *args)
 
-    shape = jax.eval_shape(functools.partial(value, needed), tuple(batches[0]))
+    first = next(batches)
+    shape = jax.eval_shape(functools.partial(value, needed), first)
     if getattr(shape, "shape", None) != ():
         raise JpruneError(
             f"expected a loss that is one number, got {jax.tree.map(lambda x: x.shape, shape)}; give `loss`, or a "
@@ -170,17 +177,15 @@ def _gradients(
 
     @jax.jit
     def add(sums: tuple[Gradients, Gradients], args: Sequence[PyTree]) -> tuple[Gradients, Gradients]:
-        found = jax.tree.map(lambda g: g.astype(jnp.float32) / len(batches), jax.grad(value)(needed, args))
-        return (
-            jax.tree.map(jnp.add, sums[0], found),
-            jax.tree.map(lambda s, g: s + g * g * len(batches), sums[1], found),
-        )
+        found = jax.tree.map(lambda g: g.astype(jnp.float32), jax.grad(value)(needed, args))
+        return jax.tree.map(jnp.add, sums[0], found), jax.tree.map(lambda s, g: s + g * g, sums[1], found)
 
     zeros = {path: jnp.zeros(leaf.shape, jnp.float32) for path, leaf in needed.items()}
-    sums = (zeros, zeros)
-    for args in batches:
-        sums = add(sums, tuple(args))
-    return sums
+    sums, count = (zeros, zeros), 0
+    for args in itertools.chain([first], batches):
+        sums, count = add(sums, args), count + 1
+    gradients, squares = jax.tree.map(lambda total: total / count, sums)
+    return gradients, squares
 
 
 __all__ = ["shrink_function"]

@@ -55,6 +55,26 @@ def test_smaller_is_masked(rng):
     np.testing.assert_array_equal(kept[CHANNELS], np.sort(np.argsort(channels)[6:]))
 
 
+def test_devices_share_batches_that_come_one_by_one(rng):
+    """A generator is enough; four devices and one keep the same units."""
+    from jprune import devices
+
+    params, _ = drawn(rng)
+    batches = [(jnp.asarray(rng.standard_normal((8, 8)), jnp.float32),) for _ in range(3)]
+    options = {"target": Target(units=0.5), "loss": loss, "criterion": "param_mix", "where": ["down"]}
+    _, one = jprune.shrink_function(network, params, batches, **options)
+    taken = []
+
+    def told():
+        for batch in batches:
+            taken.append(len(taken))
+            yield batch
+
+    _, four = jprune.shrink_function(network, params, told(), mesh=devices.make_mesh(devices=jax.devices()), **options)
+    assert taken == [0, 1, 2]
+    np.testing.assert_array_equal(one[CHANNELS], four[CHANNELS])
+
+
 def test_weights_alone_and_a_size(rng):
     params, batches = drawn(rng)
     whole = sum(x.size for x in jax.tree.leaves(params))
