@@ -1,7 +1,7 @@
 """Causal grouped-query attention, with or without a cache of earlier keys and values.
 
 Scores are computed a chunk of queries at a time: keys that a chunk cannot see (later ones, or earlier than its window)
-are never touched, which halves the work of a full sequence, and only one chunk's scores are alive. On a CPU one
+are never touched, which halves the work of a full sequence, and only one chunk's scores are alive. On one CPU one
 key/value head of one sequence is taken at a time: its products are of two-dimensional arrays, which XLA multiplies at
 the machine's speed (of batches of small ones it does not), its scores stay in the cache, and the backward pass computes
 them again instead of keeping those of all heads.
@@ -75,7 +75,7 @@ def attend(
     scale = head_dim**-0.5 if scale is None else scale
     if not isinstance(start, int):
         out = _attend(q, k, v, start, window, scale, cap, slopes)
-    elif time >= LONG and jax.default_backend() == "cpu":
+    elif _one_by_one(time):
         out = _by_head(q, k, v, start, window, scale, cap, slopes)
     else:
         size = max(CHUNK, -(-time // MAX_CHUNKS))
@@ -88,6 +88,11 @@ def attend(
             chunks.append(_attend(*part, start + first - low, window, scale, cap, slopes))
         out = jnp.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
     return out.reshape(batch, time, heads, v.shape[3])
+
+
+def _one_by_one(time: int) -> bool:
+    """Whether heads are taken one after the other. Several devices share sequences or heads, and take them together."""
+    return time >= LONG and jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def _first_seen(query: int, window: int | None) -> int:

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from sparse_model import sparse
 
 import jprune
 from jprune.errors import JpruneError
@@ -19,19 +20,6 @@ from jprune.tuning import Full, Lora, LoRAPrune
 TUNING = {"steps": 4, "batch_size": 4, "micro_batch": 4, "warmup": 0}
 PRUNING = {"steps": 6, "every": 2, "batch_size": 4, "micro_batch": 4, "warmup": 0, "rank": 2, "learning_rate": 0.02}
 ROUND = {"steps": 3, "batch_size": 4, "micro_batch": 4, "learning_rate": 0.01}
-
-
-def sparse(folder, share=0.5):
-    """The model with zeros in its kernels, as a pruned checkpoint has them."""
-    from safetensors.numpy import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    rng = np.random.default_rng(2)
-    for key, x in tensors.items():
-        if "proj" in key:
-            tensors[key] = np.where(rng.random(x.shape) < share, np.zeros_like(x), x)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def test_tuning(tiny_model, learnable, tmp_path):

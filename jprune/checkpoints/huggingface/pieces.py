@@ -39,7 +39,9 @@ def encode(tokenise: Tokenise, text: str) -> array | None:
 
 
 def around(with_special: Sequence[int], without: Sequence[int]) -> tuple[Sequence[int], Sequence[int]] | None:
-    """The special tokens before and after a text, from the ids of some text with and without them."""
+    """The special tokens before and after a text, from the ids of some text with and without them; None if unclear."""
+    if not without:  # they could all stand before, or after
+        return None
     for before in range(len(with_special) - len(without) + 1):
         if list(with_special[before : before + len(without)]) == list(without):
             return with_special[:before], with_special[before + len(without) :]

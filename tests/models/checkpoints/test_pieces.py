@@ -68,3 +68,4 @@ def test_special_tokens_around():
     assert pieces.around([1, 5, 6, 2], [5, 6]) == ([1], [2])
     assert pieces.around([5, 6], [5, 6]) == ([], [])
     assert pieces.around([1, 7, 2], [5, 6]) is None
+    assert pieces.around([1, 2], []) is None

@@ -26,6 +26,7 @@ from jprune import (
     solvers,
     trees,
 )
+from jprune.checkpoints import record
 from jprune.errors import JpruneError
 from jprune.models import batching, decoder
 from jprune.pipeline import plan_run
@@ -94,9 +95,9 @@ def test_counts_are_exact_and_the_rest_is_untouched(tiny_model, token_file, tmp_
         else:
             np.testing.assert_array_equal(old, new)
     assert report.sparsity.zeros == zeros
-    record = json.loads((tmp_path / "out" / "jprune.json").read_text())
-    assert record["sparsity"]["zeros"] == zeros == sum(k["zeros"] for k in record["kernels"])
-    assert record["sparsity"]["total_parameters"] == sum(np.prod(s.shape) for s in before.shapes.values())
+    written = json.loads((tmp_path / "out" / "jprune.json").read_text())
+    assert written["sparsity"]["zeros"] == zeros == sum(k["zeros"] for k in written["kernels"])
+    assert written["sparsity"]["total_parameters"] == sum(np.prod(s.shape) for s in before.shapes.values())
 
 
 @pytest.mark.parametrize("method", [Magnitude(), Wanda(), SparseGPT(block_size=16)], ids=lambda m: type(m).__name__)
@@ -218,6 +219,7 @@ def test_orbax_has_the_same_weights(tiny_model, token_file, tmp_path):
     folder, recipe = tiny_model(), dict(pattern=Unstructured(0.5), calibration=token_file())
     prune_model(folder, tmp_path / "hf", method=Wanda(), **recipe)
     prune_model(folder, tmp_path / "orbax", method=Wanda(), **recipe, format="orbax")
+    assert record.damaged(tmp_path / "hf") == record.damaged(tmp_path / "orbax") == []
     hf, orbax = jprune.load(tmp_path / "hf"), jprune.load(tmp_path / "orbax")
     assert hf.shapes == orbax.shapes
     for path in hf.shapes:

@@ -11,6 +11,7 @@ from sparse_model import sparse
 
 import jprune
 from jprune import trees
+from jprune.checkpoints.record import damaged
 from jprune.data import windows
 from jprune.errors import JpruneError
 from jprune.pipeline.training import tune_model
@@ -46,6 +47,7 @@ def test_lora_recovers_and_keeps_zeros(tiny_model, learnable, tmp_path):
     assert record["recipe"]["method"] == "lora"
     assert record["recipe"]["rank"] == 2
     assert len(record["losses"]) == 8
+    assert damaged(tmp_path / "out") == []
     assert record["perplexity"]["after"] == report.after.value
     assert record["data"]["windows"] == 12
     assert record["tokens_per_second"] > 0
