@@ -3,7 +3,7 @@
 import json
 import tempfile
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -41,9 +41,7 @@ class _Fast:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> Sequence[int]:
         try:
-            if len(text) > 2 * pieces.PIECE and (found := self._in_pieces(text, add_special_tokens)) is not None:
-                return found
-            return self._whole(text, add_special_tokens)
+            return _encode(self._whole, self._spans, text, add_special_tokens)
         except Exception as error:  # `tokenizers` raises plain Exception
             raise JpruneError(f"tokenizer.json does not tokenise this text ({reason(error)})") from error
 
@@ -51,18 +49,9 @@ class _Fast:
         # The fast form does not track where in the text each token lies: a third less time and memory.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
-    def _in_pieces(self, text: str, add_special_tokens: bool) -> Sequence[int] | None:
-        """As whole, or None where that cannot be told from pieces."""
-
-        def tokenise(part: str) -> tuple[Sequence[int], pieces.Spans]:
-            found = self._tokenizer.encode_batch([part], add_special_tokens=False)[0]
-            return found.ids, found.offsets
-
-        sample = text[:100]
-        special = pieces.around(self._whole(sample, add_special_tokens), self._whole(sample, False))
-        if special is None or (found := pieces.encode(tokenise, text)) is None:
-            return None
-        return array("i", special[0]) + found + array("i", special[1])
+    def _spans(self, part: str) -> tuple[Sequence[int], pieces.Spans]:
+        found = self._tokenizer.encode_batch([part], add_special_tokens=False)[0]
+        return found.ids, found.offsets
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         try:
@@ -92,11 +81,32 @@ class _Slow:
                     "Put a tokenizer.json beside the weights"
                 ) from error
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> Sequence[int]:
+        # Those of the library's that are written in Python do not tell where in the text a token lies.
+        spans = self._spans if self._tokenizer.is_fast else None
+        return _encode(self._whole, spans, text, add_special_tokens)
+
+    def _whole(self, text: str, add_special_tokens: bool) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def _spans(self, part: str) -> tuple[Sequence[int], pieces.Spans]:
+        found = self._tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
+        return found["input_ids"], found["offset_mapping"]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
+
+
+def _encode(
+    whole: Callable[[str, bool], list[int]], spans: pieces.Tokenise | None, text: str, add_special_tokens: bool
+) -> Sequence[int]:
+    """The ids of a text: from pieces of it where it is long, and they give the same; else whole."""
+    if len(text) > 2 * pieces.PIECE and spans is not None:
+        sample = text[:100]
+        special = pieces.around(whole(sample, add_special_tokens), whole(sample, False))
+        if special is not None and (found := pieces.encode(spans, text)) is not None:
+            return array("i", special[0]) + found + array("i", special[1])
+    return whole(text, add_special_tokens)
 
 
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")

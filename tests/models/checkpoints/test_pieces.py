@@ -54,6 +54,21 @@ def test_pieces_give_the_tokens_of_the_whole(monkeypatch, kind):
         np.testing.assert_array_equal(ours.encode(TEXT, add_special_tokens=special), expected)
 
 
+def test_files_that_go_through_transformers_are_tokenised_in_pieces_too(monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    made = trained("bytes")
+    made.model.save(str(tmp_path))
+    files = {name: (tmp_path / name).read_bytes() for name in ("vocab.json", "merges.txt")}
+    ours = from_files(files | {"tokenizer_config.json": b'{"tokenizer_class": "GPT2Tokenizer"}'}, {"model_type": "gpt2"})
+    expected = ours.encode(TEXT)
+    monkeypatch.setattr(pieces, "PIECE", 4000)
+    monkeypatch.setattr(pieces, "OVERLAP", 1500)
+    monkeypatch.setattr(
+        ours, "_whole", lambda text, special, whole=ours._whole: len(text) > 100 or whole(text, special)
+    )
+    np.testing.assert_array_equal(ours.encode(TEXT), expected)
+
+
 def test_where_no_two_pieces_agree_the_whole_is_tokenised(monkeypatch):
     """A letter ten thousand times is cut into tokens from its beginning on, so pieces are cut elsewhere."""
     made = Tokenizer(models.BPE({"a": 0, "aa": 1, "aaa": 2}, [("a", "a"), ("aa", "a")]))
