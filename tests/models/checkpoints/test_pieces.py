@@ -59,7 +59,9 @@ def test_files_that_go_through_transformers_are_tokenised_in_pieces_too(monkeypa
     made = trained("bytes")
     made.model.save(str(tmp_path))
     files = {name: (tmp_path / name).read_bytes() for name in ("vocab.json", "merges.txt")}
-    ours = from_files(files | {"tokenizer_config.json": b'{"tokenizer_class": "GPT2Tokenizer"}'}, {"model_type": "gpt2"})
+    ours = from_files(
+        files | {"tokenizer_config.json": b'{"tokenizer_class": "GPT2Tokenizer"}'}, {"model_type": "gpt2"}
+    )
     expected = ours.encode(TEXT)
     monkeypatch.setattr(pieces, "PIECE", 4000)
     monkeypatch.setattr(pieces, "OVERLAP", 1500)
