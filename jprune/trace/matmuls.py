@@ -177,8 +177,7 @@ class _Finder:
         depth = dict(known)
         deepest = max(depth.values(), default=0)
         for equation in level.body.equations:
-            before = max((depth[x] for x in variables(equation) if x in depth), default=0)
-            after = before
+            before = after = max([depth.get(x, 0) for x in variables(equation)], default=0)
             for inner in level.inner.get(equation.outvars[0], ()) if equation.outvars else ():
                 after = max(after, self.run(inner, {x: before for x in inner.body.inputs if x not in inner.origins}))
             for result in equation.outvars:
@@ -188,7 +187,7 @@ class _Finder:
                     after = before + 1
                 if result not in level.origins:
                     depth[result] = after
-            deepest = max(deepest, max((depth.get(x, 0) for x in equation.outvars), default=0))
+                    deepest = max(deepest, after)
         if level.depth == 0:
             self.depth = depth
         return deepest

@@ -69,12 +69,14 @@ class _Walk:
     def run(self, level: Level) -> None:
         for equation in level.body.equations:
             self.step(level, equation)
-            level.makers.update(dict.fromkeys(equation.outvars, equation))
+            for x in equation.outvars:
+                level.makers[x] = equation
 
     def step(self, level: Level, equation: Equation) -> None:
         operands = variables(equation)
-        made_of = NONE.union(*(level.origins.get(x, NONE) for x in operands))
-        fixed = all(x in level.origins for x in operands) and not equation.effects
+        known = [level.origins[x] for x in operands if x in level.origins]
+        fixed = len(known) == len(operands) and not equation.effects
+        made_of = NONE.union(*known)
         if self.bare:
             fixed = fixed and bool(made_of)
         name = equation.primitive.name
@@ -87,19 +89,19 @@ class _Walk:
             return
         elif name in MATMULS:
             self.multiply(level, equation)
-        else:
+        elif made_of or name == "reduce_sum" or any(x in level.views or x in level.derived for x in operands):
             self.read(level, equation)
-        self.look(level, equation, fixed)
+        self.look(level, equation, operands, fixed)
 
-    def look(self, level: Level, equation: Equation, fixed: bool) -> None:
+    def look(self, level: Level, equation: Equation, operands: Sequence[Var], fixed: bool) -> None:
         """Notes what the results are views of."""
-        operands, name = variables(equation), equation.primitive.name
+        name = equation.primitive.name
         first = equation.invars[0] if equation.invars else None
         seen: list[View | str] = []
         view = level.views.get(first) if isinstance(first, jex.Var) and name not in MATMULS else None
         if view is not None and (fixed or name in ("gather", "dynamic_slice") or view.picked):
             seen = kernels.views(equation, view, lambda x: constant(level, x))
-        for i, result in enumerate(equation.outvars):
+        for i, result in enumerate(equation.outvars if fixed or seen else ()):
             as_view = seen[min(i, len(seen) - 1)] if seen else f"made by {name}"
             if isinstance(as_view, View):
                 level.views[result] = as_view

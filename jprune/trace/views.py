@@ -7,6 +7,7 @@ such form. Digits of axes that the root does not have (negative numbers) run ove
 array of indices that picked from it.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,7 +31,8 @@ class Digit(NamedTuple):
 Axes = tuple[tuple[Digit, ...], ...]
 
 
-def whole(shape: Sequence[int]) -> Axes:
+@functools.cache
+def whole(shape: tuple[int, ...]) -> Axes:
     """An array as the view of itself."""
     return tuple((Digit(axis, size, 1),) for axis, size in enumerate(shape))
 
