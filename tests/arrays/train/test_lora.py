@@ -206,6 +206,40 @@ def test_layers_of_a_scan(getkey):
         adapted(params, {"up": adapters["down"]}, None, x)
 
 
+def groups_of_layers(p, x):
+    """A scan along groups of layers in a scan along layers, with a kernel that each group has one of."""
+
+    def group(x, each):
+        up, first = each
+        x = x + x @ first
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, up)[0], None
+
+    return jax.lax.scan(group, x, (p["up"], p["first"]))[0]
+
+
+def test_a_scan_in_a_scan(getkey):
+    rng = np.random.default_rng(1)
+    params = {"up": rng.standard_normal((2, 3, 4, 4)), "first": rng.standard_normal((2, 4, 4))}
+    params = {name: jnp.asarray(values / 3, jnp.float32) for name, values in params.items()}
+    x = jax.random.normal(getkey(), (6, 4))
+    kernels = matmuls(groups_of_layers, params, x)
+    assert [(k.path, k.batch_axes) for k in kernels] == [("first", (0,)), ("up", (0, 1))]
+    adapters = lora.init(params, kernels, rank=2, key=getkey())
+    adapters = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape) / 3, jnp.float32), adapters)
+    adapted = lora.adapt(groups_of_layers, alpha=3.0)
+
+    def merged(adapters):
+        product = {name: jnp.einsum("...dr,...rk->...dk", pair["a"], pair["b"]) for name, pair in adapters.items()}
+        return {name: params[name] + 1.5 * product[name].reshape(params[name].shape) for name in params}
+
+    close(lora.merge(params, adapters, alpha=3.0, in_axes=kernels), merged(adapters), rtol=1e-5, atol=1e-6)
+
+    def both(run):
+        return jax.jit(jax.value_and_grad(lambda adapters: jnp.sum(jnp.square(run(adapters)))))(adapters)
+
+    close(both(lambda a: adapted(params, a, None, x)), both(lambda a: groups_of_layers(merged(a), x)), rtol=2e-4)
+
+
 def test_dropout_in_a_scan_differs_by_layer(getkey):
     params = {"w": jnp.zeros((2, 64, 64))}
     kernels = {"w": {"a": jnp.tile(jnp.eye(64), (2, 1, 1)), "b": jnp.tile(jnp.eye(64), (2, 1, 1))}}
