@@ -1,4 +1,5 @@
 """Solvers: new weights that make up for what was pruned."""
 
+from jprune.solvers.compensate import compensate as compensate
 from jprune.solvers.pruned import Pruned as Pruned
 from jprune.solvers.sparsegpt import sparsegpt as sparsegpt

@@ -1,4 +1,4 @@
-"""Surgery: the kept rows, columns and heads are copied out. No weight changes its value."""
+"""Surgery: the kept rows, columns and heads are copied out. No weight changes its value, unless Grams are given."""
 
 import difflib
 import math
@@ -11,6 +11,8 @@ import numpy as np
 
 from jprune import trees
 from jprune.errors import JpruneError
+from jprune.places import Observed
+from jprune.structured import compensation
 
 PyTree = Any
 Positions = np.ndarray | Sequence[int]
@@ -18,24 +20,35 @@ Keep = Mapping[str, Mapping[int, Positions]]
 """{path: {axis: the positions along it that are kept, ascending}}; what is not named is kept whole."""
 
 
-def shrink(params: PyTree, keep: Keep) -> PyTree:
+def shrink(params: PyTree, keep: Keep, grams: Observed | None = None, *, damping: float = 0.01) -> PyTree:
     """The parameters with the kept positions only.
+
+    With Grams, kernels that lose inputs make up for them: what is left of each is refitted by least squares, so that
+    its outputs stay near (see `jprune.solvers.compensate`). Kernels without one are cut only.
 
     Args:
       params: any pytree; leaves are JAX or NumPy arrays (traced ones too) or `jax.ShapeDtypeStruct`s, and stay so.
       keep: positions by path and axis, as the `keep` of a group, of groups and of units returns them. Ascending, none
         twice, at least one.
+      grams: of the inputs of kernels, `jprune.observe(f, Gram)(params, ...)[1]`, before anything is cut out.
+      damping: share of a Gram's mean diagonal that is added to its diagonal.
 
     Raises:
-      JpruneError: a path, an axis or a position that is not there; positions that are none, or not ascending.
+      JpruneError: a path, an axis or a position that is not there; positions that are none, or not ascending; Grams
+        that are none, or of no kernel that loses inputs.
     """
     leaves = trees.flatten(params)
+    positions: dict[str, dict[int, np.ndarray]] = {}
     for path, axes in keep.items():
         if path not in leaves:
             near = difflib.get_close_matches(path, leaves, n=3, cutoff=0.0)
             raise JpruneError(f"positions to keep of {path!r}, but no such parameter; near misses: {', '.join(near)}")
-        for axis, kept in axes.items():
-            leaves[path] = _take(leaves[path], checked(kept, leaves[path].shape, axis, path), axis)
+        positions[path] = {axis: checked(kept, leaves[path].shape, axis, path) for axis, kept in axes.items()}
+    if grams is not None:
+        leaves = compensation.compensated(leaves, positions, grams, damping=damping)
+    for path, kept_along in positions.items():
+        for axis, kept in kept_along.items():
+            leaves[path] = _take(leaves[path], kept, axis)
     return trees.replace(params, leaves)
 
 

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jprune.errors import JpruneError
+from jprune.places import Observed, Place
+from jprune.statistics import Gram, SquaredNorm, Stacked
 from jprune.structured import shrink, size
 from jprune.trace import Group, Groups, Member
 
@@ -127,3 +129,61 @@ def test_keep():
 def test_keep_refuses(units, message):
     with pytest.raises(JpruneError, match=message):
         GROUPS.keep(units)
+
+
+def least_squares(x, kernel, stay):
+    """The rows that stay, refitted in float64."""
+    return np.linalg.lstsq(x[:, stay], x @ kernel, rcond=None)[0]
+
+
+def gram(x):
+    return Gram(jnp.asarray(np.swapaxes(x, -1, -2) @ x, jnp.float32), jnp.full(x.shape[:-2], x.shape[-2], jnp.int32))
+
+
+def test_grams_refit_what_loses_inputs():
+    """Heads of o and channels of stacked experts, each against least squares; what only writes is cut and no more."""
+    rng = np.random.default_rng(0)
+    heads = rng.normal(size=(90, 12)) + rng.normal(size=(90, 2)) @ rng.normal(size=(2, 12))
+    experts = rng.normal(size=(3, 60, 6)) + rng.normal(size=(3, 60, 1))
+    experts[2] = 0  # no token was sent there
+    before = {
+        "v": {"kernel": jnp.ones((5, 3, 4))},
+        "o": {"kernel": rng.normal(size=(3, 4, 5)).astype(np.float32)},
+        "down": jnp.asarray(rng.normal(size=(3, 6, 5)), jnp.float32),
+    }
+    places = {
+        "o/kernel": Place(path="o/kernel", in_axes=(0, 1)),
+        "down": Place(path="down", in_axes=(1,), batch_axes=(0,)),
+        "v/kernel": Place(path="v/kernel", in_axes=(0,)),
+    }
+    unseen = Gram(gram(experts).total, jnp.array([60, 60, 0], jnp.int32))
+    grams = Observed(
+        {"o/kernel": gram(heads), "down": Stacked(unseen), "v/kernel": gram(np.ones((9, 5)))},
+        places,
+    )
+    keep = {"v/kernel": {1: [0, 2]}, "o/kernel": {0: [0, 2]}, "down": {1: [0, 3, 4, 5]}}
+    after = shrink(before, keep, grams, damping=1e-6)
+    expected = least_squares(heads, before["o"]["kernel"].reshape(12, 5), [0, 1, 2, 3, 8, 9, 10, 11])
+    assert isinstance(after["o"]["kernel"], np.ndarray)
+    np.testing.assert_allclose(after["o"]["kernel"], expected.reshape(2, 4, 5), atol=1e-3)
+    for i in range(2):
+        expected = least_squares(experts[i], np.asarray(before["down"][i]), [0, 3, 4, 5])
+        np.testing.assert_allclose(after["down"][i], expected, atol=1e-3)
+    np.testing.assert_array_equal(after["down"][2], before["down"][2, [0, 3, 4, 5]])
+    np.testing.assert_array_equal(after["v"]["kernel"], before["v"]["kernel"][:, [0, 2]])
+    shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, before))
+    assert size(shrink(shapes, keep, grams)) == size(after)
+
+
+def test_refuses_grams_that_do_not_fit():
+    before = {"w": jnp.ones((4, 2)), "u": jnp.ones((3, 4))}
+    keep, place = {"w": {0: [0, 1]}, "u": {1: [0, 1]}}, Place(path="w", in_axes=(0,))
+    x = np.ones((5, 4))
+    for grams, message in [
+        ({"w": gram(x)}, "as jprune.observe"),
+        (Observed({"w": SquaredNorm(jnp.ones(4), jnp.int32(5))}, {"w": place}), "got SquaredNorm"),
+        (Observed({"w": Gram.zeros(4)}, {"w": place}), "no token"),
+        (Observed({"u": gram(np.ones((5, 3)))}, {"u": Place(path="u", in_axes=(0,))}), "lose inputs, got those of u"),
+    ]:
+        with pytest.raises(JpruneError, match=message):
+            shrink(before, keep, grams)
