@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune.methods import masked as masked
     from jprune.methods.function import prune_function as prune_function
     from jprune.methods.prune import prune as prune
+    from jprune.methods.prune import refit as refit
     from jprune.models import decoder as decoder
     from jprune.patterns import NM as NM
     from jprune.patterns import Unstructured as Unstructured
@@ -78,7 +79,7 @@ _NAMES = {
     "jprune.errors": ("JpruneError",),
     "jprune.methods": ("ByScore", "Magnitude", "Method", "SparseGPT", "Wanda", "masked"),
     "jprune.methods.function": ("prune_function",),
-    "jprune.methods.prune": ("prune",),
+    "jprune.methods.prune": ("prune", "refit"),
     "jprune.patterns": ("NM", "Unstructured"),
     "jprune.places": ("Observed", "Place"),
     "jprune.pipeline.recipe": ("Recipe",),

@@ -22,5 +22,6 @@ from jprune.methods.base import masked as masked
 from jprune.methods.function import prune_function as prune_function
 from jprune.methods.magnitude import Magnitude as Magnitude
 from jprune.methods.prune import prune as prune
+from jprune.methods.prune import refit as refit
 from jprune.methods.sparsegpt import SparseGPT as SparseGPT
 from jprune.methods.wanda import Wanda as Wanda

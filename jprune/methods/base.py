@@ -11,9 +11,11 @@ import jax.numpy as jnp
 
 from jprune import evidence, masks
 from jprune.annotations import Array, Bool, Float
+from jprune.errors import JpruneError
 from jprune.patterns import Pattern, Scope, known
 from jprune.solvers.pruned import Pruned
-from jprune.statistics import Statistic
+from jprune.solvers.refit import DAMPING, refit
+from jprune.statistics import Gram, SquaredNorm, Statistic
 from jprune.trees import check_floating
 
 
@@ -70,8 +72,65 @@ class Method(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ByScore(Method):
-    """A method that keeps the elements with the highest scores, and updates no weight.
+class Refits(Method):
+    """A method whose result can be solved for once more, with its mask as it is: see `jprune.solvers.refit`."""
+
+    refit: int = 0
+    """Steps of conjugate gradients, after the mask is chosen, towards the outputs of the kernel before pruning; 10
+    come close to the best weights of the mask. Needs the Gram matrix of the inputs."""
+
+    def __post_init__(self):
+        if self.refit < 0:
+            raise JpruneError(f"refit must be a number of steps, 0 or more; got {self.refit}")
+        own = type(self).statistic
+        if self.refit and own is not None and not issubclass(own, Gram | SquaredNorm):
+            raise JpruneError(
+                f"refit needs a Gram of the inputs, and {type(self).__name__} a {own.__name__}; only one "
+                "statistic is gathered: use refit=0, or a method that needs a Gram, a SquaredNorm or nothing"
+            )
+        if self.refit:  # who asks what is to be gathered asks the object, not its class
+            object.__setattr__(self, "statistic", Gram)
+
+    def refitted(
+        self,
+        kernels: Mapping[str, Float[Array, "d_in _"]],
+        statistic: Any,
+        pruned: Mapping[str, Pruned],
+        damping: Float[Array, ""] | float = DAMPING,
+    ) -> dict[str, Pruned]:
+        """What was made of kernels that read the same input, after the steps of `refit`; the same if there are none.
+
+        Args:
+          kernels: as they were before, by name.
+          statistic: a `Gram` of the input, if there are steps.
+          pruned: what was made of each.
+          damping: see `jprune.solvers.refit`.
+        """
+        if not self.refit:
+            return dict(pruned)
+        return {
+            name: refit(
+                kernels[name], statistic.total, own.mask, own.kernel, steps=self.refit, damping=damping, where=name
+            )
+            for name, own in pruned.items()
+        }
+
+    def flops(self, d_in: int, d_out: int) -> float:
+        """Operations of scores, and of `refit`."""
+        return super().flops(d_in, d_out) + self.refit_flops(d_in, d_out)
+
+    def refit_flops(self, d_in: int, d_out: int) -> float:
+        """A product with the Gram matrix for each step, and for the loss before and after."""
+        return 2.0 * (self.refit + 2) * d_in**2 * d_out if self.refit else 0.0
+
+    def nbytes(self, d_in: int, d_out: int) -> float:
+        """Bytes of scores, and of the damped Gram matrix and the directions and residuals of the steps."""
+        return super().nbytes(d_in, d_out) + (4.0 * (2 * d_in**2 + 4 * d_in * d_out) if self.refit else 0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByScore(Refits):
+    """A method that keeps the elements with the highest scores, and updates no weight unless it is to `refit`.
 
     A new one defines `score`, for all of JAX's dtypes of kernels and in a form that `jax.jit` can trace.
     """
@@ -81,7 +140,10 @@ class ByScore(Method):
 
     @abc.abstractmethod
     def score(self, kernel: Float[Array, "d_in d_out"], statistic: Any) -> Float[Array, "d_in d_out"]:
-        """Importance of each element of a kernel (matrix view), float32; higher = keep."""
+        """Importance of each element of a kernel (matrix view), float32; higher = keep.
+
+        `statistic` is of the class that the class of the method names, also where a Gram is gathered for `refit`.
+        """
 
     def needs_axes(self, pattern: Pattern) -> bool:
         """Whether the score depends on inputs, or the pattern does where scores compete as they do here."""
@@ -89,9 +151,29 @@ class ByScore(Method):
 
     def __call__(self, kernel, statistic, pattern, keep=None) -> Pruned:
         """Prunes one kernel, see `Method`; the score is compiled once for each shape."""
+        pruned = self._pruned(kernel, statistic, pattern, keep)
+        return self.refitted({"kernel": kernel}, statistic, {"kernel": pruned})["kernel"]
+
+    def together(self, kernels, statistic, patterns, keeps) -> dict[str, Pruned]:
+        """Prunes kernels that read the same input, see `Method`: one by one."""
+        if self.statistic is not None:
+            evidence.check(statistic, ", ".join(kernels))
+        pruned = {name: self._pruned(x, statistic, patterns[name], keeps.get(name)) for name, x in kernels.items()}
+        return self.refitted(kernels, statistic, pruned)
+
+    def _pruned(self, kernel: Any, statistic: Any, pattern: Any, keep: Any) -> Pruned:
         check_floating(kernel, "kernel")
         pattern = known(pattern).among(self.per)
-        return masked(kernel, masks.select(_score(self, kernel, statistic), pattern, keep=keep))
+        return masked(kernel, masks.select(_score(self, kernel, self._of_score(statistic)), pattern, keep=keep))
+
+    def _of_score(self, statistic: Any) -> Any:
+        """What `score` asks for, out of what is gathered."""
+        own = type(self).statistic
+        if own is None:
+            return None
+        if self.refit and not issubclass(own, Gram):
+            return SquaredNorm(jnp.diagonal(statistic.total), statistic.tokens)
+        return statistic
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,5 +1,6 @@
 """The pytree form of all methods: `prune` finds the kernels of a tree, and the method prunes each."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,9 +11,10 @@ from jprune import evidence, places, trees
 from jprune.annotations import Array, Bool, Shaped
 from jprune.errors import JpruneError
 from jprune.methods.base import Method
-from jprune.patterns import Pattern, known
+from jprune.methods.magnitude import Magnitude
+from jprune.patterns import Pattern, Unstructured, known
 from jprune.places import Observed, Place
-from jprune.statistics import Stacked, Statistic
+from jprune.statistics import Gram, Stacked, Statistic
 
 PyTree = Any
 InAxes = Mapping[str, tuple[int, ...]] | Iterable[Any] | None
@@ -71,6 +73,35 @@ def prune(
             leaf = jnp.where(mask, leaf, jnp.zeros_like(leaf))
         leaves[path], masks_by_path[path] = leaf, mask
     return trees.replace(params, leaves), masks_by_path
+
+
+def refit(
+    params: PyTree,
+    statistics: Observed | Mapping[str, Gram],
+    masks: Mapping[str, Bool[Array, "..."]],
+    *,
+    steps: int = 10,
+    in_axes: InAxes = None,
+) -> PyTree:
+    """Applies masks of any origin, and solves for the weights that they keep, so that outputs change least.
+
+    Args:
+      params: dense parameters, as for `prune`.
+      statistics: a `Gram` of the inputs of each kernel, as for `prune`.
+      masks: True = keep, by path of leaves; other leaves stay as they are.
+      steps: of conjugate gradients, see `jprune.solvers.refit`.
+      in_axes: as for `prune`.
+
+    Returns:
+      The parameters, with the kernels that have masks pruned by them.
+
+    Raises:
+      JpruneError: a mask is not bool, has not the shape of its leaf, or is of no kernel; and what `prune` refuses.
+    """
+    where = [f"^{re.escape(path)}$" for path in masks]
+    nothing_more = Unstructured(0.0, "kernel")
+    method = Magnitude(refit=steps)
+    return prune(params, statistics, method, nothing_more, where=where, keep=masks, in_axes=in_axes)[0]
 
 
 def _chosen(

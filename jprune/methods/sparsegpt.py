@@ -5,14 +5,14 @@ from typing import ClassVar
 
 from jprune import devices, evidence
 from jprune.errors import JpruneError
-from jprune.methods.base import Method
+from jprune.methods.base import Refits
 from jprune.solvers.pruned import Pruned
 from jprune.solvers.sparsegpt import check_factor, factorise, sweep
 from jprune.statistics import Gram, Statistic
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SparseGPT(Method):
+class SparseGPT(Refits):
     """Prune column by column and update what is left to keep the outputs (Frantar and Alistarh 2023)."""
 
     statistic: ClassVar[type[Statistic]] = Gram
@@ -23,6 +23,7 @@ class SparseGPT(Method):
     """Inputs whose mask is chosen together."""
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 < self.damping < float("inf"):
             raise JpruneError(f"damping must be positive, got {self.damping}")
         if self.block_size < 1:
@@ -46,11 +47,11 @@ class SparseGPT(Method):
             [keeps.get(name) for name in kernels],
             block_size=self.block_size,
         )
-        return dict(zip(kernels, pruned, strict=True))
+        return self.refitted(kernels, statistic, dict(zip(kernels, pruned, strict=True)), factor.damping)
 
     def flops(self, d_in: int, d_out: int) -> float:
-        """Operations of one factorisation, which all kernels share, and of the sweep over all their outputs."""
-        return d_in**3 / 3 + d_in * d_in * d_out
+        """Operations of one factorisation, which all kernels share, of the sweep over all outputs, and of `refit`."""
+        return d_in**3 / 3 + d_in * d_in * d_out + self.refit_flops(d_in, d_out)
 
     def nbytes(self, d_in: int, d_out: int) -> float:
         """Bytes of four copies of the Gram matrix (damped, reversed, factorised, padded) and of the sweep."""

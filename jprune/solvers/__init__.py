@@ -2,4 +2,5 @@
 
 from jprune.solvers.compensate import compensate as compensate
 from jprune.solvers.pruned import Pruned as Pruned
+from jprune.solvers.refit import refit as refit
 from jprune.solvers.sparsegpt import sparsegpt as sparsegpt

@@ -39,6 +39,7 @@ from jprune.annotations import Array, Bool, Float, Int, Shaped
 from jprune.errors import JpruneError
 from jprune.patterns import Pattern, known
 from jprune.solvers._sweep import Factor, Kind, block_count, pruning_scores, sweep_blocks
+from jprune.solvers.damped import live
 from jprune.solvers.pruned import Pruned
 from jprune.statistics import Gram
 from jprune.trees import check_floating
@@ -88,11 +89,7 @@ def factorise(gram: Float[Array, "d_in d_in"], damping: Float[Array, ""] | float
     One that is not finite, or whose diagonal is negative somewhere, gives NaN.
     """
     gram = gram.astype(jnp.float32)
-    diagonal = jnp.diagonal(gram)
-    dead = diagonal == 0
-    mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(~dead), 1).astype(jnp.float32)
-    mean = jnp.where(mean > 0, mean, 1.0)
-    mean = jnp.where(jnp.any(diagonal < 0), jnp.nan, mean)  # no sum of squares, though damping might hide it
+    dead, mean = live(gram)
     # Reversed axes: the lower Cholesky factor of the reversed matrix, reversed back, is the upper R with R R^T = H.
     reversed_gram = gram[::-1, ::-1]
     filled = jnp.where(dead, mean, 0.0)[::-1]

@@ -65,11 +65,12 @@ def fails(result, *parts, status=1):
 def test_prune_prints_one_json_object(run, tiny_model, token_file, tmp_path, method):
     status, out, err = run(
         "prune", method, tiny_model(), "--pattern", "2:4", "--out", tmp_path / "out", "--calibration", token_file(),
-        "--evaluate", token_file(3, seed=1), "--json",
+        "--evaluate", token_file(3, seed=1), "--json", *(("--refit", 2) if method == "wanda" else ()),
     )  # fmt: skip
     assert (status, err) == (0, "")
     result = json.loads(out.splitlines()[-1])
     assert result["method"] == method
+    assert json.loads((tmp_path / "out" / "jprune.json").read_text())["recipe"]["refit"] == 2 * (method == "wanda")
     assert result["pattern"] == "2:4"
     assert result["sparsity"]["achieved"] == 0.5
     assert result["sparsity"]["zeros"] * 2 == result["sparsity"]["prunable_parameters"]

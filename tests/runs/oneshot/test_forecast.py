@@ -74,7 +74,7 @@ def test_the_peak_does_not_depend_on_the_number_of_blocks(made):
     assert dataclasses.asdict(few) == dataclasses.asdict(many)
 
 
-@pytest.mark.parametrize("method", [SparseGPT(), Wanda(), Magnitude()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", [SparseGPT(), Wanda(refit=10), Magnitude()], ids=lambda m: type(m).__name__)
 def test_the_rough_bound_is_one(made, method):
     found = made(method, shape=(4, 128), hidden_size=128, intermediate_size=384, head_dim=32)
     layout = Layout(windows=2)
@@ -110,6 +110,17 @@ def test_the_plan_of_every_block(tiny_model, token_file):
     assert plan.peak_device_memory_bytes is None
     assert plan.peak_memory_bytes >= max(unit.peak_memory_bytes for unit in plan.units)
     assert (plan.activations, plan.intermediates, plan.fits) == ("memory", "kept", True)
+
+
+def test_refitting_needs_data_and_products_with_the_gram_matrix(made):
+    plain, refitted = made(Wanda()), made(Magnitude(refit=10))
+    layout = Layout(windows=2)
+    assert made(Magnitude()).hidden(layout) == []
+    assert refitted.hidden(layout) == plain.hidden(layout)
+    (before, *_), (after, *_) = plain.costs(layout), refitted.costs(layout)
+    assert after.statistic_flops == pytest.approx(4 / 3 * 6 * 24 * (3 * 32**2 + 56**2))
+    products = 12 * 2 * (32**2 * (64 + 32 + 112) + 56**2 * 32)
+    assert after.solve_flops - before.solve_flops == pytest.approx(products)
 
 
 def test_a_plan_that_does_not_fit_says_what_helps(tiny_model, token_file):
