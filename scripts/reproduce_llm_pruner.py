@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--parameter-ratio", type=float, default=0.2)
     parser.add_argument("--importance", nargs="+", default=IMPORTANCE, choices=IMPORTANCE)
-    parser.add_argument("--tune", nargs="*", default=["param_first"], help="which of them to recover")
+    parser.add_argument("--no-compensate", action="store_true", help="leave all weights as they are, as the authors do")
+    parser.add_argument("--tune", nargs="*", default=["param_second"], help="which of them to recover")
     parser.add_argument("--data", default="pydoc")
     parser.add_argument("--text", default="pydoc", help="perplexity is measured on it")
     parser.add_argument("--sequence-length", type=int, default=512)
@@ -65,6 +66,7 @@ def prune(out: Path, importance: str, seed: int, args: argparse.Namespace) -> di
     said = jprune(
         *("prune", "llm-pruner", args.model, "--out", str(out), "--overwrite", "--calibration", args.data),
         *("--parameter-ratio", str(args.parameter_ratio), "--importance", importance, "--seed", str(seed)),
+        *(["--no-compensate"] if args.no_compensate else []),
     )
     return {
         "importance": importance,

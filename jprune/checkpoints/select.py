@@ -38,7 +38,7 @@ def open_source(checkpoint: Readable, keep: Keep, layers: Sequence[int] | None) 
     whole = {new: path for path in checkpoint.shapes if (new := _renumbered(path, left)) is not None}
 
     def read(old: str) -> np.ndarray:
-        return _cut(checkpoint.read(old), positions.get(old, {}))
+        return cut(checkpoint.read(old), positions.get(old, {}))
 
     tensors: dict[str, StoredTensor] = {}
     for path, old in whole.items():
@@ -57,7 +57,7 @@ def open_source(checkpoint: Readable, keep: Keep, layers: Sequence[int] | None) 
         for _, part in itertools.groupby(paths, key=lambda path: path.split("/")[:2]):  # a block at a time
             names = list(part)
             block = checkpoint.read_many([whole[path] for path in names])
-            values |= {path: _cut(block.pop(whole[path]), positions.get(whole[path], {})) for path in names}
+            values |= {path: cut(block.pop(whole[path]), positions.get(whole[path], {})) for path in names}
         return values
 
     return Source(
@@ -164,7 +164,8 @@ def _check_meaning(
             )
 
 
-def _cut(values: np.ndarray, positions: Mapping[int, np.ndarray]) -> np.ndarray:
+def cut(values: np.ndarray, positions: Mapping[int, np.ndarray]) -> np.ndarray:
+    """What stays of a parameter, of positions by axis."""
     for axis, kept in positions.items():
         if len(kept) < values.shape[axis]:
             values = np.take(values, kept, axis)

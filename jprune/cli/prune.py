@@ -71,6 +71,13 @@ def _plan_json(method: Method, plan: "Plan") -> dict[str, Any]:
             {"path": k.path, "shape": k.shape, "pattern": str(k.pattern), "zeros": k.zeros} for k in plan.kernels
         ],
         "sparsity": {"expected": plan.sparsity.achieved, **dataclasses.asdict(plan.sparsity)},
+        **costs_json(plan),
+    }
+
+
+def costs_json(plan: "Plan") -> dict[str, Any]:
+    """What a run takes, as `--json` says it."""
+    return {
         "calibration_tokens": plan.tokens,
         "units": [dataclasses.asdict(unit) for unit in plan.units],
         "flops": plan.flops,
@@ -92,11 +99,12 @@ def _print_plan(plan: "Plan") -> None:
     rows = [(k.path, k.shape, str(k.pattern), k.zeros) for k in plan.kernels]
     display.table(["kernel", "shape", "pattern", "zeros"], rows)
     print(f"\n{len(plan.kernels)} kernels, expected sparsity {plan.sparsity}\n")
-    _print_costs(plan)
+    print_costs(plan)
     print("nothing was touched")
 
 
-def _print_costs(plan: "Plan") -> None:
+def print_costs(plan: "Plan") -> None:
+    """Prints what a run takes."""
     on_device = plan.peak_device_memory_bytes is not None
     columns = ["", "read MB", "TFLOP", "seconds", "peak GB", *(["device GB"] if on_device else [])]
     rows = []

@@ -7,9 +7,10 @@ from typing import Annotated, cast
 from jprune.cli import display
 from jprune.cli.command import Planning, Told
 from jprune.cli.flags import Flags, keywords
+from jprune.cli.prune import costs_json, print_costs
 from jprune.cli.tune import Training, print_report
 from jprune.cli.words import TargetWords
-from jprune.pipeline.options import Calibration, Evaluation, Output
+from jprune.pipeline.options import Calibration, Evaluation, Machine, Output, Result
 from jprune.pipeline.shrink.plan import ShrinkPlan, plan_shrink
 from jprune.pipeline.shrink.report import ShrinkReport
 from jprune.pipeline.shrink.run import shrink_model
@@ -39,7 +40,19 @@ class Shrink(Planning):
     def run(self) -> Told:
         """Prunes, or prints the plan."""
         if self.plan:
-            return _planned(plan_shrink(self.model, method=self.method, target=self.target()))
+            machine = keywords(self, "machine")
+            place = machine.get("run") or self.out or "."
+            return _planned(
+                plan_shrink(
+                    self.model,
+                    method=self.method,
+                    target=self.target(),
+                    out=place,
+                    dtype=self.dtype,
+                    **keywords(self, "calibration"),
+                    **machine,
+                )
+            )
         out = self.destination()
         with display.progress() as progress:
             report = shrink_model(
@@ -49,16 +62,18 @@ class Shrink(Planning):
                 target=self.target(),
                 dtype=self.dtype,
                 progress=progress,
-                **keywords(self, "calibration", "evaluation", "result"),
+                **keywords(self, "calibration", "evaluation", "result", "machine"),
             )
         return Told(report.json(), report.notices, functools.partial(_print_report, report))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShrinkTo(Shrink):
-    """`Shrink` for methods that are told how small the model is to be."""
+    """`Shrink` for methods that are told how small the model is to be, and may refit what is left."""
 
     size: TargetWords
+    result: Result
+    machine: Annotated[Machine, Flags(only=("memory", "run"))]
 
     def target(self) -> Target | None:
         """The one that is given; `shrink_model` says so if it should have been."""
@@ -87,7 +102,11 @@ def _planned(plan: ShrinkPlan | TrainingPlan) -> Told:
     before, after = plan.parameters
     sizes = plan.sizes and list(plan.sizes)
     json = {"parameters": {"before": before, "after": after}, "sizes": sizes}
-    return Told(json, show=functools.partial(_print_plan, plan))
+    show = functools.partial(_print_plan, plan)
+    if not isinstance(plan, ShrinkPlan):
+        return Told(json, show=show)
+    refitting = plan.refitting and costs_json(plan.refitting)
+    return Told({**json, "refitting": refitting}, plan.notices, show)
 
 
 def _print_plan(plan: ShrinkPlan | TrainingPlan) -> None:
@@ -101,6 +120,9 @@ def _print_plan(plan: ShrinkPlan | TrainingPlan) -> None:
         print(f"\nparameters: {display.change(before, after)}")
     else:
         print(f"parameters: {before:,} before; what stays of which layer depends on the importance of all")
+    if isinstance(plan, ShrinkPlan) and plan.refitting is not None:
+        print(f"\nthen {len(plan.refitting.kernels)} kernels that lose inputs are refitted:")
+        print_costs(plan.refitting)
     print("nothing was touched")
 
 
@@ -108,4 +130,6 @@ def _print_report(report: ShrinkReport) -> None:
     lines = [f"parameters: {display.change(*report.parameters)}"]
     if isinstance(report.method, DropLayers) or report.layers != tuple(range(len(report.layers))):
         lines.insert(0, f"layers that stay: {', '.join(map(str, report.layers))}")
+    if report.kernels:
+        lines.append(f"kernels refitted for the inputs that they lost: {len(report.kernels)}")
     display.report(report, lines)

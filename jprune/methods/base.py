@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jprune import evidence, masks
 from jprune.annotations import Array, Bool, Float
 from jprune.errors import JpruneError
-from jprune.patterns import Pattern, Scope, known
+from jprune.patterns import NM, Pattern, Scope, known
 from jprune.solvers.pruned import Pruned
 from jprune.solvers.refit import DAMPING, refit
 from jprune.statistics import Gram, SquaredNorm, Statistic
@@ -25,6 +25,8 @@ class Method(abc.ABC):
 
     statistic: ClassVar[type[Statistic] | None] = None
     """What must be gathered over the calibration tokens; None for methods that need no data."""
+    timed: ClassVar[Pattern] = NM(1, 2)
+    """A pattern that the method is timed with, for forecasts."""
 
     @abc.abstractmethod
     def __call__(

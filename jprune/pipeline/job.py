@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -36,6 +38,8 @@ class Job:
     mesh: Mesh = dataclasses.field(default_factory=devices.one_device)
     format: Format = "hf"
     """Format of the result."""
+    cut: Mapping[str, Mapping[int, np.ndarray]] = dataclasses.field(default_factory=dict)
+    """The positions that stay in the result, by path and axis, of parameters that become smaller."""
     calibration: Windows | None = None
     """Calibration windows; None if the method needs none, or before the text is read."""
     evaluation: Windows | None = None
@@ -66,12 +70,17 @@ class Job:
         Raises:
           JpruneError: a text that cannot be read, or too little of it.
         """
-        calibration = calibration_windows(self.checkpoint, self.recipe) if self.method.statistic else None
-        job = dataclasses.replace(self, calibration=calibration)
+        job = self.with_calibration()
+        calibration = job.calibration
         if measured.evaluate is None:
             return job
         length = calibration.tokens.shape[1] if calibration else window_shape(self.checkpoint, self.recipe)[1]
         return dataclasses.replace(job, evaluation=measured.text(self.checkpoint, length=length))
+
+    def with_calibration(self) -> "Job":
+        """The same job with its calibration windows, if its method needs any; errors are those of `with_text`."""
+        windows = calibration_windows(self.checkpoint, self.recipe) if self.method.statistic else None
+        return dataclasses.replace(self, calibration=windows)
 
     @functools.cached_property
     def shape(self) -> tuple[int, int] | None:

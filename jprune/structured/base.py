@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jprune.annotations import Float
+from jprune.structured.compensation import Compensation
 from jprune.structured.importance import Vectors
 from jprune.structured.selection import Kept
 from jprune.structured.units import Kind, Units
@@ -52,6 +53,11 @@ class UnitMethod:
     def counts_follow_scores(self) -> bool:
         """Whether not even the number of units that stay is known before their scores are."""
         return False
+
+    @property
+    def compensation(self) -> Compensation | None:
+        """How the kernels that lose inputs make up for them; None if nothing is refitted."""
+        return None
 
     def layers_left(self, layers: int, influences: Float[np.ndarray, " layers"] | None = None) -> tuple[int, ...]:
         """The layers that stay of a number of layers, ascending. All of them where units go instead.

@@ -90,6 +90,25 @@ def _refitted(leaf: Any, place: Place, statistic: Any, stay: np.ndarray, damping
     return np.asarray(result) if isinstance(leaf, np.ndarray) else result
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compensation:
+    """How a run refits the kernels that lose inputs, and by which text."""
+
+    samples: int | None = None
+    """Calibration windows; None for the usual number."""
+    sequence_length: int | None = None
+    """Tokens of a calibration window; None for the usual number."""
+    damping: float = 0.01
+    """Share of a Gram matrix's mean diagonal that is added to its diagonal."""
+
+    def __post_init__(self):
+        if not 0 < self.damping < float("inf"):
+            raise JpruneError(f"damping must be positive, got {self.damping}")
+        for name in ("samples", "sequence_length"):
+            if (getattr(self, name) or 1) < 1:
+                raise JpruneError(f"the {name} of a compensation must be at least 1, got {getattr(self, name)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows(Pattern):
     """Whole inputs of a kernel go. Equal if equally many do, which is what programs and forecasts depend on."""
@@ -130,11 +149,23 @@ class Compensate(Method):
     damping: float = 0.01
     """Share of the Gram matrix's mean diagonal that is added to its diagonal."""
 
+    timed: ClassVar[Pattern] = Rows(kept=1)
+
     def __call__(self, kernel, statistic, pattern, keep=None) -> Pruned:
         """Removes what a `Rows` says; `statistic` is a `Gram`, see `Method`."""
-        del keep  # what was zero in a kept input may be refitted like the rest
-        evidence.check_seen(statistic, "kernel")
-        return compensate(kernel, statistic.total, pattern.rows(len(kernel)), damping=self.damping)
+        del keep  # what was zero in an input that stays may be refitted like the rest
+        return self.together({"kernel": kernel}, statistic, {"kernel": pattern}, {})["kernel"]
+
+    def together(self, kernels, statistic, patterns, keeps) -> dict[str, Pruned]:
+        """Removes inputs of kernels that read the same input."""
+        del keeps
+        evidence.check(statistic, ", ".join(kernels))
+        return {
+            name: compensate(
+                kernel, statistic.total, patterns[name].rows(len(kernel)), damping=self.damping, where=name
+            )
+            for name, kernel in kernels.items()
+        }
 
     def flops(self, d_in: int, d_out: int) -> float:
         """Operations of one factorisation, two products with the Gram matrix and two triangular solutions."""

@@ -18,6 +18,8 @@ from jax.sharding import Mesh
 from jprune import devices, trees
 from jprune.annotations import Int
 from jprune.errors import JpruneError
+from jprune.places import Observed
+from jprune.statistics import Gram
 from jprune.structured import importance, selection
 from jprune.structured.importance import CRITERIA, Criterion
 from jprune.structured.kinds import members
@@ -28,6 +30,7 @@ from jprune.trace.coupling.axes import coupled_axes
 from jprune.trace.coupling.group import Group, Groups
 from jprune.trace.coupling.named import Numbers
 from jprune.trace.matmuls import matmuls
+from jprune.trace.observe import observe
 
 PyTree = Any
 Gradients = dict[str, jax.Array]
@@ -45,6 +48,7 @@ def shrink_function(
     believed: bool = False,
     numbers: Numbers | None = None,
     round_to: int = 1,
+    compensate: bool = True,
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> tuple[PyTree, dict[str, Int[np.ndarray, "units"]]]:
@@ -63,6 +67,9 @@ def shrink_function(
       believed: whether groups count as safe of which that is believed, and not proven (see `coupled_axes`).
       numbers: what numbers in f come from, as for `coupled_axes`.
       round_to: makes what stays of a group a multiple of it, where units are one channel wide.
+      compensate: whether kernels that lose inputs are refitted to make up for them (see `shrink`), by what they read in
+        f before anything goes, over all batches. A Gram matrix of each is in memory then. Not so the readers of units
+        that a norm takes a mean over: what they read is scaled anew.
       seed: of the criterion "random".
       mesh: devices that share each batch, along its first axis; JAX's default device if None.
 
@@ -89,7 +96,9 @@ def shrink_function(
         in_axes.setdefault(m.path, m.in_axes)
     units = [_units(group, shapes, in_axes) for group in chosen]
     every = (devices.spread(tuple(args), mesh) for args in itertools.chain([first], stream))
-    scores = _scores(units, params, every, loss or f, criterion, seed)
+    readers = _readers(units, in_axes) if compensate else set()
+    seen = _Seen(f, params, every, readers)
+    scores = _scores(units, params, seen, loss or f, criterion, seed)
 
     def choose(ratio: float) -> selection.Kept:
         return selection.select(units, scores, ratio, round_to=round_to)
@@ -98,7 +107,45 @@ def shrink_function(
         return size(params, groups.keep(kept))
 
     kept = target.reach(choose, count, size(params))
-    return shrink(params, groups.keep(kept)), kept
+    keep = groups.keep(kept)
+    cut = {(path, axis) for path, axes in keep.items() for axis, left in axes.items() if len(left) < shapes[path][axis]}
+    loses = any((path, axis) in cut for path in readers for axis in in_axes[path])
+    return shrink(params, keep, seen.grams() if loses else None), kept
+
+
+def _readers(units: Sequence[Units], in_axes: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """The kernels that sum over units, and read nothing that becomes another number when units go."""
+    read = {True: set[str](), False: set[str]()}
+    for u in units:
+        read[u.renormalised] |= {m.path for m in u.members if m.axis in in_axes.get(m.path, ())}
+    return read[False] - read[True]
+
+
+class _Seen:
+    """Batches that are gone through once, and the Grams of what some kernels read in those that have been."""
+
+    def __init__(
+        self, f: Callable[..., PyTree], params: PyTree, batches: Iterator[tuple[PyTree, ...]], readers: set[str]
+    ) -> None:
+        self._params, self._batches, self._readers = params, batches, readers
+        self._observe = jax.jit(observe(f, Gram, where=readers.__contains__))
+        self._grams: Observed | None = None
+
+    def __iter__(self) -> Iterator[tuple[PyTree, ...]]:
+        return self
+
+    def __next__(self) -> tuple[PyTree, ...]:
+        args = next(self._batches)
+        if self._readers:
+            _, new = self._observe(self._params, *args)
+            self._grams = new if self._grams is None else self._grams.merge(new)
+        return args
+
+    def grams(self) -> Observed | None:
+        """Those over all batches, the ones that nobody has asked for included."""
+        for _ in self:
+            pass
+        return self._grams
 
 
 def _chosen(groups: Groups, where: trees.Filter | None, believed: bool) -> list[Group]:

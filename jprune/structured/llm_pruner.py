@@ -1,6 +1,8 @@
 """LLM-Pruner (Ma, Fang and Wang 2023, https://arxiv.org/abs/2305.11627): units go that change the loss least.
 
-The criteria and where they differ from the authors' program are in `importance`, the rankings in `selection`.
+The criteria and where they differ from the authors' program are in `importance`, the rankings in `selection`. The
+authors leave all weights that stay as they are; here the kernels that read the heads and channels that are left are
+refitted by default (see `compensation`).
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ from jprune.annotations import Float
 from jprune.errors import JpruneError
 from jprune.structured import importance, selection
 from jprune.structured.base import Needs, UnitMethod
+from jprune.structured.compensation import Compensation
 from jprune.structured.importance import Criterion, Reduction, Vectors
 from jprune.structured.units import Kind, Units
 
@@ -28,9 +31,10 @@ class LLMPruner(UnitMethod):
     mode: Mode = "block"
     """What goes: block (heads and feed-forward channels of the layers that are not protected), channel (hidden
     dimensions, in the whole model) or layer (all but the first `layers`)."""
-    importance: Importance = "param_first"
+    importance: Importance = "param_second"
     """How units are scored: by the change of the loss to first order, second order or both (param_first, param_second,
-    param_mix), to first order channel by channel (vectorize), by weights alone (l1, l2), or not at all (random)."""
+    param_mix), to first order channel by channel (vectorize), by weights alone (l1, l2), or not at all (random). The
+    authors take the first order; what the second leaves is better, most of all once it is refitted."""
     reduction: Reduction | None = None
     """How the kernels of a unit are put together. By default sum, and mean for l1 and l2."""
     heads: Heads = "kv_head"
@@ -59,6 +63,15 @@ class LLMPruner(UnitMethod):
     """Tokens of each calibration text."""
     seed: int = 42
     """Seed of the choice of texts, and of random importance."""
+    compensate: bool = True
+    """Refit by least squares the kernels that read the heads and channels that are left, in mode block, where there is
+    text and memory for it. Hidden dimensions and layers have no kernel that could make up for them."""
+    compensation_samples: int | None = None
+    """Calibration windows to refit by. By default 128, or 16 for the demo model."""
+    compensation_length: int | None = None
+    """Tokens of such a window. By default 2048 or the model's context, or 512 for the demo model."""
+    compensation_damping: float = 0.01
+    """Share of the mean diagonal of a kernel's Gram matrix that is added to its diagonal when it is refitted."""
 
     def __post_init__(self):
         for name in ("round_to", "steps", "examples"):
@@ -77,6 +90,7 @@ class LLMPruner(UnitMethod):
             raise JpruneError(f"at least one layer must stay, got {self.layers}")
         if self.normalise != "none" and not self.globally:
             raise JpruneError(f"normalise {self.normalise} compares kinds of units; it goes with `globally`")
+        self._compensation()
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -96,6 +110,18 @@ class LLMPruner(UnitMethod):
     def counts_follow_scores(self) -> bool:
         """Whether all layers are ranked together, so that scores tell how many units of each stay."""
         return self.globally and self.mode != "layer"
+
+    @property
+    def compensation(self) -> Compensation | None:
+        """How kernels that lose inputs are refitted; None if none is to be, or what goes has no reader of its own."""
+        return self._compensation() if self.compensate and self.mode == "block" else None
+
+    def _compensation(self) -> Compensation:
+        return Compensation(
+            samples=self.compensation_samples,
+            sequence_length=self.compensation_length,
+            damping=self.compensation_damping,
+        )
 
     def prunable(self, units: Sequence[Units], layers: int) -> tuple[Units, ...]:
         """The units that are not protected, of a model with a number of layers."""

@@ -40,7 +40,7 @@ PIPELINE = {
     "job": {"recipe"},
     "recipe": set(),
     "training": set(),
-    "shrink": set(),
+    "shrink": {"oneshot", "forecast", "job", "recipe"},
     "registry": {"oneshot", "training", "shrink", "rounds"},
     "options": set(),
     "": {"oneshot", "rounds", "recipe"},
@@ -54,6 +54,7 @@ LINES, BODY, PARAMETERS = 350, 60, 12
 LONG: dict[str, str] = {}
 """Files that may be longer, and why."""
 WIDE = {
+    "jprune.structured.function.shrink_function": "each is a question of its own; there is no run with options to ask",
     "jprune.train.loop.train": "a loop is given functions one by one; who calls it has dataclasses of options",
 }
 """Functions that may be longer or take more, and why."""

@@ -96,13 +96,15 @@ def test_heads_and_channels_are_removed_or_it_says_why_not(name, saved, tmp_path
         protect_last=0,
         examples=4,
         sequence_length=16,
+        compensate=name in DIFFERENT,
     )
     if name in REFUSED:
         with pytest.raises(JpruneError, match=REFUSED[name]):
             shrink_model(checkpoint, out, method=method, **options)
         return
-    shrink_model(checkpoint, out, method=method, **options)
+    report = shrink_model(checkpoint, out, method=method, **options)
     half = load(out)
+    assert report.own_json()["refitted"] == (2 * half.config.layers if method.compensate else 0)
     for i in range(half.config.layers):
         before, after = checkpoint.config.layer(i), half.config.layer(i)
         assert after.d_ff == before.d_ff / 2

@@ -19,10 +19,13 @@ RUNS: dict[str, str] = {
     " --calibration {tokens}",
     "sparsegpt from its record": "prune sparsegpt {model} --recipe {sparsegpt}/jprune.json",
     "llm-pruner": "prune llm-pruner {model} --ratio 0.5 --protect-first 1 --protect-last 0 --calibration {tokens}"
-    " --evaluate {held_out}",
+    " --taylor param_first --evaluate {held_out} --no-compensate",
     "llm-pruner by both orders": "prune llm-pruner {model} --ratio 0.5 --taylor param_mix --uniform"
+    " --calibration {tokens} --no-compensate",
+    "llm-pruner, refitted": "prune llm-pruner {model} --ratio 0.5 --taylor l2 --uniform --calibration {tokens}"
+    " --evaluate {held_out}",
+    "llm-pruner, channels": "prune llm-pruner {model} --mode channel --ratio 0.25 --taylor param_first"
     " --calibration {tokens}",
-    "llm-pruner, channels": "prune llm-pruner {model} --mode channel --ratio 0.25 --calibration {tokens}",
     "layers": "prune layers {model} --drop 1 --calibration {tokens} --evaluate {held_out}",
     "tune lora": f"tune lora {{magnitude}} --data {{rows}} {_STEPS} --rank 2",
     "tune lora --keep-adapters": f"tune lora {{model}} --data {{rows}} {_STEPS} --rank 2 --targets q,v --keep-adapters",
@@ -56,8 +59,9 @@ SAYS: dict[str, str] = {
     "prune sparsegpt --plan": "prune sparsegpt {model} --pattern 2:4 --where mlp --calibration {tokens} --plan",
     "prune prune-and-tune --plan": f"prune prune-and-tune {{model}} --sparsity 0.5 {_STEPS} --where mlp"
     " --calibration {tokens} --plan",
-    "prune llm-pruner --plan": f"prune llm-pruner {{model}} --ratio 0.5 {_UNCUT} --plan",
-    "prune llm-pruner --global --plan": f"prune llm-pruner {{model}} --ratio 0.5 --global {_UNCUT} --plan",
+    "prune llm-pruner --plan": f"prune llm-pruner {{model}} --ratio 0.5 {_UNCUT} --calibration {{tokens}} --plan",
+    "prune llm-pruner --global --plan": f"prune llm-pruner {{model}} --ratio 0.5 --global {_UNCUT} --no-compensate"
+    " --plan",
     "prune layers --plan": "prune layers {model} --drop 1 --plan",
     "prune loraprune --plan": f"prune loraprune {{model}} --ratio 0.5 {_UNCUT} --plan",
     "prune shearing --plan": "prune shearing {model} --target layers=2,intermediate=24 --plan",

@@ -17,10 +17,13 @@ from jprune.errors import JpruneError
 from jprune.models import decoder
 from jprune.pipeline.shrink.plan import plan_shrink
 from jprune.pipeline.shrink.run import shrink_model
+from jprune.statistics import Gram
 from jprune.structured import DropLayers, LLMPruner
 from jprune.structured.selection import Target
+from jprune.trace.observe import observe
 
-OPEN = {"protect_first": 0, "protect_last": 0}
+OPEN = {"protect_first": 0, "protect_last": 0, "compensate": False}
+FIRST = {**OPEN, "importance": "param_first"}
 TOKENS = np.random.default_rng(7).integers(0, 96, (4, 16), dtype=np.int32)
 
 
@@ -47,7 +50,7 @@ def whole_gradient(checkpoint, tokens):
 def test_removes_what_matters_least(checkpoint, tmp_path):
     """Against |w g| summed by hand from the gradient of the whole model; the result computes as the masked model."""
     report = shrink_model(
-        checkpoint, tmp_path / "out", method=LLMPruner(**OPEN), target=Target(units=0.5), calibration=TOKENS
+        checkpoint, tmp_path / "out", method=LLMPruner(**FIRST), target=Target(units=0.5), calibration=TOKENS
     )
     smaller = load(tmp_path / "out")
     w = {path: np.asarray(x) for path, x in trees.flatten(checkpoint.params()).items()}
@@ -85,6 +88,53 @@ def test_removes_what_matters_least(checkpoint, tmp_path):
     assert record["parameters"]["after"] == report.parameters[1]
     assert record["format"] == "hf"
     assert record["recipe"]["ratio"] == 0.5
+
+
+def test_refits_what_is_left(checkpoint, tmp_path):
+    """Against least squares in float64, kernel by kernel, by what reaches each in the model that is smaller so far."""
+    tokens = np.random.default_rng(1).integers(0, 96, (8, 24), dtype=np.int32)
+    method = LLMPruner(**{**OPEN, "compensate": True}, importance="l2", compensation_damping=1e-3)
+    target = Target(units=0.5)
+    report = shrink_model(checkpoint, tmp_path / "out", method=method, target=target, calibration=tokens)
+    smaller = load(tmp_path / "out")
+    params = jax.tree.map(jnp.asarray, checkpoint.params())
+    x = compiled.embed(checkpoint.config)(params, jnp.asarray(tokens))
+    block = compiled.block(checkpoint.config, 0)
+    observed = jax.jit(observe(decoder.block(checkpoint.config, 0), Gram))
+    for i in range(3):
+        leaves, left = (trees.flatten(c.params(f"blocks/{i}")) for c in (checkpoint, smaller))
+        for path, feeds, axis in (("attn/o/kernel", "attn/q/kernel", 1), ("mlp/down/kernel", "mlp/up/kernel", 1)):
+            before, after = (np.moveaxis(tree[feeds], axis, 0) for tree in (leaves, left))
+            stay = np.array([any(np.array_equal(unit, kept) for kept in after) for unit in before])
+            assert stay.sum() == len(before) / 2
+            gram = np.asarray(observed(trees.unflatten(leaves), x)[1][path].total, np.float64)
+            kernel = leaves[path].reshape(len(gram), 32).astype(np.float64)
+            rows = np.repeat(stay, len(gram) // len(stay))
+            damping = 1e-3 * np.mean(np.diag(gram)[rows])
+            inner = gram[np.ix_(rows, rows)] + damping * np.eye(rows.sum())
+            expected = np.linalg.solve(inner, gram[rows] @ kernel + damping * kernel[rows])
+            np.testing.assert_allclose(left[path].reshape(-1, 32), expected, atol=2e-3 * np.abs(expected).max())
+            whole = np.zeros((len(gram), 32), np.float32)
+            whole[rows] = left[path].reshape(-1, 32)
+            leaves[path] = whole.reshape(leaves[path].shape)
+        x = block(trees.unflatten(leaves), x)
+    assert report.own_json()["refitted"] == 6
+    record = json.loads((tmp_path / "out" / "jprune.json").read_text())
+    assert [k["pattern"] for k in record["compensation"]["kernels"]] == ["16 inputs", "28 inputs"] * 3
+    assert record["compensation"]["calibration"]["windows"] == 8
+
+
+def test_says_why_nothing_is_refitted(checkpoint, tmp_path):
+    """Without a tokenizer there is no text; and then no weight that stays has changed."""
+    method = LLMPruner(**{**OPEN, "compensate": True}, importance="l2")
+    told, plain = (
+        shrink_model(checkpoint, tmp_path / name, method=m, target=Target(units=0.5))
+        for name, m in (("a", method), ("b", LLMPruner(**OPEN, importance="l2")))
+    )
+    assert any("was not refitted" in notice and "tokenizer" in notice for notice in told.notices)
+    assert not plain.notices
+    for path in load(tmp_path / "a").shapes:
+        np.testing.assert_array_equal(load(tmp_path / "a").read(path), load(tmp_path / "b").read(path))
 
 
 @pytest.mark.parametrize("importance", ["param_second", "param_mix", "vectorize", "l1", "l2", "random"])

@@ -12,7 +12,6 @@ from jax.typing import DTypeLike
 from jprune import statistics
 from jprune.methods import Method
 from jprune.models.batching import windows_at_once
-from jprune.patterns import NM
 from jprune.pipeline.forecast.costs import UnitCost
 
 DISK = 1e9
@@ -62,7 +61,7 @@ def measure(method: Method, *, d_model: int, d_ff: int, dtype: DTypeLike) -> Spe
             seconds = _time(update, method.statistic.zeros(width), x)
             statistic = statistics.flops(method.statistic, tokens, width) / seconds
             known = update(method.statistic.zeros(solved), x[:, :solved])
-        together = lambda: method.together({"kernel": kernel}, known, {"kernel": NM(1, 2)}, {})  # noqa: E731
+        together = lambda: method.together({"kernel": kernel}, known, {"kernel": method.timed}, {})  # noqa: E731
         solve = method.flops(solved, solved) / _time(together)
     return Speed(forward=forward, statistic=statistic, solve=solve)
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from jprune.checkpoints import writing
 from jprune.checkpoints.huggingface import Writer
+from jprune.pipeline.oneshot.cut import CutWriter
 from jprune.pipeline.oneshot.report import KernelReport
 from jprune.runs import processes
 from jprune.runs.activations import Batches, Room, Specs
@@ -69,7 +70,7 @@ class Journal:
       zeros: in the counted parameters that are done.
     """
 
-    def __init__(self, run: RunFolder, result: Writer, counted: Collection[str], room: Room):
+    def __init__(self, run: RunFolder, result: Writer | CutWriter, counted: Collection[str], room: Room):
         self.run = run
         self.room = room
         self._result = result

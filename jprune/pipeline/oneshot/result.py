@@ -8,6 +8,7 @@ from jprune.checkpoints import formats, huggingface, load, orbax, record, writin
 from jprune.pipeline.job import Job
 from jprune.pipeline.oneshot.begin import Run
 from jprune.pipeline.oneshot.blocks import prune_blocks
+from jprune.pipeline.oneshot.cut import CutWriter
 from jprune.pipeline.oneshot.journal import Journal
 from jprune.pipeline.oneshot.report import Report
 from jprune.runs import processes
@@ -48,19 +49,20 @@ def write_record(job: Job, run: Run, report: Report) -> None:
             record.write(run.folder.partial, contents)
 
 
-def _writer(job: Job, run: Run) -> huggingface.Writer:
+def _writer(job: Job, run: Run) -> huggingface.Writer | CutWriter:
     """A writer of the partial result, whatever is in it already; in processes but the first only to read it."""
     partial = run.folder.partial
     if processes.is_first():
         with writing.explained(partial):
             partial.mkdir(exist_ok=True)
     on_the_way = "jprune" if job.format == "orbax" else job.format
-    writer = formats.writer(partial, job.checkpoint, format=on_the_way, reopen=True, follow=not processes.is_first())
+    model = job.checkpoint.select(job.cut) if job.cut else job.checkpoint
+    writer = formats.writer(partial, model, format=on_the_way, reopen=True, follow=not processes.is_first())
     assert isinstance(writer, huggingface.Writer)
-    return writer
+    return CutWriter(writer, job) if job.cut else writer
 
 
-def _complete(job: Job, run: Run, writer: huggingface.Writer, contents: dict[str, Any]) -> dict[str, Any]:
+def _complete(job: Job, run: Run, writer: huggingface.Writer | CutWriter, contents: dict[str, Any]) -> dict[str, Any]:
     """Finishes the partial result, all of whose parameters are there; returns what the mark says of it."""
     writer.close()
     if job.format == "orbax":

@@ -6,10 +6,16 @@ from typing import Any
 
 import numpy as np
 
+from jprune import paths
 from jprune.checkpoints import Checkpoint, load
+from jprune.checkpoints.dtypes import activation_dtype
+from jprune.data.windows import Spec
 from jprune.errors import JpruneError
+from jprune.pipeline.forecast.forecast import Forecast, Plan
+from jprune.pipeline.options import Machine, sorted_into
 from jprune.pipeline.registry import name_of
-from jprune.pipeline.shrink.scores import chosen, units_of
+from jprune.pipeline.shrink.compensation import job_of, too_large
+from jprune.pipeline.shrink.scores import Positions, chosen, units_of
 from jprune.structured.base import UnitMethod
 from jprune.structured.selection import Target
 from jprune.structured.units import Units, positions
@@ -25,25 +31,45 @@ class ShrinkPlan:
     """The sizes of every layer of the result; None where only importance can tell."""
     units: tuple[Units, ...]
     """What could be removed."""
+    refitting: Plan | None = None
+    """What it takes to refit the kernels that lose inputs; None if none is refitted."""
+    notices: tuple[str, ...] = ()
+    """What the user should know, one sentence each."""
 
 
 def plan_shrink(
-    model: Checkpoint | str | Path, *, method: UnitMethod, target: Target | None = None, **options: Any
+    model: Checkpoint | str | Path,
+    *,
+    method: UnitMethod,
+    target: Target | None = None,
+    out: str | Path = ".",
+    calibration: Spec = "pydoc",
+    dtype: str | None = None,
+    **options: Any,
 ) -> ShrinkPlan:
     """What `shrink_model` would do, without a weight or a text; a folder with a config.json is enough.
+
+    Of the other options it takes those of `Machine` in `jprune.pipeline.options`. Where kernels are refitted, it
+    compiles what that takes, and measures this machine for two seconds.
 
     Raises:
       JpruneError: as `shrink_model`, for what can be known from shapes.
     """
-    del options
+    (machine,) = sorted_into(options, Machine)
     checkpoint = model if isinstance(model, Checkpoint) else load(model, weights=False)
     check_target(method, target)
     units = units_of(checkpoint, method) if target else ()
+    keep = stays(checkpoint, method, target)
     smaller = planned(checkpoint, method, target)
+    activations = activation_dtype(checkpoint, dtype)
+    job = job_of(checkpoint, method, calibration=calibration, dtype=activations, keep=keep)
+    why = None if job is None else too_large(job, machine, paths.given(out))
     return ShrinkPlan(
         parameters=(checkpoint.parameters, smaller.parameters if smaller else None),
         sizes=smaller.sizes if smaller else None,
         units=units,
+        refitting=Forecast(job, machine).plan(paths.given(out)) if job is not None and why is None else None,
+        notices=() if why is None else (why,),
     )
 
 
@@ -66,10 +92,16 @@ def planned(checkpoint: Checkpoint, method: UnitMethod, target: Target | None) -
     """
     if not method.kinds:
         return checkpoint.select({}, method.layers_left(checkpoint.config.layers))
-    if method.counts_follow_scores:
+    keep = stays(checkpoint, method, target)
+    return None if keep is None else checkpoint.select(keep)
+
+
+def stays(checkpoint: Checkpoint, method: UnitMethod, target: Target | None) -> Positions | None:
+    """As many positions as stay, by path and axis, though perhaps others; None where only importance can tell."""
+    if method.counts_follow_scores or not method.kinds:
         return None
     assert target is not None  # check_target
     units = units_of(checkpoint, method)
     alike = {u.name: np.zeros(u.count) for u in units}
     kept = chosen(checkpoint, units, alike, method, target, checkpoint.parameters, None)
-    return checkpoint.select(positions(units, kept))
+    return positions(units, kept)

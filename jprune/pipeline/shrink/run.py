@@ -1,9 +1,11 @@
 """One structured run: a checkpoint in, a smaller checkpoint and its record out.
 
-Structured pruning changes no weight that stays. So the smaller model is a view of the larger one from the first step
-on (`Checkpoint.select`): it is measured, pruned further and written as any checkpoint is, a block at a time.
+The smaller model is a view of the larger one from the first step on (`Checkpoint.select`): it is measured, pruned
+further and written as any checkpoint is, a block at a time. Where what is left is refitted (`compensation`), the run
+goes through the model once more, and what it has done outlives an interruption.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,21 @@ from typing import Any
 from jprune import paths
 from jprune.checkpoints import Checkpoint, formats, load, record
 from jprune.checkpoints.dtypes import activation_dtype
-from jprune.checkpoints.formats import Format
 from jprune.data import windows
 from jprune.errors import JpruneError
 from jprune.evaluate.perplexity import Perplexity
-from jprune.pipeline.options import Evaluation, Output, sorted_into
-from jprune.pipeline.registry import name_of
+from jprune.pipeline.job import Job
+from jprune.pipeline.options import Evaluation, Machine, Result, sorted_into
+from jprune.pipeline.shrink import compensation
+from jprune.pipeline.shrink.compensated import shrink_and_refit
 from jprune.pipeline.shrink.plan import check_target, planned
 from jprune.pipeline.shrink.report import ShrinkReport
 from jprune.pipeline.shrink.scores import smaller_model
+from jprune.pipeline.shrink.work import Work, examples
 from jprune.runs import output
+from jprune.runs.folder import default_folder, finished
 from jprune.runs.remembered import perplexity
-from jprune.runs.report import Progress, environment
+from jprune.runs.report import Progress
 from jprune.runs.stopwatch import Stopwatch, peak_memory_bytes
 from jprune.structured.base import UnitMethod
 from jprune.structured.selection import Target
@@ -46,30 +51,75 @@ def shrink_model(
       out: folder of the result; it appears when everything is done.
       method: e.g. `LLMPruner()`.
       target: how small; methods that say themselves which layers stay need none.
-      calibration: source of the text that importance is read from, or token windows [n, length].
+      calibration: source of the text that importance is read from and that what is left is refitted by, or token
+        windows [n, length] for both.
       dtype: of the activations; float32 on CPU and for float16 weights, elsewhere what the weights have. Gradients
         are float32.
       progress: called often.
-      **options: the fields of `Evaluation` and `Output` in `jprune.pipeline.options`: evaluate, evaluate_length,
-        evaluate_windows, format (by default "hf" if all layers end up equal, else "jprune"), overwrite. There is
-        nothing to resume: what is interrupted leaves nothing behind.
+      **options: the fields of `Evaluation`, `Result` and `Machine` in `jprune.pipeline.options`: evaluate,
+        evaluate_length, evaluate_windows, format (by default "hf" if all layers end up equal, else "jprune"),
+        overwrite, resume, memory, run. A run that refits nothing has nothing to resume: what is interrupted leaves
+        nothing behind.
 
     Raises:
       JpruneError: anything that does not fit; `out` is then untouched.
     """
-    measured, result = sorted_into(options, Evaluation, Output)
+    measured, wanted, machine = sorted_into(options, Evaluation, Result, Machine)
     stopwatch = Stopwatch()
-    checkpoint = model if isinstance(model, Checkpoint) else load(model)
     shown, out = paths.given(out), paths.real(out)
-    output.check(out, overwrite=result.overwrite, source=checkpoint.source)
+    place = paths.real(machine.run) if machine.run else default_folder(out)
+    if method.compensation is not None and wanted.resume and finished(place, out):
+        return ShrinkReport.from_record(record.read(out), shown, method)
+    checkpoint = model if isinstance(model, Checkpoint) else load(model)
+    output.check(out, overwrite=wanted.overwrite, source=checkpoint.source)
     check_target(method, target)
     expected = planned(checkpoint, method, target)
-    if expected is not None and result.format is not None:
-        formats.check(expected, result.format)  # what is certain to be refused after the work is refused before
-    activations = activation_dtype(checkpoint, dtype)
+    if expected is not None and wanted.format is not None:
+        formats.check(expected, wanted.format)  # what is certain to be refused after the work is refused before
     with stopwatch.phase("data"):
-        examples = _examples(checkpoint, method, calibration)
-        evaluation = measured.text(checkpoint)
+        work = Work(
+            checkpoint=checkpoint,
+            method=method,
+            target=target,
+            dtype=activation_dtype(checkpoint, dtype),
+            format=wanted.format,
+            examples=examples(checkpoint, method, calibration),
+            evaluation=measured.text(checkpoint),
+        )
+        job, why = _refitting(work, calibration, machine, place, resume=wanted.resume)
+    if job is None:
+        report = _shrink(work, shown, wanted, stopwatch, progress, () if why is None else (why,))
+    else:
+        report = shrink_and_refit(
+            work, job, out, place, wanted=wanted, machine=machine, stopwatch=stopwatch, progress=progress
+        )
+    return dataclasses.replace(report, out=shown)
+
+
+def _refitting(
+    work: Work, calibration: windows.Spec, machine: Machine, place: Path, *, resume: bool
+) -> tuple[Job | None, str | None]:
+    """What is to be refitted, with its text; or None, and why nothing is though it was to be."""
+    job = compensation.job_of(work.checkpoint, work.method, calibration=calibration, dtype=work.dtype, keep=None)
+    if job is None:
+        return None, None
+    job, why = compensation.with_text(dataclasses.replace(job, evaluation=work.evaluation))
+    if job is None or (resume and place.exists()):  # a run that was begun had the memory
+        return job, why
+    why = compensation.too_large(job, machine, place)
+    return (job, None) if why is None else (None, why)
+
+
+def _shrink(
+    work: Work,
+    out: Path,
+    wanted: Result,
+    stopwatch: Stopwatch,
+    progress: Callable[[Progress], None],
+    notices: tuple[str, ...],
+) -> ShrinkReport:
+    """Removes what the work says, and changes no weight that stays."""
+    checkpoint, evaluation = work.checkpoint, work.evaluation
 
     def measure(weights: Checkpoint, phase: str) -> Perplexity | None:
         if evaluation is None:
@@ -78,24 +128,27 @@ def shrink_model(
             return perplexity(
                 weights,
                 evaluation.tokens,
-                dtype=activations,
+                dtype=work.dtype,
                 progress=lambda done, total: progress(Progress(float(done), total, evaluation.source, phase)),
             )
 
-    with output.new_folder(out, overwrite=result.overwrite, source=checkpoint.source) as folder:
+    with output.new_folder(out, overwrite=wanted.overwrite, source=checkpoint.source) as folder:
         before = measure(checkpoint, "evaluate before")
         with stopwatch.phase("importance"):
-            smaller, layers = smaller_model(checkpoint, method, target, examples, activations, progress)
-        format: Format = result.format or ("hf" if smaller.config.uniform else "jprune")
+            smaller, layers, _ = smaller_model(
+                checkpoint, work.method, work.target, work.examples, work.dtype, progress
+            )
+        format = work.format_of(smaller)
         with stopwatch.phase("io"):
             told = formats.write(folder, smaller, format=format)
         try:
             after = measure(load(folder), "evaluate after")
         except JpruneError as error:  # the work is not thrown away for it
             after, told = None, (*told, f"the perplexity after pruning could not be measured: {error}")
+        texts = [notice for text in (work.examples, evaluation) if text for notice in text.notices]
         report = ShrinkReport(
-            out=shown,
-            method=method,
+            out=out,
+            method=work.method,
             parameters=(checkpoint.parameters, smaller.parameters),
             sizes=smaller.sizes,
             layers=layers,
@@ -103,42 +156,8 @@ def shrink_model(
             after=after,
             seconds=stopwatch.seconds(),
             peak_memory_bytes=peak_memory_bytes(),
-            notices=tuple(dict.fromkeys(n for w in (examples, evaluation) if w for n in w.notices)) + told,
+            notices=(*dict.fromkeys(texts), *notices, *told),
         )
-        about = {"model": checkpoint.described(), "format": format, **environment(activations)}
-        record.write(folder, about | _contents(report, method, target, examples, evaluation))
+        source = work.examples.source if work.examples else None
+        record.write(folder, work.contents(report, format, source))
     return report
-
-
-def _examples(checkpoint: Checkpoint, method: UnitMethod, source: windows.Spec) -> windows.Windows | None:
-    """The texts that importance is read from; None for methods that read only weights."""
-    if method.needs in ("nothing", "weights"):
-        return None
-    rows = windows.is_rows(source)
-    return windows.calibration(
-        source,
-        checkpoint.tokenizer,
-        samples=None if rows else method.examples,
-        length=None if rows else min(method.sequence_length, checkpoint.config.context),
-        seed=method.seed,
-        vocab_size=checkpoint.config.vocab,
-        context=checkpoint.config.context,
-    )
-
-
-def _contents(
-    report: ShrinkReport,
-    method: UnitMethod,
-    target: Target | None,
-    examples: windows.Windows | None,
-    evaluation: windows.Windows | None,
-) -> dict[str, Any]:
-    """The part of jprune.json that says what was asked for and what came out."""
-    recipe = {**method.described(), **(target.described() if target else {})}
-    return {
-        **report.json(),
-        "recipe": {"method": name_of(method), **recipe, "calibration": examples.source if examples else None},
-        "calibration": examples and examples.described(),
-        "evaluation": evaluation and evaluation.described(),
-        "notices": list(report.notices),
-    }

@@ -5,7 +5,7 @@ The smaller model is a view of the larger one from the first step on (`Checkpoin
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,18 @@ from jprune.structured.selection import Kept, Target
 from jprune.structured.units import Units, positions
 
 Scores = Mapping[str, np.ndarray]
+Positions = dict[str, dict[int, np.ndarray]]
+
+
+class Smaller(NamedTuple):
+    """What stays of a model, in which no weight has changed."""
+
+    view: Checkpoint
+    """The smaller model."""
+    layers: tuple[int, ...]
+    """Which layers of the original it has."""
+    keep: Positions
+    """The positions that stay in the original, by path and axis."""
 
 
 def smaller_model(
@@ -30,8 +42,8 @@ def smaller_model(
     examples: Windows | None,
     dtype: Any,
     progress: Callable[[Progress], None],
-) -> tuple[Checkpoint, tuple[int, ...]]:
-    """The smaller model, and which layers of the original it has."""
+) -> Smaller:
+    """What stays of a model."""
     count = checkpoint.config.layers
     influences = None
     if method.needs == "influence":
@@ -44,9 +56,10 @@ def smaller_model(
         )
     layers = method.layers_left(count, influences)
     if not method.kinds:
-        return checkpoint.select({}, layers), layers
+        return Smaller(checkpoint.select({}, layers), layers, {})
     assert target is not None
     whole, view = checkpoint.parameters, checkpoint
+    total: Positions = {}
     # Found once: in a smaller model the same trace may give units of other kinds (one KV head is no group).
     units = units_of(checkpoint, method)
     initial = {u.name: u.count for u in units}
@@ -55,7 +68,10 @@ def smaller_model(
         kept = chosen(view, units, scores, method, target.step(step, method.steps, whole), whole, initial)
         keep = positions(units, kept)
         view, units = view.select(keep), tuple(u.after(kept[u.name], keep) for u in units)
-    return view, layers
+        for path, axes in keep.items():
+            before = total.setdefault(path, {})
+            before |= {axis: before[axis][now] if axis in before else now for axis, now in axes.items()}
+    return Smaller(view, layers, total)
 
 
 def _report(progress: Callable[[Progress], None], step: int, steps: int, done: int, total: int) -> None:

@@ -11,11 +11,16 @@ from jprune import JpruneError, Target
 
 def network(params, x):
     """Attention over heads [heads, head_dim], and a gated feed-forward layer; reads its sizes from its arrays."""
+    x, hidden = inside(params, x)
+    return x + hidden @ params["down"]["w"]
+
+
+def inside(params, x):
+    """What is added to, and what `down` reads."""
     q, k, v = (jnp.einsum("td,dhk->htk", x, params["attn"][name]) for name in "qkv")
     weights = jax.nn.softmax(jnp.einsum("htk,hsk->hts", q, k), axis=-1)
     x = x + jnp.einsum("hts,hsk,hkd->td", weights, v, params["attn"]["o"])
-    hidden = jax.nn.silu(x @ params["gate"]["w"]) * (x @ params["up"]["w"] + params["up"]["bias"])
-    return x + hidden @ params["down"]["w"]
+    return x, jax.nn.silu(x @ params["gate"]["w"]) * (x @ params["up"]["w"] + params["up"]["bias"])
 
 
 def loss(params, x):
@@ -38,7 +43,7 @@ def test_smaller_is_masked(rng):
     """The smaller network computes what the masked one does, and the units that stay are the most important ones."""
     params, batches = drawn(rng)
     smaller, kept = jprune.shrink_function(
-        network, params, batches, Target(units=0.5), loss=loss, where=[r"attn/k\[1\]", "down"]
+        network, params, batches, Target(units=0.5), loss=loss, where=[r"attn/k\[1\]", "down"], compensate=False
     )
     assert [smaller["attn"][name].shape for name in "qo"] == [(8, 2, 3), (2, 3, 8)]
     assert [smaller["up"]["bias"].shape, smaller["down"]["w"].shape] == [(6,), (6, 8)]
@@ -56,13 +61,13 @@ def test_smaller_is_masked(rng):
 
 
 def test_devices_share_batches_that_come_one_by_one(rng):
-    """A generator is enough; four devices and one keep the same units."""
+    """A generator is enough; four devices and one keep the same units, which make up for those that go."""
     from jprune import devices
 
     params, _ = drawn(rng)
     batches = [(jnp.asarray(rng.standard_normal((8, 8)), jnp.float32),) for _ in range(3)]
     options = {"target": Target(units=0.5), "loss": loss, "criterion": "param_mix", "where": ["down"]}
-    _, one = jprune.shrink_function(network, params, batches, **options)
+    smaller, one = jprune.shrink_function(network, params, batches, **options)
     taken = []
 
     def told():
@@ -70,16 +75,24 @@ def test_devices_share_batches_that_come_one_by_one(rng):
             taken.append(len(taken))
             yield batch
 
-    _, four = jprune.shrink_function(network, params, told(), mesh=devices.make_mesh(devices=jax.devices()), **options)
+    mesh = devices.make_mesh(devices=jax.devices())
+    again, four = jprune.shrink_function(network, params, told(), mesh=mesh, **options)
     assert taken == [0, 1, 2]
     np.testing.assert_array_equal(one[CHANNELS], four[CHANNELS])
+    np.testing.assert_allclose(smaller["down"]["w"], again["down"]["w"], atol=1e-4)
+    x = np.concatenate([inside(params, *batch)[1] for batch in batches]).astype(np.float64)
+    left, w = x[:, one[CHANNELS]], np.asarray(params["down"]["w"], np.float64)
+    damping = 0.01 * np.mean(np.sum(left**2, 0))
+    inner = left.T @ left + damping * np.eye(6)
+    expected = np.linalg.solve(inner, left.T @ x @ w + damping * w[one[CHANNELS]])
+    np.testing.assert_allclose(smaller["down"]["w"], expected, atol=1e-4)
 
 
 def test_weights_alone_and_a_size(rng):
     params, batches = drawn(rng)
     whole = sum(x.size for x in jax.tree.leaves(params))
     smaller, kept = jprune.shrink_function(
-        network, params, batches[:1], Target(share=0.2), criterion="l2", where="down"
+        network, params, batches[:1], Target(share=0.2), criterion="l2", where="down", compensate=False
     )
     (units,) = kept.values()
     assert (left := sum(x.size for x in jax.tree.leaves(smaller))) <= 0.8 * whole < left + 3 * 8 + 1
@@ -96,15 +109,16 @@ def mixed(params, x):
 
 def test_what_is_not_proven(rng):
     params = {name: jnp.asarray(rng.standard_normal((4, 9)[:: 1 if name in "ac" else -1])) for name in "abcd"}
+    plain = {"criterion": "l2", "compensate": False}
     half = ([(jnp.ones((2, 4)),)], Target(units=0.3))
     with pytest.raises(JpruneError, match=r"proven to be safe to prune, got a\[1\].0 .*believed: .*; `believed` takes"):
-        jprune.shrink_function(mixed, params, *half, criterion="l2", where="a.1")
+        jprune.shrink_function(mixed, params, *half, **plain, where="a.1")
     with pytest.raises(JpruneError, match=r"got a\[0\] \(4 units\), frozen: axis 1 of an argument of f$"):
-        jprune.shrink_function(mixed, params, *half, criterion="l2", where="a.0", believed=True)
+        jprune.shrink_function(mixed, params, *half, **plain, where="a.0", believed=True)
     with pytest.warns(UserWarning, match=r"left as they are, .* a\[1\].0, a\[1\].1; `believed` takes them"):
-        smaller, _ = jprune.shrink_function(mixed, params, *half, criterion="l2")
+        smaller, _ = jprune.shrink_function(mixed, params, *half, **plain)
     assert [x.shape for x in smaller.values()] == [(4, 9), (9, 4), (4, 6), (6, 4)]
-    smaller, kept = jprune.shrink_function(mixed, params, *half, criterion="l2", where="a.1", believed=True)
+    smaller, kept = jprune.shrink_function(mixed, params, *half, **plain, where="a.1", believed=True)
     rows, columns = kept.values()
     np.testing.assert_array_equal(smaller["b"], params["b"].reshape(3, 3, 4)[rows][:, columns].reshape(4, 4))
 

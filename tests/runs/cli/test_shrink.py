@@ -10,7 +10,7 @@ import pytest
 from jprune.checkpoints import load
 
 main = importlib.import_module("jprune.cli.main")  # the package has a function of this name
-OPEN = ["--protect-first", "0", "--protect-last", "0"]
+OPEN = ["--protect-first", "0", "--protect-last", "0", "--no-compensate"]
 
 
 @pytest.fixture
