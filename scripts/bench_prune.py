@@ -1,6 +1,7 @@
 """Times the whole job on the demo model: a first run, a run with a warm compile cache, and plain PyTorch.
 
     python scripts/bench_prune.py [--methods sparsegpt wanda magnitude] [--baseline] [--out results.json]
+    python scripts/bench_prune.py --roofline [--out roofline.json]  # phase by phase; a picture beside the JSON
 
 Each jprune run is a process of its own, as a user starts it. "forward" is one pass of the calibration windows through
 the dense blocks, without statistics: what a method that observes inputs cannot do without. With --baseline, the same
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import roofline
 from machine import describe
 
 
@@ -43,9 +45,17 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--baseline", action="store_true", help="also time SparseGPT in plain PyTorch")
+    parser.add_argument("--roofline", action="store_true", help="phases of SparseGPT against the machine's limits")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     result: dict = {"machine": describe(), "options": {k: v for k, v in vars(args).items() if k != "out"}, "runs": {}}
+    if args.roofline:
+        result |= roofline.measure(args.samples, args.sequence_length)
+        roofline.show(result)
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=2) + "\n")
+            roofline.draw(result, args.out.with_suffix(".svg"))
+        return
     runs = result["runs"]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
