@@ -1,8 +1,8 @@
 """Masks from scores: which elements to keep so that a pattern holds exactly. True = keep.
 
 The k-th smallest score is found by counting, not by sorting: floats are mapped to integers of the same order, and
-bisection over those integers settles the threshold in at most 32 counting passes. It is exact, its memory is one copy
-of the scores, and every pass is a compare and a sum, which all backends do fast.
+a search over those integers, by interpolation and bisection, settles the threshold in a few counting passes. It is
+exact, its memory is one copy of the scores, and every pass is a compare and a sum, which all backends do fast.
 
 Ties are settled by position: of equal scores, the lowest input index is pruned first (then the lowest output, where
 outputs compete too). The authors' SparseGPT and magnitude code instead prunes everything `<=` the threshold, one
@@ -136,21 +136,31 @@ def _split(keys: UInt[Array, "..."], count, axis: int | None = 0) -> tuple[UInt[
     """
 
     def unsettled(state):
-        low, high, _ = state
+        low, high, *_ = state
         return jnp.any(high - low > 1)
 
-    def halve(state):
-        low, high, below = state
-        middle = low + (high - low) // 2
+    def narrow(state):
+        low, high, below, upto, turn = state
+        width = high - low
+        # Where the bound would be if keys were spread evenly: most of the way, that leaves as few as the square root of
+        # the keys between. Every third time in the middle, in case they are spread in some other way.
+        share = (count - below).astype(jnp.float32) / jnp.maximum(upto - below, 1).astype(jnp.float32)
+        guess = jnp.minimum(share * width.astype(jnp.float32), 4.2e9).astype(jnp.uint32)
+        step = jnp.clip(jnp.where(turn == 2, width // 2, guess), jnp.uint32(1), jnp.maximum(width, 2) - 1)
+        middle = low + step
         n = jnp.sum(keys < middle, axis=axis, dtype=jnp.int32)
         # Exactly `count` below the middle: it is the bound, and an interval of one ends the search.
         up = n <= count
         low, below = jnp.where(up, middle, low), jnp.where(up, n, below)
-        return low, jnp.where(n == count, low + 1, jnp.where(up, high, middle)), below
+        high, upto = jnp.where(up, high, middle), jnp.where(up, upto, n)
+        return low, jnp.where(n == count, low + 1, high), below, upto, (turn + 1) % 3
 
-    # Invariant: at most `count` keys below `low`, more below `high`; a search interval of one has found the bound.
+    # Invariant: `below`, at most `count`, keys below `low`; `upto`, more than that, below `high`. A search interval of
+    # one has found the bound.
     low, high = jnp.min(keys, axis=axis), jnp.max(keys, axis=axis) + jnp.uint32(1)
-    bound, _, below = lax.while_loop(unsettled, halve, (low, high, jnp.zeros(low.shape, jnp.int32)))
+    none = jnp.zeros(low.shape, jnp.int32)
+    every = none + (keys.size if axis is None else keys.shape[axis])
+    bound, _, below, *_ = lax.while_loop(unsettled, narrow, (low, high, none, every, jnp.int32(0)))
     return bound, below
 
 
