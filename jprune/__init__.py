@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune.checkpoints import load as load
     from jprune.data import instructions as instructions
     from jprune.errors import JpruneError as JpruneError
+    from jprune.methods import Admm as Admm
+    from jprune.methods import Alps as Alps
     from jprune.methods import ByScore as ByScore
     from jprune.methods import Magnitude as Magnitude
     from jprune.methods import Method as Method
@@ -77,7 +79,7 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
 _NAMES = {
     "jprune.checkpoints": ("load",),
     "jprune.errors": ("JpruneError",),
-    "jprune.methods": ("ByScore", "Magnitude", "Method", "SparseGPT", "Wanda", "masked"),
+    "jprune.methods": ("Admm", "Alps", "ByScore", "Magnitude", "Method", "SparseGPT", "Wanda", "masked"),
     "jprune.methods.function": ("prune_function",),
     "jprune.methods.prune": ("prune", "refit"),
     "jprune.patterns": ("NM", "Unstructured"),

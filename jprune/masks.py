@@ -74,8 +74,11 @@ def without_lowest(
     return mask if keep is None else mask & keep
 
 
-def keep_n_of_m(scores: Float[Array, "d_in d_out"], n: int, m: int) -> Bool[Array, "d_in d_out"]:
-    """Keeps the `n` highest of every `m` consecutive inputs of each output; d_in must be a multiple of m."""
+def keep_n_of_m(scores: Float[Array, "d_in d_out"], n: Int[Array, ""] | int, m: int) -> Bool[Array, "d_in d_out"]:
+    """Keeps the `n` highest of every `m` consecutive inputs of each output; d_in must be a multiple of m.
+
+    `n` may be traced.
+    """
     groups = scores.reshape(-1, m, scores.shape[-1])
     # rank = how many elements of the group are pruned before this one; m comparisons instead of a sort.
     rank = jnp.zeros(groups.shape, jnp.int32)

@@ -16,6 +16,8 @@ A method that only scores is shorter still, see `ByScore`. A line in `jprune.pip
 its name on the command line.
 """
 
+from jprune.methods.admm import Admm as Admm
+from jprune.methods.alps import Alps as Alps
 from jprune.methods.base import ByScore as ByScore
 from jprune.methods.base import Method as Method
 from jprune.methods.base import masked as masked

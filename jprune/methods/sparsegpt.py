@@ -1,45 +1,27 @@
 """SparseGPT (Frantar and Alistarh 2023): the config; equations and deviations are in `jprune.solvers.sparsegpt`."""
 
 import dataclasses
-from typing import ClassVar
 
-from jprune import devices, evidence
 from jprune.errors import JpruneError
-from jprune.methods.base import Refits
+from jprune.methods.solving import Solves
 from jprune.solvers.pruned import Pruned
-from jprune.solvers.sparsegpt import check_factor, factorise, sweep
-from jprune.statistics import Gram, Statistic
+from jprune.solvers.sparsegpt import sweep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SparseGPT(Refits):
+class SparseGPT(Solves):
     """Prune column by column and update what is left to keep the outputs (Frantar and Alistarh 2023)."""
 
-    statistic: ClassVar[type[Statistic]] = Gram
-
-    damping: float = 0.01
-    """Share of the Gram matrix's mean diagonal that is added to its diagonal."""
     block_size: int = 128
     """Inputs whose mask is chosen together."""
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.damping < float("inf"):
-            raise JpruneError(f"damping must be positive, got {self.damping}")
         if self.block_size < 1:
             raise JpruneError(f"block_size must be at least 1, got {self.block_size}")
 
-    def __call__(self, kernel, statistic, pattern, keep=None) -> Pruned:
-        """Prunes one kernel; `statistic` is a `Gram`, see `Method`."""
-        keeps = {} if keep is None else {"kernel": keep}
-        return self.together({"kernel": kernel}, statistic, {"kernel": pattern}, keeps)["kernel"]
-
-    def together(self, kernels, statistic, patterns, keeps) -> dict[str, Pruned]:
-        """Prunes kernels that read the same input, with one factorisation and one sweep over all outputs."""
-        names = ", ".join(kernels)
-        evidence.check_seen(statistic, names)
-        factor = devices.on_one_device(factorise, statistic.total, self.damping)
-        check_factor(factor, statistic.total, names)
+    def solved(self, kernels, statistic, factor, patterns, keeps) -> dict[str, Pruned]:
+        """Prunes kernels that read the same input, in one sweep over all outputs."""
         pruned = sweep(
             list(kernels.values()),
             factor,

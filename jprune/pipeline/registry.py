@@ -63,6 +63,8 @@ ONE_SHOT = Methods(
         "magnitude": "jprune.methods.magnitude:Magnitude",
         "wanda": "jprune.methods.wanda:Wanda",
         "sparsegpt": "jprune.methods.sparsegpt:SparseGPT",
+        "admm": "jprune.methods.admm:Admm",
+        "alps": "jprune.methods.alps:Alps",
     }
 )
 """Set weights to zero, one kernel at a time: each is a `jprune.methods.Method`."""

@@ -1,5 +1,7 @@
 """Solvers: new weights that make up for what was pruned."""
 
+from jprune.solvers.admm import admm as admm
+from jprune.solvers.alps import alps as alps
 from jprune.solvers.compensate import compensate as compensate
 from jprune.solvers.pruned import Pruned as Pruned
 from jprune.solvers.refit import refit as refit

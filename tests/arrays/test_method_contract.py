@@ -37,7 +37,7 @@ def words(method, pattern):
     """A pattern as the references take it, with the scope that the method's authors took where it is left open."""
     if isinstance(pattern, NM):
         return {"nm": (pattern.n, pattern.m)}
-    per = pattern.per or {"magnitude": "kernel", "wanda": "output"}.get(registry.name_of(method), "block")
+    per = pattern.per or {"wanda": "output", "sparsegpt": "block"}.get(registry.name_of(method), "kernel")
     return {"sparsity": pattern.sparsity, "per": per}
 
 

@@ -18,6 +18,8 @@ RUNS: dict[str, str] = {
     " --override attn/o=0.6 --skip attn/[kv] --skip blocks/0/attn --block-size 16 --dtype bfloat16"
     " --calibration {tokens}",
     "sparsegpt from its record": "prune sparsegpt {model} --recipe {sparsegpt}/jprune.json",
+    "admm --refit": "prune admm {model} --pattern 2:4 --refit 3 --iterations 8 --calibration {tokens}",
+    "alps": "prune alps {model} --sparsity 0.6 --where mlp --calibration {tokens}",
     "llm-pruner": "prune llm-pruner {model} --ratio 0.5 --protect-first 1 --protect-last 0 --calibration {tokens}"
     " --taylor param_first --evaluate {held_out} --no-compensate",
     "llm-pruner by both orders": "prune llm-pruner {model} --ratio 0.5 --taylor param_mix --uniform"
@@ -57,6 +59,8 @@ SAYS: dict[str, str] = {
     "prune magnitude --plan": "prune magnitude {model} --sparsity 0.5 --where mlp --plan",
     "prune wanda --plan": "prune wanda {model} --sparsity 0.5 --where mlp --calibration {tokens} --plan",
     "prune sparsegpt --plan": "prune sparsegpt {model} --pattern 2:4 --where mlp --calibration {tokens} --plan",
+    "prune admm --plan": "prune admm {model} --sparsity 0.5 --where mlp --calibration {tokens} --plan",
+    "prune alps --plan": "prune alps {model} --pattern 2:4 --where mlp --calibration {tokens} --plan",
     "prune prune-and-tune --plan": f"prune prune-and-tune {{model}} --sparsity 0.5 {_STEPS} --where mlp"
     " --calibration {tokens} --plan",
     "prune llm-pruner --plan": f"prune llm-pruner {{model}} --ratio 0.5 {_UNCUT} --calibration {{tokens}} --plan",
