@@ -125,6 +125,7 @@ def prune(pruner: str, sparsity: float, args: argparse.Namespace) -> Row:
 def shrink(ratio: float, args: argparse.Namespace) -> Row:
     out = args.work / f"llm-pruner-{ratio:g}"
     words = ["--ratio", str(ratio), "--uniform", "--calibration", args.calibration]
+    words += ["--importance", "param_first", "--no-compensate"]  # as the authors do it, and as in docs/results.md
     return run(out, "prune", "llm-pruner", args.model, *words)
 
 

@@ -133,6 +133,7 @@ def shear(args: argparse.Namespace) -> Row:
 def llm_pruner(parameters: int, args: argparse.Namespace) -> Row:
     out = args.work / "llm-pruner"
     words = ["--parameters", str(parameters), "--uniform", "--calibration", args.data, "--overwrite"]
+    words += ["--importance", "param_first", "--no-compensate"]  # as the authors do it, and as in docs/results.md
     said = jprune("prune", "llm-pruner", args.model, *words, "--out", str(out))
     return {
         "model": str(out),
