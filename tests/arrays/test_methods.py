@@ -14,7 +14,7 @@ from flax import linen, nnx
 import jprune
 from jprune import masks, trees
 from jprune.errors import JpruneError
-from jprune.methods import ByScore, Magnitude, Method, SparseGPT, Wanda, masked
+from jprune.methods import Admm, Alps, ByScore, Magnitude, Method, SparseGPT, Wanda, masked
 from jprune.patterns import NM, Unstructured
 from jprune.pipeline.registry import ONE_SHOT
 from jprune.places import Observed, Place
@@ -331,8 +331,9 @@ def test_pruning_further(rng, method):
 
 
 def test_methods_are_configs():
-    assert {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT} == dict(ONE_SHOT)
-    assert [m.statistic for m in ONE_SHOT.values()] == [None, SquaredNorm, Gram]
+    named = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "admm": Admm, "alps": Alps}
+    assert named == dict(ONE_SHOT)
+    assert [m.statistic for m in ONE_SHOT.values()] == [None, SquaredNorm, Gram, Gram, Gram]
     assert SparseGPT() == SparseGPT(damping=0.01, block_size=128)
     for method in ONE_SHOT.values():
         assert dataclasses.is_dataclass(method)
