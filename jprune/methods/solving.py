@@ -87,5 +87,5 @@ class Splits(Solves):
         return d_in**3 / 3 + inverses * 10 / 3 * d_in**3 + (iterations + 1) * each + self.refit_flops(d_in, d_out)
 
     def nbytes(self, d_in: int, d_out: int) -> float:
-        """Bytes of five matrices of the inputs (damped, scaled, factorised, its inverse, P) and of the iterations."""
-        return 4.0 * (5 * d_in**2 + 12 * d_in * d_out)
+        """Bytes of seven matrices of the inputs (damped, scaled, factorised, P and between) and of iterations."""
+        return 4.0 * (7 * d_in**2 + 14 * d_in * d_out)
