@@ -15,5 +15,5 @@ def found():
     import collect
 
     # Bits were recorded with all of XLA's optimisations and with none, and with no other flag that tests have.
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if flag == collect.WITHOUT_OPTIMISATIONS]
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if flag in collect.WITHOUT_OPTIMISATIONS.split()]
     return collect.in_fresh_process(XLA_FLAGS=" ".join(flags))
