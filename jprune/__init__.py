@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune import trees as trees
     from jprune.checkpoints import formats as formats
     from jprune.checkpoints import load as load
+    from jprune.cross_gram import CrossGram as CrossGram
     from jprune.data import instructions as instructions
     from jprune.errors import JpruneError as JpruneError
     from jprune.methods import Admm as Admm
@@ -78,6 +79,7 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
 
 _NAMES = {
     "jprune.checkpoints": ("load",),
+    "jprune.cross_gram": ("CrossGram",),
     "jprune.errors": ("JpruneError",),
     "jprune.methods": ("Admm", "Alps", "ByScore", "Magnitude", "Method", "SparseGPT", "Wanda", "masked"),
     "jprune.methods.function": ("prune_function",),

@@ -250,7 +250,8 @@ class Stacked:
     def alike(self) -> Any:
         """What a kernel has seen if nothing is known of it: inputs all of one size, and none like another."""
         total = jnp.ones if self.each.total.ndim == 2 else jnp.eye
-        return dataclasses.replace(self.of(0), total=total(self.d_in, dtype=jnp.float32), tokens=jnp.int32(0))
+        nothing = jax.tree.map(jnp.zeros_like, self.of(0))
+        return dataclasses.replace(nothing, total=total(self.d_in, dtype=jnp.float32))
 
 
 def zeros(kind: Any, d_in: int, *stack: int) -> Any:

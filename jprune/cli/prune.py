@@ -87,6 +87,7 @@ def costs_json(plan: "Plan") -> dict[str, Any]:
         "activations": plan.activations,
         "intermediates": plan.intermediates,
         "disk_bytes": plan.disk_bytes,
+        "dense_model": plan.dense_model and dataclasses.asdict(plan.dense_model),
         "peak_memory_bytes": plan.peak_memory_bytes,
         "peak_device_memory_bytes": plan.peak_device_memory_bytes,
         "memory_limit_bytes": plan.memory_limit,
@@ -123,6 +124,11 @@ def print_costs(plan: "Plan") -> None:
     print(f"values between the stages of a block: {between[plan.intermediates]}")
     if plan.disk_bytes:
         print(f"run folder: up to {plan.disk_bytes / 1e9:.2g} GB, beside the result")
+    if twice := plan.dense_model:
+        print(
+            f"of all this, the dense model beside the pruned one: {twice.memory_bytes / 1e9:.2g} GB of memory, "
+            f"{twice.disk_bytes / 1e9:.2g} GB of the run folder, about {twice.seconds:.0f} s"
+        )
     device = f", of the device {plan.peak_device_memory_bytes / 1e9:.2f} GB" if plan.peak_device_memory_bytes else ""
     print(f"peak memory {plan.peak_memory_bytes / 1e9:.2f} GB{device}; limit {plan.memory_limit / 1e9:.2f} GB")
     if not plan.fits:

@@ -9,12 +9,16 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jprune import evidence, masks
+from jprune import devices, evidence, masks
 from jprune.annotations import Array, Bool, Float
+from jprune.cross_gram import CrossGram
 from jprune.errors import JpruneError
 from jprune.patterns import NM, Pattern, Scope, known
+from jprune.solvers._sweep import Factor
 from jprune.solvers.pruned import Pruned
 from jprune.solvers.refit import DAMPING, refit
+from jprune.solvers.sparsegpt import check_factor, factorise
+from jprune.solvers.targets import check_strength, towards_dense
 from jprune.statistics import Gram, SquaredNorm, Statistic
 from jprune.trees import check_floating
 
@@ -81,17 +85,47 @@ class Refits(Method):
     """Steps of conjugate gradients, after the mask is chosen, towards the outputs of the kernel before pruning; 10
     come close to the best weights of the mask. Needs the Gram matrix of the inputs."""
 
+    dense_targets: float = 0.0
+    """How far to solve towards what the dense model gives, where the inputs of a kernel have errors of the layers
+    before: from 0, not at all, to 1. The dense model is computed beside the pruned one; about 0.5 is best. Methods that
+    solve for no weights themselves need `refit` for it."""
+
+    solves: ClassVar[bool] = False
+    """Whether the method solves for weights without `refit` too."""
+
     def __post_init__(self):
         if self.refit < 0:
             raise JpruneError(f"refit must be a number of steps, 0 or more; got {self.refit}")
-        own = type(self).statistic
-        if self.refit and own is not None and not issubclass(own, Gram | SquaredNorm):
+        check_strength(self.dense_targets, "dense_targets")
+        if self.dense_targets and not (self.refit or self.solves):
             raise JpruneError(
-                f"refit needs a Gram of the inputs, and {type(self).__name__} a {own.__name__}; only one "
-                "statistic is gathered: use refit=0, or a method that needs a Gram, a SquaredNorm or nothing"
+                f"dense_targets={self.dense_targets:g} says what weights are solved towards, and "
+                f"{type(self).__name__} without refit solves for none; give refit=10 too, or dense_targets=0"
             )
-        if self.refit:  # who asks what is to be gathered asks the object, not its class
-            object.__setattr__(self, "statistic", Gram)
+        wanted = CrossGram if self.dense_targets else Gram if self.refit else None
+        own = type(self).statistic
+        if wanted and own is not None and not issubclass(own, Gram | SquaredNorm):
+            option = "dense_targets" if self.dense_targets else "refit"
+            raise JpruneError(
+                f"{option} needs a Gram of the inputs, and {type(self).__name__} a {own.__name__}; only one "
+                f"statistic is gathered: use {option}=0, or a method that needs a Gram, a SquaredNorm or nothing"
+            )
+        if wanted:  # who asks what is to be gathered asks the object, not its class
+            object.__setattr__(self, "statistic", wanted)
+
+    def aimed(
+        self, kernels: Mapping[str, Float[Array, "d_in _"]], statistic: Any, factor: Factor
+    ) -> dict[str, Float[Array, "d_in _"]]:
+        """What to solve towards in place of kernels that read the same input: those themselves without `dense_targets`.
+
+        Args:
+          kernels: by name.
+          statistic: a `CrossGram` of the input, if there are targets.
+          factor: its Gram matrix, damped and factorised.
+        """
+        if not self.dense_targets:
+            return dict(kernels)
+        return towards_dense(kernels, factor, statistic.apart, self.dense_targets)
 
     def refitted(
         self,
@@ -119,15 +153,22 @@ class Refits(Method):
 
     def flops(self, d_in: int, d_out: int) -> float:
         """Operations of scores, and of `refit`."""
-        return super().flops(d_in, d_out) + self.refit_flops(d_in, d_out)
+        factorising = d_in**3 / 3 if self.dense_targets else 0.0
+        return super().flops(d_in, d_out) + factorising + self.refit_flops(d_in, d_out)
 
     def refit_flops(self, d_in: int, d_out: int) -> float:
-        """A product with the Gram matrix for each step, and for the loss before and after."""
-        return 2.0 * (self.refit + 2) * d_in**2 * d_out if self.refit else 0.0
+        """A product with the Gram matrix for each step, and for the loss before and after; and those of targets."""
+        targets = 2.0 * (d_in**3 + d_in**2 * d_out) if self.dense_targets else 0.0
+        return targets + (2.0 * (self.refit + 2) * d_in**2 * d_out if self.refit else 0.0)
 
     def nbytes(self, d_in: int, d_out: int) -> float:
-        """Bytes of scores, and of the damped Gram matrix and the directions and residuals of the steps."""
-        return super().nbytes(d_in, d_out) + (4.0 * (2 * d_in**2 + 4 * d_in * d_out) if self.refit else 0.0)
+        """Bytes of scores, of the damped Gram matrix and the directions and residuals of the steps, and of targets."""
+        steps = 4.0 * (2 * d_in**2 + 4 * d_in * d_out) if self.refit else 0.0
+        return super().nbytes(d_in, d_out) + steps + self.target_bytes(d_in, d_out)
+
+    def target_bytes(self, d_in: int, d_out: int) -> float:
+        """Bytes of the targets, and of three matrices of the inputs on the way to them."""
+        return 4.0 * (3 * d_in**2 + 2 * d_in * d_out) if self.dense_targets else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,14 +195,23 @@ class ByScore(Refits):
     def __call__(self, kernel, statistic, pattern, keep=None) -> Pruned:
         """Prunes one kernel, see `Method`; the score is compiled once for each shape."""
         pruned = self._pruned(kernel, statistic, pattern, keep)
-        return self.refitted({"kernel": kernel}, statistic, {"kernel": pruned})["kernel"]
+        return self._solved({"kernel": kernel}, statistic, {"kernel": pruned})["kernel"]
 
     def together(self, kernels, statistic, patterns, keeps) -> dict[str, Pruned]:
         """Prunes kernels that read the same input, see `Method`: one by one."""
         if self.statistic is not None:
             evidence.check(statistic, ", ".join(kernels))
         pruned = {name: self._pruned(x, statistic, patterns[name], keeps.get(name)) for name, x in kernels.items()}
-        return self.refitted(kernels, statistic, pruned)
+        return self._solved(kernels, statistic, pruned)
+
+    def _solved(self, kernels: Mapping[str, Any], statistic: Any, pruned: Mapping[str, Pruned]) -> dict[str, Pruned]:
+        """What was made of kernels, refitted towards the targets if there are any."""
+        if not self.dense_targets:
+            return self.refitted(kernels, statistic, pruned)
+        factor = devices.on_one_device(factorise, statistic.total, DAMPING)
+        check_factor(factor, statistic.total, ", ".join(kernels))
+        aims = self.aimed(kernels, statistic, factor)
+        return of_dtypes(self.refitted(aims, statistic, pruned, factor.damping), kernels)
 
     def _pruned(self, kernel: Any, statistic: Any, pattern: Any, keep: Any) -> Pruned:
         check_floating(kernel, "kernel")
@@ -186,3 +236,10 @@ def _score(method: ByScore, kernel: Any, statistic: Any) -> Array:
 def masked(kernel: Float[Array, "d_in d_out"], mask: Bool[Array, "d_in d_out"]) -> Pruned:
     """What a method without weight update returns."""
     return Pruned(jnp.where(mask, kernel, jnp.zeros_like(kernel)), mask)
+
+
+def of_dtypes(pruned: Mapping[str, Pruned], kernels: Mapping[str, Float[Array, "d_in _"]]) -> dict[str, Pruned]:
+    """What was made of float32 targets, in the dtypes of the kernels."""
+    return {
+        name: dataclasses.replace(own, kernel=own.kernel.astype(kernels[name].dtype)) for name, own in pruned.items()
+    }

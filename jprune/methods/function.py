@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from jprune import devices, trees
 from jprune.annotations import Array, Bool, Shaped
+from jprune.cross_gram import streams
 from jprune.errors import JpruneError
 from jprune.methods.base import Method
 from jprune.methods.prune import prune
@@ -72,6 +73,12 @@ def prune_function(
       JpruneError: there is no batch, or `batches` can be gone through only once; `where` finds nothing that can be
         pruned; a kernel lies in a loop that cannot be written out; and what `prune` refuses.
     """
+    if streams(method.statistic) > 1:
+        raise JpruneError(
+            f"{type(method).__name__} with dense_targets needs what kernels read in the pruned and in the dense "
+            "function at once, and prune_function computes one of them; use dense_targets=0, jprune.prune_model, or "
+            "jprune.prune with a jprune.CrossGram of each input"
+        )
     source = _Source(batches, weights, mesh)
     if method.statistic is None:
         flat = trace(f, params, *source.first)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from jprune import devices, evidence
 from jprune.annotations import Array, Bool, Float
 from jprune.errors import JpruneError
-from jprune.methods.base import Refits
+from jprune.methods.base import Refits, of_dtypes
 from jprune.solvers import splitting
 from jprune.solvers._sweep import Factor
 from jprune.solvers.pruned import Pruned
@@ -24,6 +24,7 @@ class Solves(Refits):
     """A method that solves for kernels that read one input side by side."""
 
     statistic: ClassVar[type[Statistic]] = Gram
+    solves: ClassVar[bool] = True
 
     damping: float = 0.01
     """Share of the Gram matrix's mean diagonal that is added to its diagonal."""
@@ -44,7 +45,8 @@ class Solves(Refits):
         evidence.check_seen(statistic, names)
         factor = devices.on_one_device(factorise, statistic.total, self.damping)
         check_factor(factor, statistic.total, names)
-        return self.solved(kernels, statistic, factor, patterns, keeps)
+        solved = self.solved(self.aimed(kernels, statistic, factor), statistic, factor, patterns, keeps)
+        return of_dtypes(solved, kernels)
 
     @abc.abstractmethod
     def solved(
@@ -88,4 +90,4 @@ class Splits(Solves):
 
     def nbytes(self, d_in: int, d_out: int) -> float:
         """Bytes of seven matrices of the inputs (damped, scaled, factorised, P and between) and of iterations."""
-        return 4.0 * (7 * d_in**2 + 14 * d_in * d_out)
+        return 4.0 * (7 * d_in**2 + 14 * d_in * d_out) + self.target_bytes(d_in, d_out)

@@ -16,6 +16,7 @@ from jprune.anatomy.parts import Part, parts
 from jprune.checkpoints import Checkpoint
 from jprune.checkpoints.dtypes import activation_dtype
 from jprune.checkpoints.formats import Format
+from jprune.cross_gram import streams
 from jprune.data.windows import Windows
 from jprune.methods import Method
 from jprune.pipeline.options import Evaluation
@@ -89,6 +90,11 @@ class Job:
             n, length = self.calibration.tokens.shape
             return n, length
         return window_shape(self.checkpoint, self.recipe) if self.method.statistic else None
+
+    @property
+    def streams(self) -> int:
+        """Models that calibration goes through: the pruned one, and the dense one too if the method needs both."""
+        return streams(self.method.statistic)
 
     @functools.cached_property
     def parts(self) -> list[Part]:

@@ -6,3 +6,4 @@ from jprune.solvers.compensate import compensate as compensate
 from jprune.solvers.pruned import Pruned as Pruned
 from jprune.solvers.refit import refit as refit
 from jprune.solvers.sparsegpt import sparsegpt as sparsegpt
+from jprune.solvers.targets import dense_targets as dense_targets

@@ -17,7 +17,7 @@ import time
 import killable
 import numpy as np
 import pytest
-from fake_method import EveryOther
+from fake_method import EveryOther, EveryOtherOfTwo
 
 import jprune
 from jprune import Magnitude, Unstructured, Wanda
@@ -287,6 +287,20 @@ def test_damaged_activations(interrupted, undisturbed, solved, damage):
     solved.clear()
     resumed(options, undisturbed)
     assert blocks_of(solved) == [4, 5]  # the blocks before are gone through, not solved for again
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_the_dense_model_is_gone_on_with(interrupted, recipe, tmp_path, solved, saved):
+    """Its activations are saved with the others; without them it is gone through again, with its own weights."""
+    method = EveryOtherOfTwo()
+    prune_model(**recipe | {"method": method, "out": tmp_path / "whole"})
+    options = interrupted(at=4.2, method=method)
+    if not saved:
+        shutil.rmtree(tmp_path / "out.run" / "hidden")
+    solved.clear()
+    prune_model(**options, resume=True)
+    assert killable.digest(tmp_path / "out") == killable.digest(tmp_path / "whole")
+    assert blocks_of(solved) == [4, 5]
 
 
 @pytest.mark.parametrize("contents", [b"", b"{", b'{"checksum": 1, "contents": {}}', b"[]"])

@@ -48,6 +48,7 @@ def assert_alike(folder, other):
         (Wanda(), NM(2, 4), [(4, 1)]),
         (SparseGPT(), Unstructured(0.5), [(4, 1), (2, 2)]),
         (SparseGPT(), NM(2, 4), [(4, 1)]),
+        (SparseGPT(dense_targets=0.5, refit=2), NM(2, 4), [(2, 2)]),
     ],
     ids=str,
 )

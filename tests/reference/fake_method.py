@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jprune.cross_gram import CrossGram
 from jprune.methods import Method, masked
 from jprune.statistics import SquaredNorm
 
@@ -19,6 +20,17 @@ class EveryOther(Method):
 
     def __call__(self, kernel, statistic, pattern, keep=None):
         return _every_other(kernel, statistic.total, self.scale)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EveryOtherOfTwo(Method):
+    """The same, and by how far the dense model's activations are from its own."""
+
+    statistic = CrossGram
+
+    def __call__(self, kernel, statistic, pattern, keep=None):
+        own = jnp.abs(jnp.diagonal(statistic.total))
+        return _every_other(kernel, own + 5 * jnp.abs(jnp.sum(statistic.apart, axis=1)), 1.0)
 
 
 @jax.jit

@@ -18,6 +18,7 @@ import numpy as np
 from jprune import devices, statistics
 from jprune.anatomy.kernels import Kernel
 from jprune.anatomy.parts import Part
+from jprune.cross_gram import streams
 from jprune.methods import Method
 from jprune.pipeline.forecast.programs import Spec, finish, inputs_of, observe, zero_parts
 from jprune.statistics import Stacked, Statistic
@@ -38,6 +39,21 @@ class UnitCost:
     """Of the matmuls over the calibration tokens."""
     statistic_flops: float
     solve_flops: float
+    beside: "UnitCost | None" = None
+    """Of these, what it costs to compute the dense model beside the pruned one, if that is done. Its weights are those
+    of the kernels, which are there twice."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseModel:
+    """What it takes to compute the dense model beside the pruned one, within what a run takes in all."""
+
+    memory_bytes: int
+    """Of its activations, as far as they are in memory, and of kernels that are there twice."""
+    disk_bytes: int
+    """Of its activations in the run folder, at most."""
+    seconds: float
+    """For its matmuls, and for products of its inputs with those of the pruned model."""
 
 
 def unit_cost(
@@ -47,22 +63,35 @@ def unit_cost(
     weights = sum(math.prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype in unit.shapes)
     parameters = sum(math.prod(shape) for _, shape, _ in unit.shapes)
     tokens = sum(x.shape[0] * x.shape[1] for x in hidden)
-    statistic = solve = 0.0
+    statistic = alone = solve = 0.0
     for d_in, members in _sharing(kernels):
         count = _count(members)
         if method.statistic is not None:
             statistic += count * statistics.flops(method.statistic, tokens, d_in)
+            alone += count * statistics.flops(statistics.Gram, tokens, d_in)
         solve += count * method.flops(d_in, _outputs(members))
+    models = streams(method.statistic)
     carry = 0
     if hidden and kernels:
         plans = [_spec(unit, kernels, x).stages() for x in hidden]
         carry = max(sum(_nbytes(plan.carries[s]) for plan in plans) for s in range(1, len(plans[0].matmuls) + 1))
+    forward = 2.0 * tokens * parameters
+    twice = None
+    if models > 1:
+        twice = UnitCost(
+            weights=_kernel_bytes(unit, kernels),
+            carry=carry,
+            forward_flops=forward,
+            statistic_flops=statistic - alone,
+            solve_flops=0.0,
+        )
     return UnitCost(
         weights=weights,
-        carry=carry,
-        forward_flops=2.0 * tokens * parameters,
+        carry=models * carry,
+        forward_flops=models * forward,
         statistic_flops=statistic,
         solve_flops=solve,
+        beside=twice,
     )
 
 
@@ -74,15 +103,19 @@ def rough_working(unit: Part, kernels: Sequence[Kernel], method: Method, x: jax.
     solve = seen + max((_solve_bytes(method, d_in, members) for d_in, members in groups), default=0)
     if x is None:
         return solve
+    models = streams(method.statistic)
+    twice = _kernel_bytes(unit, kernels) if models > 1 else 0
     widest = max((math.prod(shape) // x.shape[-1] for _, shape, _ in unit.shapes if len(shape) > 1), default=1)
     values = 4 * math.prod(x.shape[:-1]) * (12 * x.shape[-1] + 4 * widest)
-    return max(solve, AT_ONCE * (3 * seen + values + 4 * elements))
+    return twice + max(solve, AT_ONCE * (3 * seen + models * values + 4 * elements))
 
 
 def working(unit: Part, kernels: Sequence[Kernel], method: Method, x: jax.ShapeDtypeStruct | None) -> int:
     """As `rough_working`, from the compiled programs."""
     wanted = tuple(_Wanted(dataclasses.replace(k, path=unit.relative(k.path))) for k in kernels)
-    return _working(unit.function, unit.shapes, wanted, method, None if x is None else (x.shape, jnp.dtype(x.dtype)))
+    twice = _kernel_bytes(unit, kernels) if streams(method.statistic) > 1 else 0
+    own = None if x is None else (x.shape, jnp.dtype(x.dtype))
+    return twice + _working(unit.function, unit.shapes, wanted, method, own)
 
 
 class _Wanted:
@@ -106,11 +139,12 @@ def _working(function: Callable, shapes: tuple, wanted: tuple[_Wanted, ...], met
     dtypes = {path: dtype for path, _, dtype in shapes}
     if x is None or method.statistic is None:
         return max((_solving(method, {p: k}, dtypes, None) for p, k in kernels.items()), default=0)
-    spec = Spec(function, shapes, frozenset(kernels), x, devices.one_device())
+    models = streams(method.statistic)
+    spec = Spec(function, shapes, frozenset(kernels), x, devices.one_device(), models)
     if not kernels:
         program = jax.jit(function).lower(unit.abstract(), jax.ShapeDtypeStruct(*x))
-        return AT_ONCE * _taken(program)
-    params, plan, most = unit.abstract(), spec.stages(), 0
+        return models * AT_ONCE * _taken(program)
+    params, plan, most = (unit.abstract(),) * models, spec.stages(), 0
     for stage, matmuls in enumerate(plan.matmuls):
         inputs = inputs_of(matmuls)
         known = {
@@ -119,14 +153,14 @@ def _working(function: Callable, shapes: tuple, wanted: tuple[_Wanted, ...], met
             for i in ids
         }
         all_statistics = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(known))
-        carry = _abstract(plan.carries[stage])
+        carry = _abstract(plan.carries[stage]) * models
         observing = _taken(observe(spec, stage, stage, True).lower(params, carry, known)) - all_statistics
         most = max(most, AT_ONCE * (observing + all_statistics))
         for ids in dict.fromkeys(inputs.values()):
             together = {path: kernels[path] for path in inputs if inputs[path] == ids}
             whole = jax.eval_shape(statistics.merge_parts, known[ids[0]])
             most = max(most, all_statistics + _solving(method, together, dtypes, whole))
-    last = finish(spec, len(plan.matmuls)).lower(params, _abstract(plan.carries[-2]))
+    last = finish(spec, len(plan.matmuls)).lower(params, _abstract(plan.carries[-2]) * models)
     return max(most, AT_ONCE * _taken(last))
 
 
@@ -156,6 +190,11 @@ def _taken(lowered: Any) -> int:
 def _spec(unit: Part, kernels: Iterable[Kernel], x: jax.ShapeDtypeStruct) -> Spec:
     chosen = frozenset(unit.relative(k.path) for k in kernels)
     return Spec(unit.function, unit.shapes, chosen, (x.shape, jnp.dtype(x.dtype)), devices.one_device())
+
+
+def _kernel_bytes(unit: Part, kernels: Iterable[Kernel]) -> int:
+    dtypes = {unit.path(path): np.dtype(dtype) for path, _, dtype in unit.shapes}
+    return sum(k.size * dtypes[k.path].itemsize for k in kernels)
 
 
 def _sharing(kernels: Iterable[Kernel]) -> list[tuple[int, list[Kernel]]]:

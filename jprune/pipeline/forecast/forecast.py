@@ -19,7 +19,7 @@ from jprune.anatomy.kernels import Kernel
 from jprune.errors import JpruneError
 from jprune.models.batching import windows_at_once
 from jprune.pipeline.forecast import speed
-from jprune.pipeline.forecast.costs import UnitCost, rough_working, unit_cost, working
+from jprune.pipeline.forecast.costs import DenseModel, UnitCost, rough_working, unit_cost, working
 from jprune.pipeline.forecast.layout import Layout, hidden_specs
 from jprune.pipeline.job import Job
 from jprune.pipeline.options import Machine
@@ -65,6 +65,8 @@ class Plan:
     peak_memory_bytes: int
     """Expected, with what Python and JAX took when the plan was made; without `evaluate`."""
     peak_device_memory_bytes: int | None
+    dense_model: DenseModel | None
+    """Of all this, what the second stream of activations takes; None if there is only one."""
     advice: tuple[str, ...]
     """What to change so that it fits the limit; empty if it fits."""
 
@@ -185,7 +187,7 @@ class Forecast:
         costs = self.costs(layout)
         peaks = self.working(layout, exact=exact)
         weights = max(cost.weights for cost in costs)
-        hidden = sum(map(_nbytes, self.hidden(layout)))
+        hidden = self.job.streams * sum(map(_nbytes, self.hidden(layout)))
         on_cpu = jax.default_backend() == "cpu"
         share, count = devices.local_share(self.job.mesh), len(self.job.mesh.local_devices)
         return Memory(
@@ -206,7 +208,7 @@ class Forecast:
         return (UNITS_IN_MEMORY + count - 1) * weights + count * peak
 
     def hidden(self, layout: Layout) -> list[jax.ShapeDtypeStruct]:
-        """The hidden states, micro-batch by micro-batch."""
+        """The hidden states of one stream, micro-batch by micro-batch."""
         if self.job.shape is None:
             return []
         width = self.job.checkpoint.config.d_model
@@ -235,8 +237,9 @@ class Forecast:
         kept = max(found.hidden, found.carry if layout.carry_limit is None else 0)
         on_device = min(kept, found.device_left)
         on_host = min(kept - on_device, found.left - found.device_left)
-        planned = []
-        for part, cost, peak in zip(self.job.parts, self.costs(layout), self.working(layout, exact=True), strict=True):
+        disk_bytes = 2 * found.hidden + (2 * found.carry if kept > found.left else 0)
+        planned, costs = [], self.costs(layout)
+        for part, cost, peak in zip(self.job.parts, costs, self.working(layout, exact=True), strict=True):
             on_cpu = found.device_fixed is None
             host = self.base + self._host(cost.weights, peak) + (on_device if on_cpu else on_host)
             planned.append(
@@ -261,10 +264,11 @@ class Forecast:
             units=tuple(planned),
             activations=_where(found),
             intermediates=_what(layout, found),
-            disk_bytes=2 * found.hidden + (2 * found.carry if kept > found.left else 0),
+            disk_bytes=disk_bytes,
             memory_limit=self.limit,
             peak_memory_bytes=peak,
             peak_device_memory_bytes=max(device_peaks, default=None),
+            dense_model=_dense_model([c.beside for c in costs if c.beside], rates, on_device + on_host, disk_bytes),
             advice=() if found.fits else self.advice(),
         )
 
@@ -282,6 +286,8 @@ class Forecast:
             )
             if np.dtype(self.job.dtype).itemsize > 2:
                 answers.append("`dtype` bfloat16, which halves the activations")
+            if self.job.streams > 1:
+                answers.append("`dense_targets` 0, which halves the activations")
         kind = self.job.method.statistic
         known = [] if kind is None else jax.tree.leaves(jax.eval_shape(lambda: kind.zeros(widest.d_in)))
         # A few numbers an input, as Wanda's, are nothing beside the kernel.
@@ -296,6 +302,17 @@ class Forecast:
             f"{_words(UNITS_IN_MEMORY * max(c.weights for c in self.costs(layout)))} of them for weights"
         )
         return tuple(answers)
+
+
+def _dense_model(costs: list[UnitCost], rates: speed.Speed, in_memory: int, on_disk: int) -> DenseModel | None:
+    """Half of all activations, and what else computing the dense model costs; None if no part does."""
+    if not costs:
+        return None
+    return DenseModel(
+        memory_bytes=in_memory // 2 + max(cost.weights for cost in costs),
+        disk_bytes=on_disk // 2,
+        seconds=sum(map(rates.seconds, costs)),
+    )
 
 
 def _where(found: Memory) -> str:

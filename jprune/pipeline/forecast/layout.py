@@ -28,9 +28,9 @@ class Layout:
 
 
 def hidden_specs(
-    d_model: int, shape: tuple[int, ...], layout: Layout, dtype: DTypeLike, mesh: Mesh
+    d_model: int, shape: tuple[int, ...], layout: Layout, dtype: DTypeLike, mesh: Mesh, streams: int = 1
 ) -> tuple[Specs, ...]:
-    """The hidden states between blocks of token windows [n, length], and where they lie.
+    """The hidden states between blocks of token windows [n, length], in each of `streams` models, and where they lie.
 
     Micro-batches are of at most two sizes that can be shared out evenly. The windows that are left over, fewer than
     there are devices, follow in smaller ones, which every device computes.
@@ -44,5 +44,6 @@ def hidden_specs(
     counts += [min(at_once, n - start) for start in range(even * data, n, at_once)]
     return tuple(
         (jax.ShapeDtypeStruct((count, length, d_model), jnp.dtype(dtype), sharding=devices.batch(mesh, count)),)
+        * streams
         for count in counts
     )

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jprune import devices, trees
+from jprune.cross_gram import beside
 from jprune.statistics import Statistic, update_in_parts, zeros
 from jprune.trace import Stages, stages
 
 PyTree = Any
+Arrays = tuple[Any, ...]
 
 
 class Spec(NamedTuple):
@@ -27,6 +29,9 @@ class Spec(NamedTuple):
     chosen: frozenset[str]
     x: tuple[tuple[int, ...], Any]
     mesh: Mesh
+    streams: int = 1
+    """1, or 2 if the dense model is computed beside the pruned one: then there are parameters, hidden states and
+    carries of both, the pruned model's first."""
 
     @property
     def sharding(self) -> NamedSharding:
@@ -44,7 +49,16 @@ class Spec(NamedTuple):
 
     def stages(self) -> Stages:
         """The stages of the part for micro-batches of shape and dtype `x`."""
-        return _stages(self)
+        return _stages(self._replace(streams=1))
+
+    def apart(self, arrays: Arrays) -> list[Arrays]:
+        """The arrays of each stream."""
+        each = len(arrays) // self.streams
+        return [arrays[i * each : (i + 1) * each] for i in range(self.streams)]
+
+    def start(self, hidden: Arrays) -> Arrays:
+        """What segment 0 takes of the hidden states of all streams."""
+        return tuple(x for own in self.apart(hidden) for x in self.stages().start(*own))
 
 
 @functools.lru_cache(maxsize=64)
@@ -60,30 +74,44 @@ def observe(spec: Spec, first: int, stage: int, keep: bool) -> Any:
     """Runs segments `first` to `stage` and adds the inputs of the stage's matmuls to the statistics."""
     cut = spec.stages()
 
-    def observe(params: PyTree, carry: Any, statistics: dict[int, Statistic]) -> tuple[Any, dict[int, Statistic]]:
-        for segment in cut.segments[first : stage + 1]:
-            carry = segment(params, carry)
+    def observe(
+        params: tuple[PyTree, ...], carry: Arrays, statistics: dict[int, Statistic]
+    ) -> tuple[Arrays, dict[int, Statistic]]:
+        carries = [
+            _through(cut.segments[first : stage + 1], *own) for own in zip(params, spec.apart(carry), strict=True)
+        ]
         # Said here, or XLA would cut the whole segment as the sums want their tokens cut.
-        rows = {i: jnp.asarray(x) for i, x in cut.inputs(stage, carry).items()}
+        read = [cut.inputs(stage, own) for own in carries]
+        rows = {i: _seen(*(jnp.asarray(own[i]) for own in read)) for i in read[0]}
         inputs = {i: jax.lax.with_sharding_constraint(x, spec.tokens(x.ndim)) for i, x in rows.items()}
         ticket = (jnp.zeros(()),)  # what is not kept can still be waited for
         seen = {i: update_in_parts(s, inputs[i], spec.mesh) for i, s in statistics.items()}
-        return carry if keep else ticket, seen
+        return tuple(x for own in carries for x in own) if keep else ticket, seen
 
     return jax.jit(observe, donate_argnames="statistics")
 
 
 @functools.lru_cache(maxsize=64)
 def finish(spec: Spec, first: int) -> Any:
-    """Runs the segments from `first` on: the part's output."""
+    """Runs the segments from `first` on: the part's output in every stream."""
     cut = spec.stages()
 
-    def finish(params: PyTree, carry: Any) -> jax.Array:
-        for segment in cut.segments[first:]:
-            carry = segment(params, carry)
-        return cut.finish(carry)
+    def finish(params: tuple[PyTree, ...], carry: Arrays) -> tuple[jax.Array, ...]:
+        each = zip(params, spec.apart(carry), strict=True)
+        return tuple(cut.finish(_through(cut.segments[first:], *own)) for own in each)
 
     return jax.jit(finish, out_shardings=spec.sharding)
+
+
+def _through(segments: Iterable[Callable], params: PyTree, carry: Arrays) -> Arrays:
+    for segment in segments:
+        carry = segment(params, carry)
+    return carry
+
+
+def _seen(x: jax.Array, *dense: jax.Array) -> jax.Array:
+    """What a statistic sees of the inputs of one matmul."""
+    return beside(x, *dense) if dense else x
 
 
 @functools.lru_cache(maxsize=64)

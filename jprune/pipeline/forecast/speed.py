@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jprune import statistics
+from jprune.cross_gram import streams
 from jprune.methods import Method
 from jprune.models.batching import windows_at_once
 from jprune.pipeline.forecast.costs import UnitCost
@@ -58,9 +59,10 @@ def measure(method: Method, *, d_model: int, d_ff: int, dtype: DTypeLike) -> Spe
             known = None
         else:
             update = jax.jit(lambda s, x: s.update(x))
-            seconds = _time(update, method.statistic.zeros(width), x)
+            seen = jnp.concatenate([x] * streams(method.statistic), axis=1)
+            seconds = _time(update, method.statistic.zeros(width), seen)
             statistic = statistics.flops(method.statistic, tokens, width) / seconds
-            known = update(method.statistic.zeros(solved), x[:, :solved])
+            known = update(method.statistic.zeros(solved), seen[:, : solved * streams(method.statistic)])
         together = lambda: method.together({"kernel": kernel}, known, {"kernel": method.timed}, {})  # noqa: E731
         solve = method.flops(solved, solved) / _time(together)
     return Speed(forward=forward, statistic=statistic, solve=solve)

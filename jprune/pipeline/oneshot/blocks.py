@@ -64,7 +64,7 @@ class _Blocks:
         self.specs = (
             []
             if job.shape is None
-            else hidden_specs(job.checkpoint.config.d_model, job.shape, run.layout, job.dtype, job.mesh)
+            else hidden_specs(job.checkpoint.config.d_model, job.shape, run.layout, job.dtype, job.mesh, job.streams)
         )
 
     def all(self) -> list[KernelReport]:
@@ -112,9 +112,11 @@ class _Blocks:
             i, part = step.unit, self.parts[step.unit]
             where = part.shardings(self.job.mesh, self.checkpoint.config.d_model)
             with self.stopwatch.phase("io"):
-                values = ahead.pop(at).result()
                 # Emptied on the way, so that no array is held twice.
-                params = {path: devices.place(values.pop(path), where[path]) for path, _, _ in part.shapes}
+                params, *others = (
+                    {path: devices.place(values.pop(path), where[path]) for path, _, _ in part.shapes}
+                    for values in ahead.pop(at).result()
+                )
             read(at + 1)
             check_finite({part.path(path): value for path, value in params.items()})
             run = PartRun(i, self.job, self.run)
@@ -127,19 +129,27 @@ class _Blocks:
                 assert hidden is not None
                 goes_on = at + 1 < len(steps) and not steps[at + 1].load
                 make = functools.partial(self._after, i, writing) if goes_on else None
-                params, after = run.with_data(params, hidden, make, pruned=not step.prune)
+                params, after = run.with_data(
+                    params, hidden, make, dense=others[0] if others else params, pruned=not step.prune
+                )
                 if not hidden.saved:
                     hidden.drop()
             named = {part.path(path): devices.readable(value, self.job.mesh) for path, value in params.items()}
             with self.stopwatch.phase("io"):
                 self.journal.save(part.name, i, named, run.reports, after, writing, written=not step.prune)
-            del params, named, run
+            del params, named, run, others
             hidden = after
 
-    def _read(self, part: Part, prune: bool) -> dict[str, np.ndarray]:
-        """A part's weights: those of the model, or what has become of them."""
-        if not prune:
-            return {path: self.journal.read(part.path(path)) for path, _, _ in part.shapes}
+    def _read(self, part: Part, prune: bool) -> list[dict[str, np.ndarray]]:
+        """A part's weights: those of the model; or what has become of them, and again those of the model, if that is
+        computed too."""
+        if prune:
+            return [self._dense(part)]
+        now = {path: self.journal.read(part.path(path)) for path, _, _ in part.shapes}
+        return [now, self._dense(part)] if self.job.streams > 1 else [now]
+
+    def _dense(self, part: Part) -> dict[str, np.ndarray]:
+        """A part's weights in the model."""
         if self.checkpoint.reads_together:
             values = self.checkpoint.read_many(self._paths(part))
             return {path: values[part.path(path)] for path, _, _ in part.shapes}
@@ -178,11 +188,11 @@ class _Blocks:
             embed = decoder.embed(self.checkpoint.config)
             batches = self.journal.batches(0, self.specs, writing, save=False)
             start = 0
-            for j, (x,) in enumerate(self.specs):
+            for j, (x, *_) in enumerate(self.specs):
                 part = devices.place(tokens[start : start + x.shape[0]], x.sharding)
                 start += x.shape[0]
                 hidden = programs.forward(embed, x.sharding)(params, part).astype(self.job.dtype)
-                batches.put(j, (jax.block_until_ready(hidden),))
+                batches.put(j, (jax.block_until_ready(hidden),) * self.job.streams)
         return batches
 
 

@@ -48,6 +48,7 @@ class PartRun:
         self.part = job.parts[index]
         self.wanted = {self.part.relative(kernel.path): kernel for kernel in job.kernels_of(self.part)}
         self.reports: list[KernelReport] = []
+        self._beside: tuple[Params, ...] = ()  # the parameters of the dense model, if it is computed too
         self._index, self._job, self._run = index, job, run
 
     def without_data(self, params: Params) -> Params:
@@ -59,7 +60,13 @@ class PartRun:
         return params
 
     def with_data(
-        self, params: Params, hidden: Batches, make: Callable[[], Batches] | None, *, pruned: bool = False
+        self,
+        params: Params,
+        hidden: Batches,
+        make: Callable[[], Batches] | None,
+        *,
+        dense: Params,
+        pruned: bool = False,
     ) -> tuple[Params, Batches | None]:
         """The part's parameters, pruned by what the calibration tokens say, and the hidden states after it.
 
@@ -67,13 +74,23 @@ class PartRun:
           params: its parameters.
           hidden: the hidden states before it; each is used up.
           make: makes what takes those after it; None if nobody needs them.
+          dense: its parameters in the model that is pruned.
           pruned: `params` have been pruned before, by the same run: only the hidden states are wanted. Every program
             runs as it did then, so that they are the same to the last bit.
         """
+        streams = self._job.streams
         specs = [
-            Spec(self.part.function, self.part.shapes, frozenset(self.wanted), (x.shape, x.dtype), self._job.mesh)
-            for (x,) in hidden.specs
+            Spec(
+                self.part.function,
+                self.part.shapes,
+                frozenset(self.wanted),
+                (x.shape, x.dtype),
+                self._job.mesh,
+                streams,
+            )
+            for x, *_ in hidden.specs
         ]
+        self._beside = (dense,) if streams > 1 else ()
         if not self.wanted:
             return params, self._pass(params, specs, hidden, make)
         carries = hidden
@@ -117,7 +134,7 @@ class PartRun:
             for j, spec in enumerate(specs):
                 self.progress(j / len(hidden), "nothing to prune here")
                 run = programs.forward(self.part.function, spec.sharding)
-                flight.add(j, (run(trees.unflatten(params), *hidden.take(j)),))
+                flight.add(j, tuple(map(run, self._trees(params), hidden.take(j))))
         return after
 
     def _finish(
@@ -126,16 +143,17 @@ class PartRun:
         """The hidden states after the segments from `first` on."""
         if make is None:
             return None
-        after, tree = make(), trees.unflatten(params)
+        after, every = make(), self._trees(params)
         with self._run.stopwatch.phase("calibration"), Flight(after) as flight:
             for j, spec in enumerate(specs):
-                flight.add(j, (programs.finish(spec, first)(tree, _carry(spec, carries.take(j), first)),))
+                flight.add(j, programs.finish(spec, first)(every, _carry(spec, carries.take(j), first)))
         return after
 
     def _kept(self, specs: list[Spec], stage: int) -> Batches | None:
         """Where what stage `stage` leaves for the next ones is kept; None if it is to be recomputed."""
         carries = [spec.stages().carries[stage + 1] for spec in specs]
-        arrays = [tuple(jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in carry) for carry in carries]
+        streams = self._job.streams
+        arrays = [tuple(jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in carry) * streams for carry in carries]
         batches = Batches(arrays, self._run.room, self._run.folder.spill / f"stage-{stage}.bin")
         return batches if self._run.layout.keeps(sum(map(batches.nbytes, range(len(specs))))) else None
 
@@ -152,17 +170,21 @@ class PartRun:
         first, stage = segments
         steps = len(specs[0].stages().matmuls) + 1
         text = ", ".join(path.removesuffix("/kernel") for path in inputs)
-        tree = trees.unflatten(params)
+        every = self._trees(params)
         sums = Sums(self._job.method.statistic, {i: self.wanted[path] for path, ids in inputs.items() for i in ids})
         with Flight(kept) as flight:
             for j, spec in enumerate(specs):
                 self.progress((stage + j / (len(specs) + 1)) / steps, text)
                 carry = _carry(spec, carries.get(j) if kept is None else carries.take(j), first)
                 run = programs.observe(spec, first, stage, kept is not None)
-                carry, seen = run(tree, carry, sums.take(j, spec))
+                carry, seen = run(every, carry, sums.take(j, spec))
                 sums.put(j, spec, seen)
                 flight.add(j, carry)
         return sums.merged(self._job.mesh)
+
+    def _trees(self, params: Params) -> tuple[trees.PyTree, ...]:
+        """The parameters of every stream."""
+        return tuple(map(trees.unflatten, (params, *self._beside)))
 
     def _solve(
         self, params: Mapping[str, jax.Array], kernels: Mapping[str, Kernel], statistic: Statistic | None
@@ -176,4 +198,4 @@ class PartRun:
 
 def _carry(spec: Spec, arrays: Arrays, first: int) -> Arrays:
     """What segment `first` begins with, out of what was kept for it: for the first segment, the hidden states."""
-    return spec.stages().start(*arrays) if first == 0 else arrays
+    return spec.start(arrays) if first == 0 else arrays

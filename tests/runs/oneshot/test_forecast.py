@@ -74,7 +74,9 @@ def test_the_peak_does_not_depend_on_the_number_of_blocks(made):
     assert dataclasses.asdict(few) == dataclasses.asdict(many)
 
 
-@pytest.mark.parametrize("method", [SparseGPT(), Wanda(refit=10), Magnitude()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method", [SparseGPT(), Wanda(refit=10), Magnitude(), SparseGPT(dense_targets=0.5)], ids=lambda m: type(m).__name__
+)
 def test_the_rough_bound_is_one(made, method):
     found = made(method, shape=(4, 128), hidden_size=128, intermediate_size=384, head_dim=32)
     layout = Layout(windows=2)
@@ -121,6 +123,26 @@ def test_refitting_needs_data_and_products_with_the_gram_matrix(made):
     assert after.statistic_flops == pytest.approx(4 / 3 * 6 * 24 * (3 * 32**2 + 56**2))
     products = 12 * 2 * (32**2 * (64 + 32 + 112) + 56**2 * 32)
     assert after.solve_flops - before.solve_flops == pytest.approx(products)
+
+
+def test_the_dense_model_beside_the_pruned_one(made, tmp_path):
+    """Twice the activations and the matmuls, a whole product more of every input, and the block's kernels once more."""
+    alone, both = made(), made(SparseGPT(dense_targets=0.5))
+    layout = Layout(windows=2)
+    one, two = (found.memory(layout, exact=False) for found in (alone, both))
+    assert (two.hidden, two.carry) == (2 * one.hidden, 2 * one.carry)
+    kernels = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 56)
+    assert two.host_fixed - one.host_fixed > kernels
+    (first, *_), (second, *_) = alone.costs(layout), both.costs(layout)
+    assert first.beside is None
+    assert second.beside.weights == kernels
+    assert second.forward_flops == 2 * first.forward_flops == 2 * second.beside.forward_flops
+    crossing = 2 * 6 * 24 * (3 * 32**2 + 56**2)
+    assert second.statistic_flops - first.statistic_flops == second.beside.statistic_flops == crossing
+    plan = both.plan(tmp_path)
+    assert plan.dense_model.memory_bytes == two.carry // 2 + kernels
+    assert plan.dense_model.disk_bytes == plan.disk_bytes // 2 == one.hidden * 2
+    assert 0 < plan.dense_model.seconds < plan.seconds
 
 
 def test_a_plan_that_does_not_fit_says_what_helps(tiny_model, token_file):

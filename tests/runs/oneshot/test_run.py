@@ -1,5 +1,6 @@
 """Whole runs over a tiny model, against a slow loop that runs every block again before each group of kernels."""
 
+import dataclasses
 import functools
 import json
 
@@ -9,11 +10,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from fake_method import EveryOther
+from fake_method import EveryOther, EveryOtherOfTwo
 
 import jprune
 from jprune import (
     NM,
+    CrossGram,
     Gram,
     Magnitude,
     SparseGPT,
@@ -78,6 +80,47 @@ def test_equals_the_slow_loop(tiny_model, token_file, tmp_path, name, pattern):
         np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-4, err_msg=path)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A statistic that remembers all."""
+
+    x: jax.Array
+
+    @classmethod
+    def zeros(cls, d_in):
+        return cls(jnp.zeros((0, d_in)))
+
+    def update(self, x):
+        return Rows(jnp.concatenate([self.x, x]))
+
+
+def test_the_dense_model_beside_the_pruned_one(tiny_model, token_file, tmp_path):
+    """Against a slow loop that runs both from the tokens on, up to each group of kernels."""
+    folder, tokens = tiny_model(num_hidden_layers=2), token_file()
+    method = EveryOtherOfTwo()
+    prune_model(folder, tmp_path / "out", method=method, pattern=Unstructured(0.5), calibration=tokens)
+    model, result = jprune.load(folder), jprune.load(tmp_path / "out")
+    observed = jax.jit(jprune.observe(decoder.block(model.config, 0), Rows))
+    x = y = compiled.embed(model.config)(model.params(), jnp.asarray(np.load(tokens)))
+    for i in range(model.config.layers):
+        dense = trees.flatten(jax.tree.map(jnp.asarray, model.params(f"blocks/{i}")))
+        params = dict(dense)
+        y, wanted = observed(trees.unflatten(dense), y)
+        for group in GROUPS:
+            _, read = observed(trees.unflatten(params), x)
+            for path in (f"{name}/kernel" for name in group):
+                own, other = (np.asarray(seen[path].x, np.float64) for seen in (read, wanted))
+                apart = own.T @ (other - own)
+                known = CrossGram(*(jnp.asarray(s, jnp.float32) for s in (own.T @ own, len(own), apart)))
+                axes = (0, 1) if group == ("attn/o",) else (0,)
+                new = method(trees.to_matrix(params[path], axes), known, None).kernel
+                params[path] = trees.from_matrix(new, params[path].shape, axes)
+                got = result.read(f"blocks/{i}/{path}")
+                np.testing.assert_allclose(got, params[path], rtol=2e-3, atol=2e-4, err_msg=f"{i} {path}")
+        x, _ = observed(trees.unflatten(params), x)
+
+
 @pytest.mark.parametrize("method", [Magnitude(), Wanda(), SparseGPT()], ids=lambda m: type(m).__name__)
 def test_counts_are_exact_and_the_rest_is_untouched(tiny_model, token_file, tmp_path, method):
     folder = tiny_model(dtype=ml_dtypes.bfloat16, torch_dtype="bfloat16")
@@ -127,11 +170,12 @@ def test_a_pruned_model_is_pruned_further(tiny_model, token_file, tmp_path, meth
     assert json.loads((tmp_path / "kept" / "jprune.json").read_text())["recipe"]["keep_zeros"] is True
 
 
-def test_recomputing_instead_of_keeping_changes_nothing(tiny_model, token_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", [EveryOther(), EveryOtherOfTwo()], ids=["one model", "two models"])
+def test_recomputing_instead_of_keeping_changes_nothing(tiny_model, token_file, tmp_path, monkeypatch, method):
     folder, recipe = tiny_model(), dict(pattern=Unstructured(0.5), calibration=token_file())
-    prune_model(folder, tmp_path / "kept", method=EveryOther(), **recipe)
+    prune_model(folder, tmp_path / "kept", method=method, **recipe)
     monkeypatch.setattr(Layout, "keeps", lambda self, nbytes: False)
-    prune_model(folder, tmp_path / "again", method=EveryOther(), **recipe)
+    prune_model(folder, tmp_path / "again", method=method, **recipe)
     kept, again = jprune.load(tmp_path / "kept"), jprune.load(tmp_path / "again")
     for path in kept.shapes:
         np.testing.assert_allclose(kept.read(path), again.read(path), atol=2e-5, err_msg=path)
