@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jprune import devices, evidence, masks
-from jprune.annotations import Array, Bool, Float
+from jprune.annotations import Array, Bool, Float, Shaped
 from jprune.cross_gram import CrossGram
 from jprune.errors import JpruneError
 from jprune.patterns import NM, Pattern, Scope, known
@@ -114,8 +114,8 @@ class Refits(Method):
             object.__setattr__(self, "statistic", wanted)
 
     def aimed(
-        self, kernels: Mapping[str, Float[Array, "d_in _"]], statistic: Any, factor: Factor
-    ) -> dict[str, Float[Array, "d_in _"]]:
+        self, kernels: Mapping[str, Shaped[Array, "d_in _"]], statistic: Any, factor: Factor
+    ) -> dict[str, Shaped[Array, "d_in _"]]:
         """What to solve towards in place of kernels that read the same input: those themselves without `dense_targets`.
 
         Args:
@@ -125,6 +125,8 @@ class Refits(Method):
         """
         if not self.dense_targets:
             return dict(kernels)
+        for name, kernel in kernels.items():
+            check_floating(kernel, name)
         return towards_dense(kernels, factor, statistic.apart, self.dense_targets)
 
     def refitted(
@@ -238,7 +240,7 @@ def masked(kernel: Float[Array, "d_in d_out"], mask: Bool[Array, "d_in d_out"]) 
     return Pruned(jnp.where(mask, kernel, jnp.zeros_like(kernel)), mask)
 
 
-def of_dtypes(pruned: Mapping[str, Pruned], kernels: Mapping[str, Float[Array, "d_in _"]]) -> dict[str, Pruned]:
+def of_dtypes(pruned: Mapping[str, Pruned], kernels: Mapping[str, Shaped[Array, "d_in _"]]) -> dict[str, Pruned]:
     """What was made of float32 targets, in the dtypes of the kernels."""
     return {
         name: dataclasses.replace(own, kernel=own.kernel.astype(kernels[name].dtype)) for name, own in pruned.items()

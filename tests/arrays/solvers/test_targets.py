@@ -145,7 +145,9 @@ def test_it_is_solving_for_the_target(inputs, kernel):
     np.testing.assert_allclose(refitted.kernel, best.kernel, rtol=1e-4, atol=1e-5)
 
 
-def test_what_has_no_targets_says_so():
+def test_what_has_no_targets_says_so(inputs, kernel):
+    with pytest.raises(JpruneError, match="kernel: expected weights in floating point, got int32"):
+        SparseGPT(dense_targets=0.5)(kernel.astype(jnp.int32), seen(*inputs), NM(2, 4))
     with pytest.raises(JpruneError, match=r"dense_targets must be between 0, .* and 1, .*; got 1\.5"):
         SparseGPT(dense_targets=1.5)
     with pytest.raises(JpruneError, match="Wanda without refit solves for none; give refit=10 too"):
