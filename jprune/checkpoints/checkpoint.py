@@ -75,7 +75,7 @@ class Suggested:
 
 _USUAL = Suggested()
 # A quarter of the tokens of the published results; what it costs is in docs/prune-a-model.md.
-_DEMO = Suggested(samples=16, length=512, evaluation_length=512, evaluation_windows=16, training_length=256)
+_DEMO = Suggested(samples=16, length=512, evaluation_length=512, evaluation_windows=10, training_length=256)
 
 
 class Checkpoint:
