@@ -23,3 +23,12 @@ def exact(share: float | Fraction) -> Fraction:
 def floor(count: int, share: float | Fraction) -> int:
     """The highest whole number that is at most `share` of `count`."""
     return int(int(count) * exact(share) // 1)
+
+
+def share(part: int, count: int) -> float:
+    """The shortest decimal of which `floor` makes `part` of `count` again."""
+    for digits in range(1, 18):
+        found = round((part + 0.5) / count, digits) if part else 0.0
+        if 0 <= found < 1 and floor(count, found) == part:
+            return found
+    raise ValueError(f"no float is {part} of {count}")

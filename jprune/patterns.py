@@ -26,6 +26,11 @@ from jprune.errors import JpruneError
 
 Scope = Literal["output", "block", "kernel"]
 
+MIXED = 8
+"""Inputs of a group of N:M whose N may differ from block to block."""
+SPARSEST = 0.95
+"""The highest share of zeros in a kernel that makes up for others."""
+
 # For each shape, and not for each sparsity: counts are arguments of the program.
 _keep_n_of_m = jax.jit(masks.keep_n_of_m, static_argnums=(1, 2))
 _without_lowest = jax.jit(masks.without_lowest, static_argnames="per")
@@ -42,6 +47,21 @@ class Schedule(NamedTuple):
     grouped: bool = False
     """The slices are groups that the pattern is made of, all with the same number of zeros for every output. A solver's
     block then consists of whole groups; otherwise it is one slice."""
+
+
+class Steps(NamedTuple):
+    """The numbers of zeros that a kernel has under patterns of one kind, counted in steps."""
+
+    zeros: int
+    """Steps of the pattern."""
+    least: int
+    """Steps of the densest pattern that one may be replaced by, where others become sparser for it."""
+    most: int
+    """Of the sparsest."""
+    of: int
+    """Steps of a kernel that has only zeros."""
+    each: int
+    """Elements of a step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +109,18 @@ class Pattern(abc.ABC):
           The slices; by default None: the mask is chosen once, for the whole kernel.
         """
         return None
+
+    def steps(self, d_in: int, d_out: int) -> Steps:
+        """How sparser and denser patterns of this kind are counted, for a kernel ``[d_in, d_out]``.
+
+        Raises:
+          JpruneError: there are none; so it is by default.
+        """
+        raise JpruneError(f"{self} has no sparser and denser patterns to choose from, so all blocks must have it")
+
+    def with_zeros(self, steps: int, d_in: int, d_out: int) -> "Pattern":
+        """The pattern of this kind with so many steps of zeros in a kernel ``[d_in, d_out]``; see `steps`."""
+        raise NotImplementedError
 
     def json(self) -> Any:
         """The pattern as records and recipe files have it; `from_json` reads it."""
@@ -138,6 +170,20 @@ class NM(Pattern):
         """Slices of m inputs, whatever the block."""
         self.check(d_in)
         return Schedule(self.m, (self.m - self.n,) * (d_in // self.m), per_output=True, grouped=True)
+
+    def steps(self, d_in: int, d_out: int) -> Steps:
+        """The zeros of every group; of 8, two more or less than the pattern has (OWL's mixed N:8)."""
+        if self.m != MIXED:
+            raise JpruneError(
+                f"blocks differ in N:{MIXED} only: groups of {self.m} leave too few steps between {self} and others; "
+                f"use N:{MIXED} (as 4:8), an unstructured sparsity, or the uniform allocation"
+            )
+        zeros = self.m - self.n
+        return Steps(zeros, max(zeros - 2, 1), min(zeros + 2, self.m - 1), self.m, d_in // self.m * d_out)
+
+    def with_zeros(self, steps: int, d_in: int, d_out: int) -> "NM":
+        """Groups of m inputs, of which `steps` are zero."""
+        return NM(self.m - steps, self.m)
 
     def holds(self, matrix: np.ndarray) -> bool:
         """Whether the zeros of ``[d_in, d_out]`` satisfy the pattern: no group has more than n others."""
@@ -216,6 +262,18 @@ class Unstructured(Pattern):
         width = 1 if self.per == "output" else d_out
         ends = [counts.floor(min(i * block, d_in) * width, self.sparsity) for i in range(-(-d_in // block) + 1)]
         return Schedule(block, tuple(b - a for a, b in itertools.pairwise(ends)), per_output=self.per == "output")
+
+    def steps(self, d_in: int, d_out: int) -> Steps:
+        """Single elements, up to 95 % of them; of whole outputs where each has as many, as an open `per` may mean."""
+        by_output = self.among("output").by_input
+        count, each = (d_in, d_out) if by_output else (d_in * d_out, 1)
+        zeros = counts.floor(count, self.sparsity)
+        return Steps(zeros, 0, max(zeros, counts.floor(count, SPARSEST)), count, each)
+
+    def with_zeros(self, steps: int, d_in: int, d_out: int) -> "Unstructured":
+        """The sparsity of so many elements, or of so many inputs of each output."""
+        count = d_in if self.among("output").by_input else d_in * d_out
+        return dataclasses.replace(self, sparsity=counts.share(steps, count))
 
     def json(self) -> dict[str, Any]:
         """``{"sparsity": 0.5, "per": null}``."""

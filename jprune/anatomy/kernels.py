@@ -39,6 +39,11 @@ class Kernel:
         return math.prod(self.shape[axis] for axis in self.in_axes)
 
     @property
+    def d_out(self) -> int:
+        """Number of outputs of the matrix view; of one kernel of a stack."""
+        return self.size // self.d_in // math.prod(self.stack)
+
+    @property
     def stack(self) -> tuple[int, ...]:
         """How many kernels there are in a stack; empty if it is a single one."""
         return (math.prod(self.shape[axis] for axis in self.batch_axes),) if self.batch_axes else ()

@@ -27,7 +27,7 @@ class Prune(Planning, OnDevices):
     method: Method
     calibration: Calibration
     choice: Choice
-    details: Annotated[Mapping[str, Any], Flags(of=Recipe, only=("dtype", "expert_tokens", "keep_zeros"))]
+    details: Annotated[Mapping[str, Any], Flags(of=Recipe, only=("dtype", "expert_tokens", "keep_zeros", "allocate"))]
     evaluation: Annotated[Evaluation, Flags(only=("evaluate",))]
     result: Annotated[Result, Flags(words={"format": Word(default="hf")})]
     machine: Annotated[Machine, Flags(only=("memory", "run"))]
@@ -61,7 +61,11 @@ class Prune(Planning, OnDevices):
 
 
 def _print_report(report: "Report") -> None:
-    display.report(report, [f"{report.method} {report.pattern}: sparsity {report.sparsity}"])
+    lines = [f"{report.method} {report.pattern}: sparsity {report.sparsity}"]
+    if report.allocation:
+        shares = " ".join(f"{100 * share:.1f}" for share in report.allocation["sparsities"].values())
+        lines.append(f"{report.allocation['allocation']}, block by block, in %: {shares}")
+    display.report(report, lines)
 
 
 def _plan_json(method: Method, plan: "Plan") -> dict[str, Any]:
@@ -71,6 +75,7 @@ def _plan_json(method: Method, plan: "Plan") -> dict[str, Any]:
             {"path": k.path, "shape": k.shape, "pattern": str(k.pattern), "zeros": k.zeros} for k in plan.kernels
         ],
         "sparsity": {"expected": plan.sparsity.achieved, **dataclasses.asdict(plan.sparsity)},
+        **({"allocation": plan.allocation} if plan.allocation else {}),
         **costs_json(plan),
     }
 
@@ -100,6 +105,11 @@ def _print_plan(plan: "Plan") -> None:
     rows = [(k.path, k.shape, str(k.pattern), k.zeros) for k in plan.kernels]
     display.table(["kernel", "shape", "pattern", "zeros"], rows)
     print(f"\n{len(plan.kernels)} kernels, expected sparsity {plan.sparsity}\n")
+    if plan.allocation and "sparsities" not in plan.allocation:
+        name = plan.allocation["allocation"]
+        print(
+            f"{name} first scores every block of the dense model, and then gives each more or fewer zeros than shown\n"
+        )
     print_costs(plan)
     print("nothing was touched")
 

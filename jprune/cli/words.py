@@ -100,6 +100,15 @@ def _pattern(flag: str, value: Any) -> Pattern:
     return patterns.parse(str(value))
 
 
+def allocating(flag: str, given: Any) -> Any:
+    """How zeros are shared out, of a name with or without a band, or of what a record has."""
+    from jprune.pipeline.recipe import allocation
+
+    del flag
+    allocation(given)
+    return given if isinstance(given, str) else allocation(given)
+
+
 def bytes_of_memory(flag: str, given: Any) -> int | None:
     """Bytes, of words such as 6GB."""
     from jprune.runs import memory
@@ -173,6 +182,7 @@ WORDS: dict[str, Word] = {
     "where": Word(type=Repeated),
     "skip": Word(type=Repeated),
     "overrides": Word(flag="override", type=Repeated, default=(), looks="REGEX=PATTERN", made=overrides),
+    "allocate": Word(type=str, looks="NAME or NAME=BAND", made=allocating),
     "evaluate": Word(type=str | None),
     "memory": Word(type=str | None, looks="Such as 6GB", made=bytes_of_memory),
     "run": Word(type=Path | None),

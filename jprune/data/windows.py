@@ -9,12 +9,12 @@ Deviation: when no document is longer than the window the originals never return
 lines and sampled as a stream, with a notice.
 """
 
+import dataclasses
 import functools
 import hashlib
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -42,7 +42,7 @@ class Tokenizer(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Windows:
     """Token windows, and what is recorded of them.
 
@@ -59,6 +59,11 @@ class Windows:
     seed: int | None
     sha256: str
     notices: tuple[str, ...] = ()
+
+    def first(self, count: int) -> "Windows":
+        """The first `count` of them, or all if there are fewer."""
+        tokens = self.tokens[:count]
+        return dataclasses.replace(self, tokens=tokens, sha256=sha256(tokens))
 
     def described(self) -> dict[str, Any]:
         """What the record of a result says of them."""

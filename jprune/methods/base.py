@@ -29,6 +29,8 @@ class Method(abc.ABC):
 
     statistic: ClassVar[type[Statistic] | None] = None
     """What must be gathered over the calibration tokens; None for methods that need no data."""
+    per: ClassVar[Scope] = "output"
+    """Where scores compete, if the pattern leaves it open."""
     timed: ClassVar[Pattern] = NM(1, 2)
     """A pattern that the method is timed with, for forecasts."""
 
@@ -179,9 +181,6 @@ class ByScore(Refits):
 
     A new one defines `score`, for all of JAX's dtypes of kernels and in a form that `jax.jit` can trace.
     """
-
-    per: ClassVar[Scope] = "output"
-    """Where scores compete, if the pattern leaves it open."""
 
     @abc.abstractmethod
     def score(self, kernel: Float[Array, "d_in d_out"], statistic: Any) -> Float[Array, "d_in d_out"]:

@@ -12,6 +12,7 @@ from jprune import devices, evidence
 from jprune.annotations import Array, Bool, Float
 from jprune.errors import JpruneError
 from jprune.methods.base import Refits, of_dtypes
+from jprune.patterns import Scope
 from jprune.solvers import splitting
 from jprune.solvers._sweep import Factor
 from jprune.solvers.pruned import Pruned
@@ -25,6 +26,7 @@ class Solves(Refits):
 
     statistic: ClassVar[type[Statistic]] = Gram
     solves: ClassVar[bool] = True
+    per: ClassVar[Scope] = "block"
 
     damping: float = 0.01
     """Share of the Gram matrix's mean diagonal that is added to its diagonal."""
@@ -64,6 +66,7 @@ class Solves(Refits):
 class Splits(Solves):
     """A method that looks for masks as `jprune.solvers.splitting` does, and then solves for the weights under them."""
 
+    per: ClassVar[Scope] = "kernel"
     find: ClassVar[splitting.Find]
     """Finds masks; takes `iterations` too."""
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jprune import devices, trees
 from jprune.anatomy.kernels import Kernel, prunable
 from jprune.anatomy.parts import Part, parts
+from jprune.anatomy.sharing import achieved, share_out, sharing
 from jprune.checkpoints import Checkpoint
 from jprune.checkpoints.dtypes import activation_dtype
 from jprune.checkpoints.formats import Format
@@ -20,9 +21,12 @@ from jprune.cross_gram import streams
 from jprune.data.windows import Windows
 from jprune.methods import Method
 from jprune.pipeline.options import Evaluation
-from jprune.pipeline.recipe import Recipe, calibration_windows, chosen_kernels, window_shape
+from jprune.pipeline.recipe import Recipe, allocation_json, calibration_windows, chosen_kernels, window_shape
 from jprune.pipeline.registry import name_of
 from jprune.runs.report import environment
+
+SCORED = 32
+"""Calibration windows on which blocks are scored for an allocation: the first of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +47,8 @@ class Job:
     """The positions that stay in the result, by path and axis, of parameters that become smaller."""
     calibration: Windows | None = None
     """Calibration windows; None if the method needs none, or before the text is read."""
+    scored: Windows | None = None
+    """Windows on which blocks are scored; None if the allocation needs none, or before the text is read."""
     evaluation: Windows | None = None
     """Windows that the model is measured on before and after, if it is."""
 
@@ -53,9 +59,10 @@ class Job:
         """The job as far as it is known from shapes, before a text is read.
 
         Raises:
-          JpruneError: filters that find nothing, a pattern that does not fit a kernel, an unknown dtype.
+          JpruneError: filters that find nothing, a pattern that does not fit a kernel, an unknown dtype; an allocation
+            of a pattern that all blocks must have.
         """
-        return cls(
+        job = cls(
             checkpoint=checkpoint,
             method=method,
             recipe=recipe,
@@ -64,6 +71,8 @@ class Job:
             mesh=mesh or devices.make_mesh(),
             format=format,
         )
+        assert job.shared is not None  # what does not fit is said now
+        return job
 
     def with_text(self, measured: Evaluation) -> "Job":
         """The same job with its calibration and evaluation windows.
@@ -79,9 +88,59 @@ class Job:
         return dataclasses.replace(job, evaluation=measured.text(self.checkpoint, length=length))
 
     def with_calibration(self) -> "Job":
-        """The same job with its calibration windows, if its method needs any; errors are those of `with_text`."""
+        """The same job with the windows that its method and its allocation need; errors are those of `with_text`."""
         windows = calibration_windows(self.checkpoint, self.recipe) if self.method.statistic else None
-        return dataclasses.replace(self, calibration=windows)
+        scored = None
+        if (scoring := self.scoring) is not None:
+            scored = (windows or calibration_windows(self.checkpoint, scoring.recipe)).first(SCORED)
+        return dataclasses.replace(self, calibration=windows, scored=scored)
+
+    @functools.cached_property
+    def scoring(self) -> "Job | None":
+        """The pass over the dense model that scores its blocks, as a job that prunes nothing; None if there is none."""
+        by = self.recipe.allocation.by
+        if by is None or not self.shared:
+            return None
+        n, length = window_shape(self.checkpoint, self.recipe)
+        return dataclasses.replace(
+            self,
+            method=by,
+            recipe=dataclasses.replace(self.recipe, samples=min(n, SCORED), sequence_length=length),
+            kernels=tuple(kernel for block in self.shared.values() for kernel in block),
+            calibration=self.scored,
+            evaluation=None,
+        )
+
+    @functools.cached_property
+    def shared(self) -> dict[str, list[Kernel]]:
+        """The kernels whose sparsities are shared out, by block; none if the allocation is uniform."""
+        if self.recipe.allocation.uniform:
+            return {}
+        paths = [kernel.path for kernel in self.kernels]
+        fixed = {path for regex in self.recipe.overrides for path in trees.found(regex, paths)}
+        return sharing(self.kernels, fixed, self.method.per)
+
+    def allocated(self, scores: Sequence[float] | None) -> "Job":
+        """The same job with the patterns that its allocation gives, with as many zeros.
+
+        Args:
+          scores: of the blocks of `shared`, if the allocation asks for any.
+        """
+        if not (shared := self.shared):
+            return self
+        sizes = np.array([sum(kernel.size for kernel in block) for block in shared.values()], np.float64)
+        zeros = sum(kernel.zeros for block in shared.values() for kernel in block)
+        known = np.zeros(len(sizes)) if scores is None else np.array(scores, np.float64)
+        sparsities = self.recipe.allocation.sparsities(known, sizes, zeros / sizes.sum())
+        by_block = dict(zip(shared, sparsities.tolist(), strict=True))
+        return dataclasses.replace(self, kernels=share_out(self.kernels, shared, by_block, self.method.per))
+
+    def blocks_json(self, allocated: "Job") -> dict[str, Any] | None:
+        """What the record says of the allocation: the sparsity of every block; None if it is uniform."""
+        if not self.shared:
+            return None
+        own = allocation_json(self.recipe.allocation)
+        return {**own, "sparsities": achieved(self.shared, allocated.kernels, self.method.per)}
 
     @functools.cached_property
     def shape(self) -> tuple[int, int] | None:
@@ -136,6 +195,7 @@ class Job:
             "--dtype": jnp.dtype(self.dtype).name,
             "--expert-tokens": recipe.expert_tokens,
             "--keep-zeros": recipe.keep_zeros,
+            "--allocate": allocation_json(recipe.allocation) | {"windows": self.scored and self.scored.sha256},
             "--format": self.format,
             **{f"the version of {name}": version for name, version in environment(self.dtype)["versions"].items()},
         }

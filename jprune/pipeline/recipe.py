@@ -1,14 +1,17 @@
 """What to do to a model: the options of a run that its result depends on, and what follows from them for a model."""
 
 import dataclasses
+import functools
 from typing import Any
 
+from jprune.allocations import Allocation
 from jprune.anatomy.kernels import Kernel, choose_kernels
 from jprune.checkpoints import Checkpoint
 from jprune.data import for_model, windows
 from jprune.errors import JpruneError
 from jprune.patterns import Pattern
 from jprune.pipeline.options import Calibration, Choice
+from jprune.pipeline.registry import ALLOCATIONS, name_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,9 +28,24 @@ class Recipe(Choice, Calibration):
     keep_zeros: bool = False
     """Prune a model further that is pruned already: what is zero stays zero, and counts among the zeros asked for."""
 
+    allocate: str | Allocation = "uniform"
+    """How zeros are shared out over the blocks, their number staying the same: uniform, linear (more with every
+    block), owl or dlp (fewer where outliers are many, or the median score low; a pass over the dense model finds out).
+    NAME=BAND says how far a block's sparsity may be from the model's, as owl=0.1."""
+
     def __post_init__(self):
+        if not self.allocation.uniform and self.keep_zeros:
+            raise JpruneError(
+                "`keep_zeros` goes with the uniform allocation only: zeros that are there may be more than what "
+                f"{self.allocation} leaves to a block, and then the model would have too many"
+            )
         if self.expert_tokens < 0:
             raise JpruneError(f"expert_tokens must not be negative, got {self.expert_tokens}")
+
+    @functools.cached_property
+    def allocation(self) -> Allocation:
+        """What `allocate` stands for."""
+        return allocation(self.allocate)
 
     @property
     def least_tokens(self) -> int:
@@ -39,7 +57,36 @@ class Recipe(Choice, Calibration):
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["calibration"]
         overrides = {regex: pattern.json() for regex, pattern in self.overrides.items()}
-        return fields | {"pattern": self.pattern.json(), "overrides": overrides}
+        own = self.allocate if isinstance(self.allocate, str) else allocation_json(self.allocation)
+        return fields | {"pattern": self.pattern.json(), "overrides": overrides, "allocate": own}
+
+
+def allocation(given: Any) -> Allocation:
+    """An allocation, of its name with or without a band, or of what a record has.
+
+    Raises:
+      JpruneError: there is no such allocation, or it refuses what it is given.
+    """
+    if isinstance(given, Allocation):
+        return given
+    fields = {"allocation": given} if isinstance(given, str) else dict(given)
+    name, equals, band = str(fields.pop("allocation", "")).partition("=")
+    if name not in ALLOCATIONS:
+        raise JpruneError(f"allocate is one of {', '.join(ALLOCATIONS)}, or NAME=BAND, as owl=0.1; got {given!r}")
+    if equals:
+        try:
+            fields["band"] = float(band)
+        except ValueError:
+            raise JpruneError(f"the band of an allocation is a number, as {name}=0.1; got {given!r}") from None
+    try:
+        return ALLOCATIONS[name](**fields)
+    except TypeError:
+        raise JpruneError(f"the allocation {name} has no such options: {given!r}") from None
+
+
+def allocation_json(allocation: Allocation) -> dict[str, Any]:
+    """An allocation as records have it."""
+    return {"allocation": name_of(allocation), **dataclasses.asdict(allocation)}
 
 
 def chosen_kernels(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Kernel, ...]:

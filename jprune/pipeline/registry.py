@@ -99,12 +99,22 @@ TUNERS = Methods(
 )
 """All of `jprune tune`: train what pruning left, as it is."""
 
+ALLOCATIONS = Methods(
+    {
+        "uniform": "jprune.allocations.base:Uniform",
+        "linear": "jprune.allocations.linear:Linear",
+        "owl": "jprune.allocations.owl:OWL",
+        "dlp": "jprune.allocations.dlp:DLP",
+    }
+)
+"""All of ``--allocate``: how methods of `ONE_SHOT` share the zeros of a model out over its blocks."""
+
 
 def name_of(method: object) -> str:
-    """The name of a method on the command line and in records; of a method that is not listed, its class's name.
+    """The name of a method or an allocation on the command line and in records; the class's name if it is not listed.
 
     A class made from a listed one is another method: a run that was begun with one is not resumed with the other.
     """
     kind = type(method)
-    places = {place: name for name, place in (PRUNERS | TUNERS)._places.items()}
+    places = {place: name for name, place in (PRUNERS | TUNERS | ALLOCATIONS)._places.items()}
     return places.get(f"{kind.__module__}:{kind.__qualname__}", kind.__name__)

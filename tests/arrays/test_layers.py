@@ -22,7 +22,7 @@ FLOORS = [
     ["evaluate", "checkpoints"],
     ["models", "sparse", "bridge"],
     ["train", "structured"],
-    ["scores"],
+    ["scores", "allocations"],
     ["methods"],
     ["trace", "solvers"],
 ]
@@ -36,7 +36,7 @@ FLOOR = {room: level for level, rooms in enumerate([*FLOORS, GROUND]) for room i
 PIPELINE = {
     "rounds": {"oneshot", "training", "forecast", "recipe"},
     "oneshot": {"forecast", "job", "recipe"},
-    "forecast": {"job"},
+    "forecast": {"job", "recipe"},
     "job": {"recipe"},
     "recipe": set(),
     "training": set(),

@@ -9,7 +9,9 @@ does not fit goes to disk, or is recomputed where computing is faster than disks
 import dataclasses
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -69,6 +71,8 @@ class Plan:
     """Of all this, what the second stream of activations takes; None if there is only one."""
     advice: tuple[str, ...]
     """What to change so that it fits the limit; empty if it fits."""
+    allocation: Mapping[str, Any] | None = None
+    """How zeros are shared out, and the sparsities of the blocks where they are known; None if uniformly."""
 
     @property
     def flops(self) -> float:

@@ -20,6 +20,7 @@ import numpy as np
 
 from jprune import devices, trees
 from jprune.anatomy.parts import Part
+from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.models import decoder
 from jprune.pipeline.forecast import programs
@@ -30,7 +31,7 @@ from jprune.pipeline.oneshot.journal import Journal, Step, route
 from jprune.pipeline.oneshot.report import KernelReport
 from jprune.pipeline.oneshot.stages import PartRun
 from jprune.runs import processes
-from jprune.runs.activations import Batches
+from jprune.runs.activations import Batches, Specs
 from jprune.runs.background import Background
 
 
@@ -144,16 +145,9 @@ class _Blocks:
         """A part's weights: those of the model; or what has become of them, and again those of the model, if that is
         computed too."""
         if prune:
-            return [self._dense(part)]
+            return [read_part(self.checkpoint, part)]
         now = {path: self.journal.read(part.path(path)) for path, _, _ in part.shapes}
-        return [now, self._dense(part)] if self.job.streams > 1 else [now]
-
-    def _dense(self, part: Part) -> dict[str, np.ndarray]:
-        """A part's weights in the model."""
-        if self.checkpoint.reads_together:
-            values = self.checkpoint.read_many(self._paths(part))
-            return {path: values[part.path(path)] for path, _, _ in part.shapes}
-        return {path: np.ascontiguousarray(self.checkpoint.read(part.path(path))) for path, _, _ in part.shapes}
+        return [now, read_part(self.checkpoint, part)] if self.job.streams > 1 else [now]
 
     def _paths(self, part: Part) -> list[str]:
         return [part.path(path) for path, _, _ in part.shapes]
@@ -178,22 +172,34 @@ class _Blocks:
 
     def _embed(self, writing: Background) -> Batches:
         """The hidden states of all windows before the first part."""
-        assert self.job.calibration is not None
-        tokens = self.job.calibration.tokens
         with self.stopwatch.phase("calibration"):
-            everywhere = devices.replicated(self.job.mesh)
-            read = self.checkpoint.params("embed")
-            params = {"embed": jax.tree.map(lambda value: devices.place(value, everywhere), read)}
-            check_finite(trees.flatten(params))
-            embed = decoder.embed(self.checkpoint.config)
-            batches = self.journal.batches(0, self.specs, writing, save=False)
-            start = 0
-            for j, (x, *_) in enumerate(self.specs):
-                part = devices.place(tokens[start : start + x.shape[0]], x.sharding)
-                start += x.shape[0]
-                hidden = programs.forward(embed, x.sharding)(params, part).astype(self.job.dtype)
-                batches.put(j, (jax.block_until_ready(hidden),) * self.job.streams)
-        return batches
+            return embedded(self.job, self.specs, self.journal.batches(0, self.specs, writing, save=False))
+
+
+def embedded(job: Job, specs: Sequence[Specs], batches: Batches) -> Batches:
+    """The hidden states of all calibration windows of a job before its first part, put into `batches`."""
+    assert job.calibration is not None
+    everywhere = devices.replicated(job.mesh)
+    read = job.checkpoint.params("embed")
+    params = {"embed": jax.tree.map(lambda value: devices.place(value, everywhere), read)}
+    check_finite(trees.flatten(params))
+    embed = decoder.embed(job.checkpoint.config)
+    start = 0
+    for j, (x, *_) in enumerate(specs):
+        part = devices.place(job.calibration.tokens[start : start + x.shape[0]], x.sharding)
+        start += x.shape[0]
+        hidden = programs.forward(embed, x.sharding)(params, part).astype(job.dtype)
+        batches.put(j, (jax.block_until_ready(hidden),) * job.streams)
+    return batches
+
+
+def read_part(checkpoint: Checkpoint, part: Part) -> dict[str, np.ndarray]:
+    """A part's weights as the model has them, by path in the part."""
+    paths = {path: part.path(path) for path, _, _ in part.shapes}
+    if checkpoint.reads_together:
+        values = checkpoint.read_many(list(paths.values()))
+        return {path: values[whole] for path, whole in paths.items()}
+    return {path: np.ascontiguousarray(checkpoint.read(whole)) for path, whole in paths.items()}
 
 
 def check_finite(params: Mapping[str, jax.Array | np.ndarray]) -> None:

@@ -39,10 +39,13 @@ class Report(RunReport):
     pattern: str
     sparsity: Sparsity
     kernels: tuple[KernelReport, ...]
+    allocation: Mapping[str, Any] | None = None
+    """How zeros were shared out, and the sparsity of every block; None if it is uniform."""
 
     def own_json(self) -> dict[str, Any]:
         """The fields of ``--json`` that only one-shot runs have."""
-        return {"method": self.method, "pattern": self.pattern, "sparsity": self.sparsity.json()}
+        own = {"method": self.method, "pattern": self.pattern, "sparsity": self.sparsity.json()}
+        return own | ({"allocation": self.allocation} if self.allocation else {})
 
     @classmethod
     def from_record(cls, contents: Mapping[str, Any], out: Path) -> "Report":
@@ -53,4 +56,5 @@ class Report(RunReport):
             pattern=contents["pattern"],
             sparsity=Sparsity.from_json(contents["sparsity"]),
             kernels=tuple(map(KernelReport.from_json, contents["kernels"])),
+            allocation=contents.get("allocation"),
         )

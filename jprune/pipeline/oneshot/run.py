@@ -12,9 +12,11 @@ from jprune.checkpoints import Checkpoint, formats, load, record
 from jprune.checkpoints.formats import Format
 from jprune.methods import Method
 from jprune.patterns import Pattern
+from jprune.pipeline.forecast.allocation import with_allocation
 from jprune.pipeline.forecast.forecast import Forecast, Plan
 from jprune.pipeline.job import Job
 from jprune.pipeline.oneshot import measure, result
+from jprune.pipeline.oneshot.allocate import allocated
 from jprune.pipeline.oneshot.begin import Run
 from jprune.pipeline.oneshot.report import KernelReport, Report
 from jprune.pipeline.options import Evaluation, Machine, Result, sorted_into
@@ -79,6 +81,7 @@ def prune_model(
 
         run = Run.begin(job, forecast, folder, stopwatch, tell)
         before = measure.before(job, run)
+        job, planned = allocated(job, run, machine), job
         done = result.pruned(job, run)
         after, failure = measure.after(job, run, folder.partial)
         report = Report(
@@ -91,6 +94,7 @@ def prune_model(
             seconds=stopwatch.seconds(),
             peak_memory_bytes=peak_memory_bytes(),
             kernels=tuple(map(KernelReport.from_json, done["kernels"])),
+            allocation=planned.blocks_json(job),
             notices=(*run.notices, *failure, *_few_tokens(job, done["kernels"])),
         )
         result.write_record(job, run, report)
@@ -142,4 +146,4 @@ def plan_run(
     recipe, machine = sorted_into({"pattern": pattern, **options}, Recipe, Machine)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     job = Job.planned(checkpoint, method, recipe, mesh)
-    return Forecast(job, machine).plan(paths.given(out))
+    return with_allocation(Forecast(job, machine).plan(paths.given(out)), job, machine, paths.given(out))

@@ -28,6 +28,9 @@ from jprune.runs.report import Progress
 from jprune.statistics import Statistic
 
 Params = dict[str, jax.Array]  # by path in the part
+Solve = Callable[
+    [Job, Mapping[str, Kernel], Mapping[str, jax.Array], Statistic | None], tuple[Params, list[KernelReport]]
+]
 Inputs = Mapping[str, tuple[int, ...]]  # what each parameter of a stage reads, see `programs.inputs_of`
 
 
@@ -38,18 +41,20 @@ class PartRun:
       index: its number among the job's.
       job: what is to be done.
       run: where, and whom to tell.
+      solve: what is done with kernels that read one input, once it is known: see `jprune.pipeline.oneshot.solve`.
 
     Attributes:
       wanted: its kernels to prune, by path in it.
       reports: on those that have been pruned.
     """
 
-    def __init__(self, index: int, job: Job, run: Run) -> None:
+    def __init__(self, index: int, job: Job, run: Run, solve: Solve = solve) -> None:
         self.part = job.parts[index]
         self.wanted = {self.part.relative(kernel.path): kernel for kernel in job.kernels_of(self.part)}
         self.reports: list[KernelReport] = []
         self._beside: tuple[Params, ...] = ()  # the parameters of the dense model, if it is computed too
         self._index, self._job, self._run = index, job, run
+        self._solve_for = solve
 
     def without_data(self, params: Params) -> Params:
         """The part's parameters, pruned by a method that needs no statistic."""
@@ -191,7 +196,7 @@ class PartRun:
     ) -> Params:
         """Prunes kernels that read one input; reports on each."""
         with self._run.stopwatch.phase("solve"):
-            pruned, reports = solve(self._job, kernels, params, statistic)
+            pruned, reports = self._solve_for(self._job, kernels, params, statistic)
         self.reports += reports
         return pruned
 

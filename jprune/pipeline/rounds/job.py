@@ -95,7 +95,7 @@ class RoundsJob:
         """The recipe as the record of the result has it, without the data."""
         assert isinstance(self.recipe.pattern, Unstructured)
         calibration = self.recipe.calibration
-        recipe = {k: v for k, v in self.recipe.json().items() if k not in ("pattern", "keep_zeros", "seed")}
+        recipe = {k: v for k, v in self.recipe.json().items() if k not in ("pattern", "keep_zeros", "allocate", "seed")}
         return {
             "sparsity": self.recipe.pattern.sparsity,
             "rounds": self.sparsities,

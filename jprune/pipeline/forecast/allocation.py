@@ -1,0 +1,49 @@
+"""What a plan says of a run that shares out its zeros: the patterns that are known, or the pass that will tell."""
+
+import dataclasses
+from pathlib import Path
+
+from jprune.pipeline.forecast.forecast import Forecast, PartPlan, Plan
+from jprune.pipeline.job import Job
+from jprune.pipeline.options import Machine
+from jprune.pipeline.recipe import allocation_json
+
+PASS = "allocation"
+"""Name of the pass, among the units of a plan."""
+
+
+def with_allocation(plan: Plan, job: Job, machine: Machine, disk: Path) -> Plan:
+    """The plan of a run, with what its allocation adds.
+
+    A pass takes what a run would that prunes the same kernels by the scores that it reads.
+
+    Args:
+      plan: without it.
+      job: what is to be done.
+      machine: what it may take.
+      disk: the run folder, or where it will be.
+    """
+    if not job.shared:
+        return plan
+    if job.scoring is None:
+        allocated = job.allocated(None)
+        return dataclasses.replace(plan, kernels=allocated.kernels, allocation=job.blocks_json(allocated))
+    own = Forecast(job.scoring, machine).plan(disk)
+    scoring = PartPlan(
+        name=PASS,
+        bytes_read=sum(unit.bytes_read for unit in own.units),
+        flops=own.flops,
+        seconds=own.seconds,
+        peak_memory_bytes=own.peak_memory_bytes,
+        peak_device_memory_bytes=own.peak_device_memory_bytes,
+    )
+    on_device = [x for x in (plan.peak_device_memory_bytes, own.peak_device_memory_bytes) if x is not None]
+    return dataclasses.replace(
+        plan,
+        allocation=allocation_json(job.recipe.allocation),
+        units=(scoring, *plan.units),
+        disk_bytes=max(plan.disk_bytes, own.disk_bytes if "disk" in (own.activations, own.intermediates) else 0),
+        peak_memory_bytes=max(plan.peak_memory_bytes, own.peak_memory_bytes),
+        peak_device_memory_bytes=max(on_device, default=None),
+        advice=plan.advice or own.advice,
+    )
