@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from fake_method import EveryOther, EveryOtherOfTwo
+from fake_method import EveryOtherOfTwo
 
 import jprune
 from jprune import (
@@ -170,12 +170,11 @@ def test_a_pruned_model_is_pruned_further(tiny_model, token_file, tmp_path, meth
     assert json.loads((tmp_path / "kept" / "jprune.json").read_text())["recipe"]["keep_zeros"] is True
 
 
-@pytest.mark.parametrize("method", [EveryOther(), EveryOtherOfTwo()], ids=["one model", "two models"])
-def test_recomputing_instead_of_keeping_changes_nothing(tiny_model, token_file, tmp_path, monkeypatch, method):
+def test_recomputing_instead_of_keeping_changes_nothing(tiny_model, token_file, tmp_path, monkeypatch):
     folder, recipe = tiny_model(), dict(pattern=Unstructured(0.5), calibration=token_file())
-    prune_model(folder, tmp_path / "kept", method=method, **recipe)
+    prune_model(folder, tmp_path / "kept", method=EveryOtherOfTwo(), **recipe)
     monkeypatch.setattr(Layout, "keeps", lambda self, nbytes: False)
-    prune_model(folder, tmp_path / "again", method=method, **recipe)
+    prune_model(folder, tmp_path / "again", method=EveryOtherOfTwo(), **recipe)
     kept, again = jprune.load(tmp_path / "kept"), jprune.load(tmp_path / "again")
     for path in kept.shapes:
         np.testing.assert_allclose(kept.read(path), again.read(path), atol=2e-5, err_msg=path)
