@@ -96,40 +96,52 @@ def smallest(scores: Float[Array, "n columns"], count: Int[Array, ""] | int) -> 
     chunk = max(64, (1 << 18) // n)
     if columns <= chunk or jax.default_backend() != "cpu":
         return _smallest(scores, count)
-    whole = columns // chunk * chunk
-    chunks = scores[:, :whole].reshape(n, -1, chunk)
-    marked = lax.map(lambda i: _smallest(chunks[:, i], count), jnp.arange(chunks.shape[1]))
-    return jnp.concatenate([jnp.moveaxis(marked, 0, 1).reshape(n, whole), _smallest(scores[:, whole:], count)], axis=1)
+    # The last chunk overlaps the one before it: of another width, it would be compiled for itself.
+    chunks = -(-columns // chunk)
+    starts = jnp.minimum(jnp.arange(chunks) * chunk, columns - chunk)
+    marked = lax.map(lambda i: _smallest(lax.dynamic_slice_in_dim(scores, i, chunk, axis=1), count), starts)
+    before = (chunks - 1) * chunk
+    return jnp.concatenate(
+        [jnp.moveaxis(marked[:-1], 0, 1).reshape(n, before), marked[-1][:, before - columns :]], axis=1
+    )
 
 
 def smallest_of_all(scores: Float[Array, "*shape"], count: Int[Array, ""] | int) -> Bool[Array, "*shape"]:
     """Marks exactly `count` smallest entries of the whole array; of equal ones, those that come first.
 
-    Where the array lies in pieces on several devices, only counts are exchanged (and booleans, if there are ties).
+    Where the array lies in pieces on several devices, only counts are exchanged.
     """
+    return _smallest(scores, count, axis=None)
+
+
+def _smallest(scores, count, axis: int | None = 0):
     keys = _ordered_bits(scores)
-    bound, below = _split(keys, count, axis=None)
+    bound, below = _split(keys, count, axis)
     marked, missing = keys < bound, count - below
-
-    def with_ties():
-        tied = keys == bound
-        return marked | (tied & (jnp.cumsum(tied.reshape(-1), dtype=jnp.int32).reshape(keys.shape) <= missing))
-
-    return lax.cond(missing > 0, with_ties, lambda: marked)
+    # The search stops early where the bound separates exactly `count` entries, so float32 scores are hardly ever left
+    # with ties to settle.
+    return lax.cond(jnp.any(missing > 0), lambda: marked | _first(keys == bound, missing, axis), lambda: marked)
 
 
-def _smallest(scores, count):
-    keys = _ordered_bits(scores)
-    bound, below = _split(keys, count)
-    marked = keys < bound
-    missing = count - below
-    # The search stops early where the bound separates exactly `count` entries, so float32 scores are hardly ever
-    # left with ties to settle, and the cumulative sum costs more than all else here.
-    return lax.cond(
-        jnp.any(missing > 0),
-        lambda: marked | ((tied := keys == bound) & (jnp.cumsum(tied, axis=0, dtype=jnp.int32) <= missing)),
-        lambda: marked,
-    )
+def _first(marked: Bool[Array, "..."], count, axis: int | None) -> Bool[Array, "..."]:
+    """The first `count` of what is marked, of every column or (with axis None) of all.
+
+    Where they end is found by bisection, too: XLA compiles a cumulative sum of a whole matrix for a second.
+    """
+    size = marked.size if axis is None else marked.shape[axis]
+    places = jnp.arange(marked.size, dtype=jnp.uint32).reshape(marked.shape)
+    places = places if axis is None else lax.broadcasted_iota(jnp.uint32, marked.shape, axis)
+
+    def halve(_, ends):
+        low, high = ends
+        middle = (low + high) // 2
+        few = _count(marked & (places < middle), axis) <= count
+        return jnp.where(few, middle, low), jnp.where(few, high, middle)
+
+    # Invariant: at most `count` before `low`; more than that before `high`, or no place there.
+    low = jnp.zeros(jnp.shape(count) if axis is None else marked.shape[1:], jnp.uint32)
+    end, _ = lax.fori_loop(0, (size + 1).bit_length(), halve, (low, low + jnp.uint32(size + 1)))
+    return marked & (places < end)
 
 
 def _split(keys: UInt[Array, "..."], count, axis: int | None = 0) -> tuple[UInt[Array, "..."], Int[Array, "..."]]:

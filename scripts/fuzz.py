@@ -29,6 +29,8 @@ from pathlib import Path
 
 from fuzz_kinds import COMMANDS, KINDS, command, model, refusals
 
+sys.dont_write_bytecode = True  # of modules that an input is the first to need: no file of its making
+
 SECONDS = 10
 BYTES = 2**30
 NOTE = "finding.txt"

@@ -167,16 +167,28 @@ def _working(function: Callable, shapes: tuple, wanted: tuple[_Wanted, ...], met
 def _solving(method: Method, kernels: dict[str, Kernel], dtypes: dict[str, Any], statistic: Statistic | None) -> int:
     """Bytes for solving for kernels that share an input, without the statistic."""
     count = math.prod(next(iter(kernels.values())).stack)  # one of a stack is solved for at a time
-    matrices = {p: jax.ShapeDtypeStruct((k.d_in, k.size // k.d_in // count), dtypes[p]) for p, k in kernels.items()}
-    patterns = {p: k.pattern for p, k in kernels.items()}
-    copies = count * sum(m.size * m.dtype.itemsize for m in matrices.values())
+    matrices = [jax.ShapeDtypeStruct((k.d_in, k.size // k.d_in // count), dtypes[p]) for p, k in kernels.items()]
+    copies = count * sum(m.size * m.dtype.itemsize for m in matrices)
     if isinstance(statistic, Stacked):
         statistic = jax.eval_shape(lambda s: s.of(0), statistic)
-    try:
-        program = jax.jit(lambda m, s: method.together(m, s, patterns, {})).lower(matrices, statistic)
-    except jax.errors.JAXTypeError:  # a method that looks at values cannot be traced
+    leaves, tree = jax.tree.flatten(statistic)
+    abstract = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    taken = _solver(method, tuple(matrices), tuple(k.pattern for k in kernels.values()), abstract, tree)
+    if taken is None:
         return _solve_bytes(method, next(iter(kernels.values())).d_in, list(kernels.values()))
-    return copies + _taken(program)
+    return copies + taken
+
+
+@functools.lru_cache(maxsize=64)
+def _solver(method: Method, matrices: tuple, patterns: tuple, leaves: tuple, tree: Any) -> int | None:
+    """Bytes that solving for matrices takes, compiled once for all that are alike; None if it cannot be traced."""
+    named = {str(i): matrix for i, matrix in enumerate(matrices)}
+    wanted = dict(zip(named, patterns, strict=True))
+    try:
+        program = jax.jit(lambda m, s: method.together(m, s, wanted, {})).lower(named, jax.tree.unflatten(tree, leaves))
+    except jax.errors.JAXTypeError:  # a method that looks at values
+        return None
+    return _taken(program)
 
 
 def _taken(lowered: Any) -> int:
