@@ -3,7 +3,6 @@ in memory, and the comparison behind docs/results.md has every row."""
 
 import json
 import pathlib
-import sys
 import tomllib
 
 import jax
@@ -12,7 +11,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jprune.checkpoints import load
-from jprune.cli.main import _parse, main
+from jprune.cli.main import _parse
 from jprune.pipeline.training import plan_shearing
 from jprune.tuning import Shearing
 from jprune.tuning.shearing import count
@@ -96,25 +95,13 @@ def test_published_sizes(tmp_path):
     assert plan.sizes == ({"d_model": 2048, "heads": 16, "kv_heads": 16, "d_ff": 5504},) * 24
 
 
-def test_the_comparison(tiny_model, token_file, tmp_path, monkeypatch, capsys):
+def test_the_comparison(run_script, tiny_model, token_file, tmp_path):
     words = ["--model", tiny_model(), "--data", token_file(16, 12), "--text", token_file(2, 12, seed=1)]
     words += ["--target", "layers=2,hidden=28,heads=2,intermediate=48"]
     words += ["--evaluate-length", "12", "--windows", "2", "--steps", "3", "--train-steps", "2", "--length", "12"]
     out = tmp_path / "rows.json"
     words += ["--work", tmp_path / "work", "--out", out]
-    monkeypatch.syspath_prepend(SCRIPTS)
-    import reproduce_shearing
-
-    def in_this_process(*words):
-        """What another one would import and compile again takes longer than all that is compared."""
-        capsys.readouterr()
-        assert main([*words, "--json"]) == 0
-        return {**json.loads(capsys.readouterr().out.splitlines()[-1]), "process_seconds": 1.0}
-
-    monkeypatch.setattr(reproduce_shearing, "jprune", in_this_process)
-    monkeypatch.setattr(sys, "argv", ["reproduce_shearing.py", *map(str, words)])
-    with jax.numpy_dtype_promotion("standard"):  # as in a process of its own
-        reproduce_shearing.main()
+    run_script("reproduce_shearing", *words)
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == [
         "dense", "shearing, mask phase", "shearing", "llm-pruner, not trained", "llm-pruner",
