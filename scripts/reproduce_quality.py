@@ -160,11 +160,8 @@ def by_method(result: Row) -> dict[tuple[str, str], Row]:
 def table(result: Row) -> str:
     """Markdown, perplexities beside what they are of SparseGPT's."""
     texts = result["options"]["texts"]
-    lines = [
-        "| | "
-        + " | ".join(f"perplexity, {Path(text).name}" for text in texts)
-        + " | divergence | seconds | GB | seeds |"
-    ]
+    names = " | ".join(f"perplexity, {Path(text).name}" for text in texts)
+    lines = [f"| | {names} | divergence | seconds | GB | seeds |"]
     lines.append("| --- " * (len(texts) + 5) + "|")
     lines.append("| dense | " + " | ".join(f"{result['dense'][text]:.2f}" for text in texts) + " | 0 | - | - | - |")
     found = by_method(result)

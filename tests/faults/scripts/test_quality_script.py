@@ -33,11 +33,8 @@ def test_rows_means_and_divergence(run_script, tiny_model, token_file, tmp_path)
     pruned = tmp_path / "pruned"
     assert main(["prune", "magnitude", model, "--sparsity", "0.5", "--out", str(pruned)]) == 0
     windows = np.load(text)[:2]
-    ours, theirs = (
-        np.asarray(
-            jax.nn.log_softmax(decoder.apply(load(m).config, load(m).params(), jnp.asarray(windows))), np.float64
-        )
-        for m in (model, pruned)
-    )
+    params = (jax.tree.map(jnp.asarray, load(m).params()) for m in (model, pruned))
+    logits = (decoder.apply(load(model).config, each, jnp.asarray(windows)) for each in params)
+    ours, theirs = (np.asarray(jax.nn.log_softmax(x), np.float64) for x in logits)
     want = (np.exp(ours) * (ours - theirs)).sum(-1).mean()
     np.testing.assert_allclose(found["0.5", "magnitude"]["divergence"][0], want, rtol=1e-4)
