@@ -9,4 +9,5 @@ from jprune.allocations.base import Allocation as Allocation
 from jprune.allocations.base import Uniform as Uniform
 from jprune.allocations.dlp import DLP as DLP
 from jprune.allocations.linear import Linear as Linear
+from jprune.allocations.loss import Loss as Loss
 from jprune.allocations.owl import OWL as OWL

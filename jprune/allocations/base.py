@@ -26,6 +26,10 @@ class Allocation(abc.ABC):
     """A method whose scores of all kernels of a block, while the model is dense, go into the block's score. They take
     one pass over the model before anything is pruned. None: there is no pass."""
 
+    tries: ClassVar[bool] = False
+    """Whether the score of a block is the damage that pruning it alone by `by` does to the model's predictions, which
+    the pass then tries out, instead of what `score` makes of the scores."""
+
     band: float
     """How far the sparsity of a block may lie from that of the model: the most and the least important block are two
     bands apart."""

@@ -27,6 +27,8 @@ from jprune.runs.report import environment
 
 SCORED = 32
 """Calibration windows on which blocks are scored for an allocation: the first of them."""
+TRIED = (2, 512)
+"""Of these, and of the tokens of each: the first, on which pruning each block alone is tried out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

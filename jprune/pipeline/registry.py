@@ -105,6 +105,7 @@ ALLOCATIONS = Methods(
         "linear": "jprune.allocations.linear:Linear",
         "owl": "jprune.allocations.owl:OWL",
         "dlp": "jprune.allocations.dlp:DLP",
+        "loss": "jprune.allocations.loss:Loss",
     }
 )
 """All of ``--allocate``: how methods of `ONE_SHOT` share the zeros of a model out over its blocks."""

@@ -1,10 +1,12 @@
 """What a plan says of a run that shares out its zeros: the patterns that are known, or the pass that will tell."""
 
 import dataclasses
+import math
 from pathlib import Path
 
+from jprune.anatomy.parts import parts
 from jprune.pipeline.forecast.forecast import Forecast, PartPlan, Plan
-from jprune.pipeline.job import Job
+from jprune.pipeline.job import TRIED, Job
 from jprune.pipeline.options import Machine
 from jprune.pipeline.recipe import allocation_json
 
@@ -29,11 +31,12 @@ def with_allocation(plan: Plan, job: Job, machine: Machine, disk: Path) -> Plan:
         allocated = job.allocated(None)
         return dataclasses.replace(plan, kernels=allocated.kernels, allocation=job.blocks_json(allocated))
     own = Forecast(job.scoring, machine).plan(disk)
+    tried = _flops_of_tries(job.scoring) if job.recipe.allocation.tries else 0.0
     scoring = PartPlan(
         name=PASS,
         bytes_read=sum(unit.bytes_read for unit in own.units),
-        flops=own.flops,
-        seconds=own.seconds,
+        flops=own.flops + tried,
+        seconds=own.seconds * (1 + tried / own.flops),
         peak_memory_bytes=own.peak_memory_bytes,
         peak_device_memory_bytes=own.peak_device_memory_bytes,
     )
@@ -47,3 +50,14 @@ def with_allocation(plan: Plan, job: Job, machine: Machine, disk: Path) -> Plan:
         peak_device_memory_bytes=max(on_device, default=None),
         advice=plan.advice or own.advice,
     )
+
+
+def _flops_of_tries(scoring: Job) -> float:
+    """Operations of passing on the dense model's hidden states, and those of a model for every block pruned."""
+    assert scoring.shape is not None
+    tokens = math.prod(map(min, scoring.shape, TRIED))
+    passed, flops = 0, 0.0
+    for part in parts(scoring.checkpoint)[: scoring.checkpoint.config.layers]:
+        passed += part.name in scoring.shared
+        flops += 2.0 * tokens * (1 + passed) * sum(math.prod(shape) for _, shape, _ in part.shapes)
+    return flops

@@ -15,13 +15,16 @@ import jax
 from jprune import devices
 from jprune.allocations.base import score_of_block
 from jprune.anatomy.kernels import Kernel
+from jprune.anatomy.parts import Part, parts
 from jprune.errors import JpruneError
 from jprune.pipeline.forecast.forecast import Forecast
 from jprune.pipeline.forecast.layout import hidden_specs
 from jprune.pipeline.job import Job
 from jprune.pipeline.oneshot.begin import Run
 from jprune.pipeline.oneshot.blocks import check_finite, embedded, read_part
+from jprune.pipeline.oneshot.damage import Damage
 from jprune.pipeline.oneshot.report import KernelReport
+from jprune.pipeline.oneshot.solve import solve
 from jprune.pipeline.oneshot.stages import Params, PartRun
 from jprune.pipeline.options import Machine
 from jprune.places import Place
@@ -57,27 +60,46 @@ def _scores(job: Job, run: Run, blocks: list[str]) -> list[float]:
     """The scores of the blocks, in one pass."""
     assert job.shape is not None
     specs = hidden_specs(job.checkpoint.config.d_model, job.shape, run.layout, job.dtype, job.mesh)
-    hidden = embedded(job, specs, _batches(run, specs, 0))
-    scores = {}
+    scores: dict[str, float] = {}
     with jax.default_matmul_precision("highest"), Background() as reading:
+        hidden = embedded(job, specs, _batches(run, specs, 0))
+        damage = Damage(job) if job.recipe.allocation.tries else None
         ahead = reading.submit(functools.partial(read_part, job.checkpoint, job.parts[0]))
         for i, part in enumerate(job.parts):
             values, last = ahead.result(), i + 1 == len(job.parts)
             if not last:
                 ahead = reading.submit(functools.partial(read_part, job.checkpoint, job.parts[i + 1]))
-            where = part.shardings(job.mesh, job.checkpoint.config.d_model)
-            params = {path: devices.place(values.pop(path), where[path]) for path, _, _ in part.shapes}
-            check_finite({part.path(path): value for path, value in params.items()})
+            params = _placed(job, part, values)
             seen: dict[str, Any] = {}
             make = None if last else functools.partial(_batches, run, specs, i + 1)
-            part_run = PartRun(i, job, run, solve=functools.partial(_remember, seen))
+            part_run = PartRun(i, job, run, solve=functools.partial(_try if damage else _remember, seen))
             _, after = part_run.with_data(params, hidden, make, dense=params)
             hidden.drop()
-            if part.name in blocks:
-                scores[part.name] = _score(job, part_run.wanted, params, seen, part.name)
+            if damage is not None:
+                damage.pass_through(part, params, seen)
+            elif part.name in blocks:
+                scores[part.name] = _score(job, part_run.wanted, params, seen)
             if after is not None:
                 hidden = after
+        if damage is not None:
+            for part in parts(job.checkpoint)[len(job.parts) : job.checkpoint.config.layers]:
+                damage.pass_through(part, _placed(job, part, read_part(job.checkpoint, part)), {})
+            scores = damage.all()
+    for name in blocks:
+        if not math.isfinite(scores[name]):
+            raise JpruneError(
+                f"{name}: its score for the allocation is {scores[name]}; activations overflow there or behind it: use "
+                "a wider `dtype`, or the uniform allocation"
+            )
     return [scores[name] for name in blocks]
+
+
+def _placed(job: Job, part: Part, values: dict[str, Any]) -> Params:
+    """A part's parameters on the devices; `values` are used up, so that no array is held twice."""
+    where = part.shardings(job.mesh, job.checkpoint.config.d_model)
+    params = {path: devices.place(values.pop(path), where[path]) for path, _, _ in part.shapes}
+    check_finite({part.path(path): value for path, value in params.items()})
+    return params
 
 
 def _batches(run: Run, specs: Any, index: int) -> Batches:
@@ -93,7 +115,16 @@ def _remember(
     return {}, []
 
 
-def _score(job: Job, kernels: Mapping[str, Kernel], params: Params, seen: Mapping[str, Any], block: str) -> float:
+def _try(
+    seen: dict[str, Any], job: Job, kernels: Mapping[str, Kernel], values: Params, statistic: Statistic | None
+) -> tuple[dict[str, jax.Array], list[KernelReport]]:
+    """As `_remember`, of what pruning would make of the kernels."""
+    pruned, _ = solve(job, kernels, values, statistic)
+    seen.update(pruned)
+    return {}, []
+
+
+def _score(job: Job, kernels: Mapping[str, Kernel], params: Params, seen: Mapping[str, Any]) -> float:
     """The score of a block; a stack of kernels counts with each of them."""
     matrices, statistics = [], []
     for path, kernel in kernels.items():
@@ -101,10 +132,4 @@ def _score(job: Job, kernels: Mapping[str, Kernel], params: Params, seen: Mappin
         own = seen[path]
         statistics.append(own.each if isinstance(own, Stacked) else jax.tree.map(lambda x: x[None], own))
         matrices.append(stack)
-    score = float(score_of_block(job.recipe.allocation, matrices, statistics))
-    if not math.isfinite(score):
-        raise JpruneError(
-            f"{block}: its score for the allocation is {score}; activations overflow there: use a wider `dtype`, or "
-            "the uniform allocation"
-        )
-    return score
+    return float(score_of_block(job.recipe.allocation, matrices, statistics))

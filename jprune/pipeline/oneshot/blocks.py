@@ -11,8 +11,9 @@ weights are in memory at most, however many there are.
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -179,18 +180,23 @@ class _Blocks:
 def embedded(job: Job, specs: Sequence[Specs], batches: Batches) -> Batches:
     """The hidden states of all calibration windows of a job before its first part, put into `batches`."""
     assert job.calibration is not None
+    embed = embedding(job)
+    start = 0
+    for j, (x, *_) in enumerate(specs):
+        tokens = job.calibration.tokens[start : start + x.shape[0]]
+        start += x.shape[0]
+        batches.put(j, (jax.block_until_ready(embed(tokens, x.sharding)),) * job.streams)
+    return batches
+
+
+def embedding(job: Job) -> Callable[[np.ndarray, Any], jax.Array]:
+    """f(tokens [n, length], sharding): the hidden states before the first part, as they lie on the devices."""
     everywhere = devices.replicated(job.mesh)
     read = job.checkpoint.params("embed")
     params = {"embed": jax.tree.map(lambda value: devices.place(value, everywhere), read)}
     check_finite(trees.flatten(params))
     embed = decoder.embed(job.checkpoint.config)
-    start = 0
-    for j, (x, *_) in enumerate(specs):
-        part = devices.place(job.calibration.tokens[start : start + x.shape[0]], x.sharding)
-        start += x.shape[0]
-        hidden = programs.forward(embed, x.sharding)(params, part).astype(job.dtype)
-        batches.put(j, (jax.block_until_ready(hidden),) * job.streams)
-    return batches
+    return lambda tokens, where: programs.forward(embed, where)(params, devices.place(tokens, where)).astype(job.dtype)
 
 
 def read_part(checkpoint: Checkpoint, part: Part) -> dict[str, np.ndarray]:
