@@ -30,8 +30,9 @@ class Recipe(Choice, Calibration):
 
     allocate: str | Allocation = "uniform"
     """How zeros are shared out over the blocks, their number staying the same: uniform, linear (more with every
-    block), owl or dlp (fewer where outliers are many, or the median score low; a pass over the dense model finds out).
-    NAME=BAND says how far a block's sparsity may be from the model's, as owl=0.1."""
+    block), owl or dlp (fewer where outliers are many, or the median score low; a pass over the dense model finds out),
+    or loss (more where pruning the block alone costs the model less, which the pass tries out). NAME=BAND says how far
+    a block's sparsity may be from the model's, as owl=0.1."""
 
     def __post_init__(self):
         if not self.allocation.uniform and self.keep_zeros:

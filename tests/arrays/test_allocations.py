@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from jprune import counts
-from jprune.allocations import DLP, OWL, Linear, spread
+from jprune.allocations import DLP, OWL, Linear, Loss, spread
 from jprune.allocations.base import score_of_block
 from jprune.anatomy.kernels import Kernel
 from jprune.anatomy.sharing import achieved, share_out, sharing
@@ -146,6 +146,27 @@ def test_the_published_formulas(blocks, allocation):
     assert np.ptp(expected) > 0.1
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 100)), min_size=2, max_size=8),
+    st.floats(0.05, 0.9),
+    st.data(),
+)
+def test_no_exchange_of_zeros_lowers_the_damage(blocks, sparsity, data):
+    damages, sizes = (np.array(column, np.float64) for column in zip(*blocks))
+    damages = np.maximum(damages, max(damages.mean() / 1000, 1e-12))
+    loss = Loss(band=0.2)
+    shares = loss.sparsities(damages, sizes, sparsity)
+    assert np.isclose((shares * sizes).sum() / sizes.sum(), sparsity, atol=1e-9)
+    assert np.abs(shares - sparsity).max() <= loss.band + 1e-9
+    assert 0 <= shares.min() <= shares.max() <= 0.95 + 1e-9
+    one, other = data.draw(st.permutations(range(len(sizes))))[:2]
+    moved = shares + np.eye(len(sizes))[one] * 1e-4 / sizes[one] - np.eye(len(sizes))[other] * 1e-4 / sizes[other]
+    within = np.abs(moved - sparsity).max() <= loss.band and 0 <= moved.min() <= moved.max() <= 0.95
+    total = [np.sum(damages * np.exp(loss.rate * (x - sparsity))) for x in (shares, moved)]
+    assert not within or total[1] >= total[0] * (1 - 1e-6)
+
+
 def test_sparsity_rises_along_a_line():
     np.testing.assert_allclose(Linear(band=0.2).sparsities(np.zeros(5), np.ones(5), 0.5), [0.3, 0.4, 0.5, 0.6, 0.7])
 
@@ -166,7 +187,7 @@ def test_a_band_goes_with_the_name():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"allocate": "owll"}, "allocate is one of uniform, linear, owl, dlp"),
+        ({"allocate": "owll"}, "allocate is one of uniform, linear, owl, dlp, loss"),
         ({"allocate": "owl=much"}, "the band of an allocation is a number"),
         ({"allocate": "dlp=1"}, r"a difference of sparsities in \[0, 1\)"),
         ({"allocate": "uniform=0.1"}, "the uniform allocation has no band"),

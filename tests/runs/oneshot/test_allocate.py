@@ -78,6 +78,9 @@ def test_a_plan_says_what_sharing_out_takes(tiny_model, token_file):
     assert plan.seconds == first.seconds + sum(unit.seconds for unit in blocks)
     assert plan.allocation == {"allocation": "dlp", "band": 0.15}
 
+    tried = plan_run(folder, **recipe, allocate="loss").units[0].flops - first.flops
+    assert tried == 2 * (2 * 24) * (2 + 3 + 4) * (weights + 2 * 32)  # the dense model, and one for each block so far
+
     line = plan_run(folder, **recipe, allocate="linear=0.2")
     shares = line.allocation["sparsities"].values()
     np.testing.assert_allclose(list(shares), [0.4, 0.6, 0.8], atol=1e-3)
