@@ -4,6 +4,8 @@ import dataclasses
 import math
 from pathlib import Path
 
+import jax.numpy as jnp
+
 from jprune.anatomy.parts import parts
 from jprune.pipeline.forecast.forecast import Forecast, PartPlan, Plan
 from jprune.pipeline.job import TRIED, Job
@@ -32,6 +34,13 @@ def with_allocation(plan: Plan, job: Job, machine: Machine, disk: Path) -> Plan:
         return dataclasses.replace(plan, kernels=allocated.kernels, allocation=job.blocks_json(allocated))
     own = Forecast(job.scoring, machine).plan(disk)
     tried = _flops_of_tries(job.scoring) if job.recipe.allocation.tries else 0.0
+    held = bytes_of_tries(job.scoring)
+    on_cpu = own.peak_device_memory_bytes is None
+    own = dataclasses.replace(
+        own,
+        peak_memory_bytes=own.peak_memory_bytes + (held if on_cpu else 0),
+        peak_device_memory_bytes=None if own.peak_device_memory_bytes is None else own.peak_device_memory_bytes + held,
+    )
     scoring = PartPlan(
         name=PASS,
         bytes_read=sum(unit.bytes_read for unit in own.units),
@@ -61,3 +70,14 @@ def _flops_of_tries(scoring: Job) -> float:
         passed += part.name in scoring.shared
         flops += 2.0 * tokens * (1 + passed) * sum(math.prod(shape) for _, shape, _ in part.shapes)
     return flops
+
+
+def bytes_of_tries(scoring: Job) -> int:
+    """Bytes of the hidden states of the models that a pass tries out, and of the predictions of two for a window."""
+    if not scoring.recipe.allocation.tries:
+        return 0
+    assert scoring.shape is not None
+    windows, length = map(min, scoring.shape, TRIED)
+    config = scoring.checkpoint.config
+    hidden = (len(scoring.shared) + 2) * windows * length * config.d_model * jnp.dtype(scoring.dtype).itemsize
+    return hidden + 6 * 4 * length * config.vocab

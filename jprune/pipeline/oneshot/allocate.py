@@ -17,6 +17,7 @@ from jprune.allocations.base import score_of_block
 from jprune.anatomy.kernels import Kernel
 from jprune.anatomy.parts import Part, parts
 from jprune.errors import JpruneError
+from jprune.pipeline.forecast.allocation import bytes_of_tries
 from jprune.pipeline.forecast.forecast import Forecast
 from jprune.pipeline.forecast.layout import hidden_specs
 from jprune.pipeline.job import Job
@@ -49,7 +50,9 @@ def allocated(job: Job, run: Run, machine: Machine) -> Job:
         def tell(step: Progress) -> None:
             run.tell(dataclasses.replace(step, phase="allocate"))
 
-        own = dataclasses.replace(run, layout=layout, room=memory.room, tell=tell)
+        room = memory.room
+        room.take(bytes_of_tries(scoring))  # where there is none, the activations go to disk anyway
+        own = dataclasses.replace(run, layout=layout, room=room, tell=tell)
         with run.stopwatch.phase("allocation"):
             known = processes.gathered({"scores": _scores(scoring, own, list(job.shared))})[0]
         run.folder.mark(MARK, known)
