@@ -119,8 +119,12 @@ class Pattern(abc.ABC):
         raise JpruneError(f"{self} has no sparser and denser patterns to choose from, so all blocks must have it")
 
     def with_zeros(self, steps: int, d_in: int, d_out: int) -> "Pattern":
-        """The pattern of this kind with so many steps of zeros in a kernel ``[d_in, d_out]``; see `steps`."""
-        raise NotImplementedError
+        """The pattern of this kind with so many steps of zeros in a kernel ``[d_in, d_out]``; see `steps`.
+
+        Raises:
+          JpruneError: a pattern has `steps` and not this.
+        """
+        raise JpruneError(f"{self} is counted in `steps`; its class must define `with_zeros` too, to be shared out")
 
     def json(self) -> Any:
         """The pattern as records and recipe files have it; `from_json` reads it."""

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from fuzz_kinds import COMMANDS, KINDS, command, model, refusals
 
-sys.dont_write_bytecode = True  # of modules that an input is the first to need: no file of its making
+sys.dont_write_bytecode = True  # where an input is the first to need a module, that would be a file touched
 
 SECONDS = 10
 BYTES = 2**30

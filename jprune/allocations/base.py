@@ -44,8 +44,12 @@ class Allocation(abc.ABC):
         return self.band == 0
 
     def score(self, scores: Sequence[Float[Array, "..."]]) -> Float[Array, ""]:
-        """What is remembered of a block, of the scores of all its kernels; in a form that `jax.jit` can trace."""
-        raise NotImplementedError
+        """What is remembered of a block, of the scores of all its kernels; in a form that `jax.jit` can trace.
+
+        Raises:
+          JpruneError: an allocation has `by`, does not try blocks out, and does not define this.
+        """
+        raise JpruneError(f"{type(self).__name__} takes scores of {self.by}: it must define `score` too")
 
     @abc.abstractmethod
     def importance(self, scores: Float[np.ndarray, "blocks"]) -> Float[np.ndarray, "blocks"]:
@@ -72,7 +76,7 @@ class Uniform(Allocation):
 
     def __post_init__(self) -> None:
         if self.band:
-            raise JpruneError(f"the uniform allocation has no band; got {self.band}: use linear, owl or dlp")
+            raise JpruneError(f"the uniform allocation has no band; got {self.band}: use linear, owl, dlp or loss")
 
     def importance(self, scores):
         """All alike."""

@@ -89,7 +89,7 @@ class Refits(Method):
 
     dense_targets: float = 0.0
     """How far to solve towards what the dense model gives, where the inputs of a kernel have errors of the layers
-    before: from 0, not at all, to 1. The dense model is computed beside the pruned one; about 0.5 is best. Methods that
+    before: from 0, not at all, to 1. The dense model is computed beside the pruned one. Methods that
     solve for no weights themselves need `refit` for it."""
 
     solves: ClassVar[bool] = False

@@ -10,8 +10,7 @@ over V, before anything is pruned. With G = X'^T X', H = G + damping and the cro
     V = W + s H^-1 (C - G) W,
 
 and what a solver then makes of V under a pattern is as good towards the mixed outputs, since the two losses differ by a
-constant. At s = 0 it is W. At s = 1 V is what least squares makes of the dense outputs; half measured better than all
-of it, since what cannot be reached is then fitted to the calibration tokens. The idea is that of QEP (2025,
+constant. At s = 0 it is W. At s = 1 V is what least squares makes of the dense outputs. The idea is that of QEP (2025,
 https://arxiv.org/abs/2504.09629), which has it for quantisation.
 """
 

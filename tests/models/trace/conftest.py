@@ -10,28 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from remembering import Rows
 
 D, HEADS, KV_HEADS, HEAD_DIM, D_FF = 16, 4, 2, 4, 24
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """A statistic that forgets nothing."""
-
-    x: jax.Array
-
-    @classmethod
-    def zeros(cls, d_in):
-        return cls(jnp.zeros((0, d_in)))
-
-    def update(self, x):
-        return Rows(jnp.concatenate([self.x, x.astype(jnp.float32)]))
-
-    def merge(self, other):
-        return self.update(other.x)
-
-
-jax.tree_util.register_dataclass(Rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Whole runs over a tiny model, against a slow loop that runs every block again before each group of kernels."""
 
-import dataclasses
 import functools
 import json
 
@@ -11,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from fake_method import EveryOtherOfTwo
+from remembering import Rows
 
 import jprune
 from jprune import (
@@ -78,21 +78,6 @@ def test_equals_the_slow_loop(tiny_model, token_file, tmp_path, name, pattern):
         got = result.read(path)
         assert ((got == 0) == (want == 0)).all(), path
         np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-4, err_msg=path)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """A statistic that remembers all."""
-
-    x: jax.Array
-
-    @classmethod
-    def zeros(cls, d_in):
-        return cls(jnp.zeros((0, d_in)))
-
-    def update(self, x):
-        return Rows(jnp.concatenate([self.x, x]))
 
 
 def test_the_dense_model_beside_the_pruned_one(tiny_model, token_file, tmp_path):
