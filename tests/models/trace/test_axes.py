@@ -1,8 +1,5 @@
 """Groups: their names, members, positions and errors; our decoder's; how atoms lie on fused axes."""
 
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,37 +84,6 @@ def test_whole_model_of_every_family(tiny_config, family, rng):
     assert len(set(names)) == 6
     assert {g.name for g in groups.prunable} > set(names)
     agree(f, params, (tokens,), groups, random_keep(groups, rng, [hidden.name, *names]))
-
-
-LLAMA_7B = """
-import time
-import jax, jax.numpy as jnp
-from jprune import coupled_axes
-from jprune.models import decoder, families
-from jprune.runs.stopwatch import peak_memory_bytes
-
-config = families.config({
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
-    "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
-    "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-})
-tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
-begin = time.process_time()
-groups = coupled_axes(lambda p, x: decoder.apply(config, p, x), decoder.abstract_params(config), tokens)
-assert groups["blocks/0/attn/k/kernel[0]"].frozen is None
-assert sum(g.size == 11008 and g.frozen is None for g in groups) == 32
-print(time.process_time() - begin, peak_memory_bytes() / 2**30)
-"""
-
-
-def test_llama_7b_is_fast():
-    """In a process of its own: without the tests' type checks, and to see its memory."""
-    done = subprocess.run([sys.executable, "-c", LLAMA_7B], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    seconds, gibibytes = map(float, done.stdout.split())
-    assert seconds < 5
-    assert gibibytes < 1
 
 
 def mlp(p, x):
