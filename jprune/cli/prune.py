@@ -27,7 +27,10 @@ class Prune(Planning, OnDevices):
     method: Method
     calibration: Calibration
     choice: Choice
-    details: Annotated[Mapping[str, Any], Flags(of=Recipe, only=("dtype", "expert_tokens", "keep_zeros", "allocate"))]
+    details: Annotated[
+        Mapping[str, Any],
+        Flags(of=Recipe, only=("dtype", "expert_tokens", "keep_zeros", "allocate", "reconstruct")),
+    ]
     evaluation: Annotated[Evaluation, Flags(only=("evaluate",))]
     result: Annotated[Result, Flags(words={"format": Word(default="hf")})]
     machine: Annotated[Machine, Flags(only=("memory", "run"))]

@@ -54,7 +54,7 @@ class PruneAndTune(Planning):
     ]
     calibration: Annotated[Calibration, Flags(without=("seed",))]
     choice: Annotated[Choice, Flags(without=("overrides",))]
-    details: Annotated[Mapping[str, Any], Flags(of=Recipe, only=("dtype", "expert_tokens"))]
+    details: Annotated[Mapping[str, Any], Flags(of=Recipe, only=("dtype", "expert_tokens", "reconstruct"))]
     evaluation: Evaluation
     schedule: Annotated[Schedule, Flags(without=("evaluate_every",))]
     result: Annotated[Result, Flags(words={"format": Word(default="hf")})]

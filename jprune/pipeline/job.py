@@ -19,6 +19,7 @@ from jprune.checkpoints.dtypes import activation_dtype
 from jprune.checkpoints.formats import Format
 from jprune.cross_gram import streams
 from jprune.data.windows import Windows
+from jprune.errors import JpruneError
 from jprune.methods import Method
 from jprune.pipeline.options import Evaluation
 from jprune.pipeline.recipe import Recipe, allocation_json, calibration_windows, chosen_kernels, window_shape
@@ -64,6 +65,11 @@ class Job:
           JpruneError: filters that find nothing, a pattern that does not fit a kernel, an unknown dtype; an allocation
             of a pattern that all blocks must have.
         """
+        if recipe.reconstruct and method.statistic is None:
+            raise JpruneError(
+                f"reconstruct={recipe.reconstruct} trains on calibration windows, and {type(method).__name__} takes "
+                "none; give refit=10 too, or a method that calibrates, or reconstruct=0"
+            )
         job = cls(
             checkpoint=checkpoint,
             method=method,
@@ -107,7 +113,7 @@ class Job:
         return dataclasses.replace(
             self,
             method=by,
-            recipe=dataclasses.replace(self.recipe, samples=min(n, SCORED), sequence_length=length),
+            recipe=dataclasses.replace(self.recipe, samples=min(n, SCORED), sequence_length=length, reconstruct=0),
             kernels=tuple(kernel for block in self.shared.values() for kernel in block),
             calibration=self.scored,
             evaluation=None,
@@ -198,6 +204,7 @@ class Job:
             "--expert-tokens": recipe.expert_tokens,
             "--keep-zeros": recipe.keep_zeros,
             "--allocate": allocation_json(recipe.allocation) | {"windows": self.scored and self.scored.sha256},
+            "--reconstruct": recipe.reconstruct,
             "--format": self.format,
             **{f"the version of {name}": version for name, version in environment(self.dtype)["versions"].items()},
         }

@@ -27,12 +27,14 @@ class Recipe(Choice, Calibration):
     """An expert that sees fewer calibration tokens than this, or none, is pruned by magnitude, whatever the method."""
     keep_zeros: bool = False
     """Prune a model further that is pruned already: what is zero stays zero, and counts among the zeros asked for."""
-
     allocate: str | Allocation = "uniform"
     """How zeros are shared out over the blocks, their number staying the same: uniform, linear (more with every
     block), owl or dlp (fewer where outliers are many, or the median score low; a pass over the dense model finds out),
     or loss (more where pruning the block alone costs the model less, which the pass tries out). NAME=BAND says how far
     a block's sparsity may be from the model's, as owl=0.1."""
+    reconstruct: int = 0
+    """Passes over the calibration windows in which the kept weights of every block are trained towards what the block
+    gave before, once it is pruned; 10 are plenty. Takes many times as long as pruning."""
 
     def __post_init__(self):
         if not self.allocation.uniform and self.keep_zeros:
@@ -42,6 +44,8 @@ class Recipe(Choice, Calibration):
             )
         if self.expert_tokens < 0:
             raise JpruneError(f"expert_tokens must not be negative, got {self.expert_tokens}")
+        if self.reconstruct < 0:
+            raise JpruneError(f"reconstruct must be a number of passes, 0 or more; got {self.reconstruct}")
 
     @functools.cached_property
     def allocation(self) -> Allocation:

@@ -15,14 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jprune import devices, statistics
+from jprune import devices, statistics, trees
 from jprune.anatomy.kernels import Kernel
 from jprune.anatomy.parts import Part
 from jprune.cross_gram import streams
 from jprune.methods import Method
+from jprune.pipeline.forecast import learning
 from jprune.pipeline.forecast.programs import Spec, finish, inputs_of, observe, zero_parts
 from jprune.statistics import Stacked, Statistic
+from jprune.train import locally
 
+_STATE = 16
+"""Bytes of an element of a kernel that is trained: itself, two moments, and the best that there was."""
 AT_ONCE = 2
 """Micro-batches that are computed side by side."""
 
@@ -39,6 +43,8 @@ class UnitCost:
     """Of the matmuls over the calibration tokens."""
     statistic_flops: float
     solve_flops: float
+    training_flops: float = 0.0
+    """Of local reconstruction, as long as it may take."""
     beside: "UnitCost | None" = None
     """Of these, what it costs to compute the dense model beside the pruned one, if that is done. Its weights are those
     of the kernels, which are there twice."""
@@ -57,9 +63,10 @@ class DenseModel:
 
 
 def unit_cost(
-    unit: Part, kernels: Sequence[Kernel], method: Method, hidden: Sequence[jax.ShapeDtypeStruct]
+    unit: Part, kernels: Sequence[Kernel], method: Method, hidden: Sequence[jax.ShapeDtypeStruct], passes: int = 0
 ) -> UnitCost:
-    """The cost of pruning `kernels` of `unit`, with micro-batches of hidden states as given (none: no calibration)."""
+    """The cost of pruning `kernels` of `unit`, with micro-batches of hidden states as given (none: no calibration), and
+    of so many passes of local reconstruction."""
     weights = sum(math.prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype in unit.shapes)
     parameters = sum(math.prod(shape) for _, shape, _ in unit.shapes)
     tokens = sum(x.shape[0] * x.shape[1] for x in hidden)
@@ -76,6 +83,11 @@ def unit_cost(
         plans = [_spec(unit, kernels, x).stages() for x in hidden]
         carry = max(sum(_nbytes(plan.carries[s]) for plan in plans) for s in range(1, len(plans[0].matmuls) + 1))
     forward = 2.0 * tokens * parameters
+    training = 0.0
+    if trained(unit, kernels, passes):
+        # Forwards and backwards, and what is held out; the dense one, and forwards again with what has come of it.
+        training = (3 * passes + 2) * forward
+        carry += sum(math.prod(x.shape) * x.dtype.itemsize for x in hidden)  # the hidden states are kept for it
     twice = None
     if models > 1:
         twice = UnitCost(
@@ -91,11 +103,19 @@ def unit_cost(
         forward_flops=models * forward,
         statistic_flops=statistic,
         solve_flops=solve,
+        training_flops=training,
         beside=twice,
     )
 
 
-def rough_working(unit: Part, kernels: Sequence[Kernel], method: Method, x: jax.ShapeDtypeStruct | None) -> int:
+def trained(unit: Part, kernels: Sequence[Kernel], passes: int) -> bool:
+    """Whether anything of a part is trained: not the head."""
+    return bool(passes and kernels and unit.prefix)
+
+
+def rough_working(
+    unit: Part, kernels: Sequence[Kernel], method: Method, x: jax.ShapeDtypeStruct | None, passes: int = 0
+) -> int:
     """Bytes, at most, that a unit takes beside weights and activations; x: one micro-batch of hidden states."""
     elements = sum(math.prod(shape) for _, shape, _ in unit.shapes)
     groups = _sharing(kernels)
@@ -107,15 +127,23 @@ def rough_working(unit: Part, kernels: Sequence[Kernel], method: Method, x: jax.
     twice = _kernel_bytes(unit, kernels) if models > 1 else 0
     widest = max((math.prod(shape) // x.shape[-1] for _, shape, _ in unit.shapes if len(shape) > 1), default=1)
     values = 4 * math.prod(x.shape[:-1]) * (12 * x.shape[-1] + 4 * widest)
-    return twice + max(solve, AT_ONCE * (3 * seen + models * values + 4 * elements))
+    observing = AT_ONCE * (3 * seen + models * values + 4 * elements)
+    training = 0
+    if trained(unit, kernels, passes):
+        heads = max((shape[1] for path, shape, _ in unit.shapes if path == "attn/q/kernel"), default=0)
+        attention = 4 * 4 * heads * x.shape[1] * math.prod(x.shape[:-1])  # going back asks for all its weights
+        training = _STATE * sum(k.size for k in kernels) + 4 * elements + 5 * values + attention
+    return twice + max(solve, observing, training)
 
 
-def working(unit: Part, kernels: Sequence[Kernel], method: Method, x: jax.ShapeDtypeStruct | None) -> int:
+def working(
+    unit: Part, kernels: Sequence[Kernel], method: Method, x: jax.ShapeDtypeStruct | None, passes: int = 0
+) -> int:
     """As `rough_working`, from the compiled programs."""
     wanted = tuple(_Wanted(dataclasses.replace(k, path=unit.relative(k.path))) for k in kernels)
     twice = _kernel_bytes(unit, kernels) if streams(method.statistic) > 1 else 0
     own = None if x is None else (x.shape, jnp.dtype(x.dtype))
-    return twice + _working(unit.function, unit.shapes, wanted, method, own)
+    return twice + _working(unit.function, unit.shapes, wanted, method, own, trained(unit, kernels, passes))
 
 
 class _Wanted:
@@ -133,7 +161,9 @@ class _Wanted:
 
 
 @functools.lru_cache(maxsize=64)
-def _working(function: Callable, shapes: tuple, wanted: tuple[_Wanted, ...], method: Method, x: tuple | None) -> int:
+def _working(
+    function: Callable, shapes: tuple, wanted: tuple[_Wanted, ...], method: Method, x: tuple | None, trains: bool
+) -> int:
     unit = Part("", function, shapes)
     kernels = {w.kernel.path: w.kernel for w in wanted}
     dtypes = {path: dtype for path, _, dtype in shapes}
@@ -160,6 +190,8 @@ def _working(function: Callable, shapes: tuple, wanted: tuple[_Wanted, ...], met
             together = {path: kernels[path] for path in inputs if inputs[path] == ids}
             whole = jax.eval_shape(statistics.merge_parts, known[ids[0]])
             most = max(most, all_statistics + _solving(method, together, dtypes, whole))
+    if trains:
+        most = max(most, _training(spec, params[0], kernels))
     last = finish(spec, len(plan.matmuls)).lower(params, _abstract(plan.carries[-2]) * models)
     return max(most, AT_ONCE * _taken(last))
 
@@ -189,6 +221,16 @@ def _solver(method: Method, matrices: tuple, patterns: tuple, leaves: tuple, tre
     except jax.errors.JAXTypeError:  # a method that looks at values
         return None
     return _taken(program)
+
+
+def _training(spec: Spec, params: Any, kernels: dict[str, Kernel]) -> int:
+    """Bytes for training the kernels of a part, with the state of Adam and the best of them so far."""
+    leaves = trees.flatten(params)
+    pruned = {path: leaves.pop(path) for path in kernels}
+    x, one = jax.ShapeDtypeStruct(*spec.x), jax.ShapeDtypeStruct((), jnp.float32)
+    state = jax.eval_shape(locally.begin, pruned)
+    program = learning.step(spec).lower(state, pruned, leaves, x, x, one, one)
+    return _taken(program) + _STATE * sum(kernel.size for kernel in kernels.values())
 
 
 def _taken(lowered: Any) -> int:

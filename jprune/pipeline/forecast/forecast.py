@@ -9,9 +9,9 @@ does not fit goes to disk, or is recomputed where computing is faster than disks
 import dataclasses
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,12 +22,13 @@ from jprune.errors import JpruneError
 from jprune.models.batching import windows_at_once
 from jprune.pipeline.forecast import speed
 from jprune.pipeline.forecast.costs import DenseModel, UnitCost, rough_working, unit_cost, working
-from jprune.pipeline.forecast.layout import Layout, hidden_specs
+from jprune.pipeline.forecast.layout import Layout, at_once, hidden_specs
 from jprune.pipeline.job import Job
 from jprune.pipeline.options import Machine
 from jprune.runs import memory
 from jprune.runs.activations import Room
 
+T = TypeVar("T")
 COMPILER = 3 * 2**27
 """Bytes that compiling, and the programs compiled, leave in the process."""
 UNITS_IN_MEMORY = 3
@@ -166,13 +167,10 @@ class Forecast:
         data = self.job.mesh.shape[devices.DATA]
         each = 1
         if self.job.shape is not None:
-            each = min(self.micro_batch or windows_at_once(self.job.shape[1]), -(-self.job.shape[0] // data))
-        layout = Layout(windows=each * data)
-        found = self.memory(layout, exact=exact)
-        while not found.fits and each > 1:
+            most = self.micro_batch or windows_at_once(self.job.shape[1])
+            each = at_once(self.job.shape[0], data, most, held_out=self.job.recipe.reconstruct > 0)
+        while not (found := self.memory(layout := Layout(windows=each * data), exact=exact)).fits and each > 1:
             each //= 2
-            layout = Layout(windows=each * data)
-            found = self.memory(layout, exact=exact)
         needed = max(found.hidden, found.carry)
         if needed > found.left and (jax.default_backend() != "cpu" or 2 * needed > _free_disk(disk)):
             all_of_it = int((found.left - found.hidden) / devices.local_share(self.job.mesh))
@@ -220,8 +218,7 @@ class Forecast:
 
     def costs(self, layout: Layout) -> list[UnitCost]:
         """Of every unit."""
-        hidden = self.hidden(layout)
-        return [unit_cost(part, self.job.kernels_of(part), self.job.method, hidden) for part in self.job.parts]
+        return self._of_parts(unit_cost, self.hidden(layout))
 
     def working(self, layout: Layout, *, exact: bool) -> list[int]:
         """Working memory of every unit on each device, in bytes."""
@@ -230,8 +227,11 @@ class Forecast:
         if hidden:
             shape = hidden[0].sharding.shard_shape(hidden[0].shape)
             x = jax.ShapeDtypeStruct(shape, hidden[0].dtype)
-        estimate = working if exact else rough_working
-        return [estimate(part, self.job.kernels_of(part), self.job.method, x) for part in self.job.parts]
+        return self._of_parts(working if exact else rough_working, x)
+
+    def _of_parts(self, estimate: Callable[..., T], x: Any) -> list[T]:
+        job = self.job
+        return [estimate(part, job.kernels_of(part), job.method, x, job.recipe.reconstruct) for part in job.parts]
 
     def plan(self, disk: Path) -> Plan:
         """Everything, with a short measurement of this machine."""
@@ -250,7 +250,7 @@ class Forecast:
                 PartPlan(
                     name=part.name,
                     bytes_read=cost.weights,
-                    flops=cost.forward_flops + cost.statistic_flops + cost.solve_flops,
+                    flops=cost.forward_flops + cost.statistic_flops + cost.solve_flops + cost.training_flops,
                     seconds=rates.seconds(cost),
                     peak_memory_bytes=host,
                     peak_device_memory_bytes=None if on_cpu else cost.weights + peak + on_device // found.devices,

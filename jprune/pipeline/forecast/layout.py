@@ -27,6 +27,19 @@ class Layout:
         return self.carry_limit is None or nbytes <= self.carry_limit
 
 
+def at_once(windows: int, data: int, most: int, *, held_out: bool) -> int:
+    """Windows in a micro-batch on each device, `most` if there are enough of them.
+
+    Args:
+      windows: in all.
+      data: devices that share them out.
+      most: as many as are fast.
+      held_out: of the micro-batches some are trained on, one a step, and others held out: there must be many.
+    """
+    fair = windows // (16 * data) if held_out else -(-windows // data)
+    return max(1, min(most, fair))
+
+
 def hidden_specs(
     d_model: int, shape: tuple[int, ...], layout: Layout, dtype: DTypeLike, mesh: Mesh, streams: int = 1
 ) -> tuple[Specs, ...]:

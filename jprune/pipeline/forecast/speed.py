@@ -31,9 +31,8 @@ class Speed:
 
     def seconds(self, cost: UnitCost) -> float:
         """Expected for a unit: reading and writing go on while it computes."""
-        computing = (
-            cost.forward_flops / self.forward + cost.statistic_flops / self.statistic + cost.solve_flops / self.solve
-        )
+        passing = (cost.forward_flops + cost.training_flops) / self.forward
+        computing = passing + cost.statistic_flops / self.statistic + cost.solve_flops / self.solve
         return max(computing, 2 * cost.weights / DISK)
 
 

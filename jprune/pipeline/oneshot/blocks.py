@@ -69,6 +69,13 @@ class _Blocks:
             else hidden_specs(job.checkpoint.config.d_model, job.shape, run.layout, job.dtype, job.mesh, job.streams)
         )
 
+        if job.recipe.reconstruct and len(self.specs) < 2:
+            raise JpruneError(
+                f"reconstruct={job.recipe.reconstruct} holds windows out: expected at least two calibration windows "
+                f"for each of {job.mesh.shape[devices.DATA]} devices, got {job.shape and job.shape[0]}; give more "
+                "`samples`, or reconstruct=0"
+            )
+
     def all(self) -> list[KernelReport]:
         """Does what is not done; returns the reports of all."""
         with self.stopwatch.phase("io"):

@@ -20,6 +20,8 @@ class KernelReport:
     size: int
     loss: float | None
     """Reconstruction loss over the calibration tokens, where the method knows it."""
+    reconstructed: float | None = None
+    """Held-out error of its block after local reconstruction, as a share of what it was before."""
     few_tokens: tuple[int, ...] = ()
     """Experts that saw too few tokens, and were pruned by magnitude."""
 

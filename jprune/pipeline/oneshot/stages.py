@@ -7,18 +7,21 @@ On a mesh, the windows of a micro-batch are shared out. Each device adds up the 
 reduced over the devices once a stage; kernels are solved for with their outputs shared out.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 
 from jprune import trees
 from jprune.anatomy.kernels import Kernel
-from jprune.pipeline.forecast import programs
+from jprune.pipeline.forecast import learning, programs
 from jprune.pipeline.forecast.programs import Spec
 from jprune.pipeline.job import Job
 from jprune.pipeline.oneshot.begin import Run
 from jprune.pipeline.oneshot.flight import Flight
+from jprune.pipeline.oneshot.reconstruct import reconstruct
 from jprune.pipeline.oneshot.report import KernelReport
 from jprune.pipeline.oneshot.solve import solve
 from jprune.pipeline.oneshot.sums import ByInput, Sums
@@ -55,6 +58,7 @@ class PartRun:
         self._beside: tuple[Params, ...] = ()  # the parameters of the dense model, if it is computed too
         self._index, self._job, self._run = index, job, run
         self._solve_for = solve
+        self._trains = bool(job.recipe.reconstruct and self.part.prefix)  # not the head
 
     def without_data(self, params: Params) -> Params:
         """The part's parameters, pruned by a method that needs no statistic."""
@@ -116,6 +120,12 @@ class PartRun:
                 if not pruned:
                     params = params | self._solve(params, together, statistic)
                 del statistic
+        if self._trains:
+            if carries is not hidden:
+                carries.drop()
+            carries, first = hidden, 0
+            if not pruned:
+                params = self._reconstruct(params, dense, specs, hidden)
         after = self._finish(params, specs, carries, first, make)
         if carries is not hidden:
             carries.drop()
@@ -177,15 +187,39 @@ class PartRun:
         text = ", ".join(path.removesuffix("/kernel") for path in inputs)
         every = self._trees(params)
         sums = Sums(self._job.method.statistic, {i: self.wanted[path] for path, ids in inputs.items() for i in ids})
+        uses_up = kept is not None and not (self._trains and first == 0)  # it is begun with again
         with Flight(kept) as flight:
             for j, spec in enumerate(specs):
                 self.progress((stage + j / (len(specs) + 1)) / steps, text)
-                carry = _carry(spec, carries.get(j) if kept is None else carries.take(j), first)
+                carry = _carry(spec, (carries.take if uses_up else carries.get)(j), first)
                 run = programs.observe(spec, first, stage, kept is not None)
                 carry, seen = run(every, carry, sums.take(j, spec))
                 sums.put(j, spec, seen)
                 flight.add(j, carry)
         return sums.merged(self._job.mesh)
+
+    def _reconstruct(self, params: Params, dense: Params, specs: list[Spec], hidden: Batches) -> Params:
+        """Trains the kernels of the part, all of which have been pruned."""
+        stages = len(specs[0].stages().matmuls)
+        targets = Batches([(x,) for x, *_ in hidden.specs], self._run.room, self._run.folder.spill / "targets.bin")
+        with self._run.stopwatch.phase("calibration"), Flight(targets) as flight:
+            for j, spec in enumerate(specs):
+                flight.add(j, (learning.wanted(spec)(dense, hidden.get(j)),))
+        with self._run.stopwatch.phase("solve"):
+            trained, left = reconstruct(
+                specs,
+                hidden,
+                targets,
+                params,
+                list(self.wanted),
+                passes=self._job.recipe.reconstruct,
+                tell=lambda done: self.progress((stages + done) / (stages + 1), "training what is left"),
+            )
+        targets.drop()
+        placed = {path: jax.device_put(x, params[path].sharding) for path, x in trained.items()}
+        zeros = {self.wanted[path].path: int(x.size - jnp.count_nonzero(x)) for path, x in placed.items()}
+        self.reports = [dataclasses.replace(r, reconstructed=left, zeros=zeros[r.path]) for r in self.reports]
+        return params | placed
 
     def _trees(self, params: Params) -> tuple[trees.PyTree, ...]:
         """The parameters of every stream."""

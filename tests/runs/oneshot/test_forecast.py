@@ -26,10 +26,10 @@ def made(tiny_model):
 
     names = (f"model-{i}" for i in itertools.count())
 
-    def make(method=None, *, limit=10**9, shape=SHAPE, **options):
+    def make(method=None, *, limit=10**9, shape=SHAPE, reconstruct=0, **options):
         checkpoint = jprune.load(tiny_model(next(names), **options))
         samples, length = shape
-        recipe = Recipe(pattern=Unstructured(0.5), samples=samples, sequence_length=length)
+        recipe = Recipe(pattern=Unstructured(0.5), samples=samples, sequence_length=length, reconstruct=reconstruct)
         job = Job.planned(checkpoint, method or SparseGPT(), recipe, devices.one_device())
         found = Forecast(job, Machine(memory=limit))
         found.base = 0
@@ -123,6 +123,16 @@ def test_refitting_needs_data_and_products_with_the_gram_matrix(made):
     assert after.statistic_flops == pytest.approx(4 / 3 * 6 * 24 * (3 * 32**2 + 56**2))
     products = 12 * 2 * (32**2 * (64 + 32 + 112) + 56**2 * 32)
     assert after.solve_flops - before.solve_flops == pytest.approx(products)
+
+
+def test_reconstruction_passes_through_the_block_many_times(made):
+    layout = Layout(windows=2)
+    plain, trained = made(Wanda()), made(Wanda(), reconstruct=3)
+    (before, *_), (after, *_) = plain.costs(layout), trained.costs(layout)
+    hidden = 4 * 6 * 24 * 32
+    assert after == dataclasses.replace(before, training_flops=11 * before.forward_flops, carry=before.carry + hidden)
+    rough = [max(found.working(layout, exact=False)) for found in (plain, trained)]
+    assert rough[1] - rough[0] > 0
 
 
 def test_the_dense_model_beside_the_pruned_one(made):
