@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jprune.errors import JpruneError
 
@@ -106,7 +106,23 @@ def _columns(mesh: Mesh, counts: Iterable[int]) -> NamedSharding:
 def spread_columns(mesh: Mesh, matrices: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Matrices [d_in, d_out] that are to be solved for side by side, with their outputs shared out."""
     sharding = _columns(mesh, [x.shape[1] for x in matrices.values()])
-    return {name: jax.device_put(x, sharding) for name, x in matrices.items()}
+    return {name: moved(x, sharding) for name, x in matrices.items()}
+
+
+def moved(x: jax.Array, sharding: Sharding) -> jax.Array:
+    """The array as it is to lie; on the devices that have it, it goes from one to the other, by a compiled program.
+
+    `jax.device_put` would fetch all of it to the host, and send to every device what is missing there.
+    """
+    known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed
+    if not known or x.sharding == sharding or x.sharding.device_set != sharding.device_set:
+        return jax.device_put(x, sharding)
+    return _moving(sharding)(x)
+
+
+@functools.lru_cache(maxsize=64)
+def _moving(sharding: Sharding) -> Any:
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def pieces_of_columns(matrices: Sequence[Any]) -> int:

@@ -94,7 +94,7 @@ def smallest(scores: Float[Array, "n columns"], count: Int[Array, ""] | int) -> 
     n, columns = scores.shape
     # Columns in chunks of about 1 MiB stay in a core's cache over all passes.
     chunk = max(64, (1 << 18) // n)
-    if columns <= chunk or jax.default_backend() != "cpu":
+    if columns <= chunk or not _in_chunks():
         return _smallest(scores, count)
     # The last chunk overlaps the one before it: of another width, it would be compiled for itself.
     chunks = -(-columns // chunk)
@@ -104,6 +104,11 @@ def smallest(scores: Float[Array, "n columns"], count: Int[Array, ""] | int) -> 
     return jnp.concatenate(
         [jnp.moveaxis(marked[:-1], 0, 1).reshape(n, before), marked[-1][:, before - columns :]], axis=1
     )
+
+
+def _in_chunks() -> bool:
+    """Whether columns are taken in chunks. Where several devices share them out, all would fetch and search each."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def smallest_of_all(scores: Float[Array, "*shape"], count: Int[Array, ""] | int) -> Bool[Array, "*shape"]:

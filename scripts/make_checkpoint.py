@@ -40,29 +40,46 @@ WIDTHS = {
     "llama-13b": (5120, 13824, 40, 40, 40, 32000, 2048),
     "llama-70b": (8192, 28672, 80, 64, 8, 32000, 4096),
     "llama-405b": (16384, 53248, 126, 128, 8, 128256, 131072),
+    "moe-671b": (7168, 18432, 61, 128, 8, 129280, 4096),
 }
+# experts, experts of a token, width of an expert. "moe-671b" has the widths and experts of DeepSeek-V3 in every layer,
+# in an architecture that jprune knows: Qwen3's, with grouped queries for latent attention, and no shared expert.
+EXPERTS = {"moe-671b": (256, 8, 2048)}
 FAMILIES = {
     "llama": LLAMA,
     "mistral": LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
     "qwen2": LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
     "qwen3": LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+    "qwen3_moe": LLAMA | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "norm_topk_prob": True},
 }
 ROWS_AT_ONCE = 2**24  # elements of a tensor that are drawn together
 
 
 def hf_config(family: str, shape: str) -> dict:
-    """config.json of a family at a named shape."""
+    """config.json of a family at a named shape; of one with experts, whatever the family."""
     hidden, intermediate, layers, heads, kv_heads, vocab, context = WIDTHS[shape]
-    return FAMILIES[family] | {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": hidden // heads,
-        "vocab_size": vocab,
-        "max_position_embeddings": context,
-    }
+    names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    experts = dict(zip(names, EXPERTS.get(shape, ())))
+    return (
+        FAMILIES["qwen3_moe" if experts else family]
+        | experts
+        | {
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": 128 if experts else hidden // heads,
+            "vocab_size": vocab,
+            "max_position_embeddings": context,
+        }
+    )
+
+
+def divided(config: dict, by: int) -> dict:
+    """The same architecture, narrower: every width that is no number of experts, and so the heads too."""
+    widths = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads")
+    return config | {key: max(config[key] // by, 1) for key in (*widths, "vocab_size") if key in config}
 
 
 def random_checkpoint(config: dict, *, dtype: str = "bfloat16", seed: int = 0) -> Checkpoint:
@@ -70,8 +87,9 @@ def random_checkpoint(config: dict, *, dtype: str = "bfloat16", seed: int = 0) -
     decoder_config = families.config(config)
     tensors = {}
     for path, entry in families.table(decoder_config).items():
-        draw = functools.partial(_draw, path, entry.key, entry.shape, FLOAT_DTYPES[dtype], seed)
-        tensors[entry.key] = StoredTensor(shape=entry.shape, dtype=FLOAT_DTYPES[dtype], where="random", read=draw)
+        for key in entry.keys:
+            draw = functools.partial(_draw, path, key, entry.shape, FLOAT_DTYPES[dtype], seed)
+            tensors[key] = StoredTensor(shape=entry.shape, dtype=FLOAT_DTYPES[dtype], where="random", read=draw)
     return Checkpoint(
         "random",
         Source(

@@ -112,8 +112,9 @@ def test_half_precision_scores(rng, dtype, pattern):
 
 
 @pytest.mark.parametrize("columns", [128, 203])
-def test_columns_in_chunks(rng, columns):
-    """Wide kernels are searched 64 columns at a time on CPUs; 5001 rows make chunks that small."""
+def test_columns_in_chunks(rng, columns, monkeypatch):
+    """Wide kernels are searched 64 columns at a time on one CPU; 5001 rows make chunks that small."""
+    monkeypatch.setattr(masks, "_in_chunks", lambda: True)
     scores = rng.integers(0, 50, size=(5001, columns)).astype(np.float32)
     expected = numpy_scores.select(scores, sparsity=0.37)
     np.testing.assert_array_equal(masks.select(jnp.asarray(scores), Unstructured(0.37)), expected)

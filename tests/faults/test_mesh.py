@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jprune
-from jprune import NM, Gram, Magnitude, Moments, SparseGPT, SquaredNorm, Unstructured, Wanda, devices
+from jprune import NM, Gram, Magnitude, Moments, SparseGPT, SquaredNorm, Unstructured, Wanda, devices, masks
 from jprune.errors import JpruneError
 from jprune.evaluate.perplexity import mean_nll
 from jprune.pipeline.forecast.forecast import Forecast
@@ -102,6 +102,12 @@ def test_every_scope_and_old_zeros(rng):
             assert not masks[0][name][np.asarray(spread[name]) == 0].any()
 
 
+def exchanged(program):
+    """Dtype and shape of all that devices exchange."""
+    kinds = "all-gather|all-reduce|collective-permute|all-to-all"
+    return re.findall(rf"= \(?(\w+)\[([\d,]*)\]\S* (?:{kinds})", program.compile().as_text())
+
+
 @pytest.mark.parametrize("pattern", [Unstructured(0.5, "block"), Unstructured(0.5, "output"), NM(2, 4)], ids=str)
 def test_the_sweep_moves_no_weights(pattern):
     """Devices exchange counts, and booleans of one block of inputs where scores are equal."""
@@ -114,15 +120,19 @@ def test_the_sweep_moves_no_weights(pattern):
     assert pieces == 4
     arrays = tuple(kernels.values()), factor, given, jnp.stack(quotas, 1)
     program = module.sweep_blocks.lower(*arrays, kinds, 128, pieces)
-    moved = re.findall(
-        r"= \(?(\w+)\[([\d,]*)\]\S* (?:all-gather|all-reduce|collective-permute|all-to-all)",
-        program.compile().as_text(),
-    )
+    moved = exchanged(program)
     if pattern == Unstructured(0.5, "block"):
         assert ("s32", "") in moved
     for dtype, shape in moved:
         size = math.prod(map(int, shape.split(","))) if shape else 1
         assert size == 1 or (dtype == "pred" and size <= 128 * 256), (dtype, shape)
+
+
+def test_a_search_in_every_output_moves_nothing():
+    """Only whether all are done; also where one device would take wide kernels in chunks of columns."""
+    scores = devices.spread_columns(mesh(4), {"a": jnp.ones((5001, 256))})["a"]
+    program = jax.jit(lambda scores: masks.without_lowest(scores, 2500, per="output")).lower(scores)
+    assert {shape for _, shape in exchanged(program)} == {""}
 
 
 def test_a_factorisation_happens_once(rng):

@@ -54,7 +54,7 @@ def solve(
     pruned, reports = {}, []
     for path, kernel in kernels.items():
         new, loss = results[kernel.path]
-        pruned[path] = jax.device_put(new, values[path].sharding)
+        pruned[path] = devices.moved(new, values[path].sharding)
         reports.append(_report(kernel, pruned[path], loss, few))
     return pruned, reports
 
