@@ -18,7 +18,9 @@ from jprune.runs.activations import Batches
 from jprune.train import locally
 
 RATE = 0.01
-"""The highest step, as a share of the size of a kernel's weights; it falls along a cosine."""
+"""The highest step, as a share of the size of a kernel's weights."""
+WARMUP = 0.2
+"""Share of the steps in which that is reached; Adam's first are of full size whatever the gradient."""
 
 
 def held_out(count: int) -> list[int]:
@@ -65,9 +67,8 @@ def reconstruct(
     best, least, since = pruned, 1.0, 0
     for done in range(passes):
         for i, j in enumerate(train):
-            part = (done + i / len(train)) / passes
-            tell(part)
-            rate = jnp.float32(RATE * 0.5 * (1 + math.cos(math.pi * part)))
+            tell((done + i / len(train)) / passes)
+            rate = jnp.float32(_rate(done * len(train) + i, passes * len(train)))
             state = learning.step(specs[j])(state, pruned, rest, targets.get(j)[0], hidden.get(j)[0], scale, rate)
             jax.block_until_ready(state)  # or the activations of all steps would be in memory together
         error = measured(state.weights) / before
@@ -77,3 +78,8 @@ def reconstruct(
         if since >= max(passes // 2, 2):
             break
     return best, least
+
+
+def _rate(step: int, steps: int) -> float:
+    """Rises along a line, and falls along a cosine."""
+    return RATE * min(1.0, (step + 1) / (WARMUP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
