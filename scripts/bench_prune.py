@@ -12,6 +12,7 @@ Perplexities are all measured by jprune, on the same windows.
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -24,17 +25,24 @@ from machine import describe
 
 
 def jprune(*words: str, cache: Path | None = None) -> dict:
-    """Runs the command and returns its JSON, with the seconds of the whole process."""
+    """Runs the command and returns its JSON, with the seconds of the whole process, and of processor."""
     env = dict(os.environ)
     if cache is not None:
         env["JAX_COMPILATION_CACHE_DIR"] = str(cache)
         env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
-    start = time.perf_counter()
+    start, before = time.perf_counter(), spent()
     done = subprocess.run(
         [sys.executable, "-m", "jprune", *words, "--json"], env=env, check=True, stdout=subprocess.PIPE
     )
     seconds = time.perf_counter() - start
-    return {**json.loads(done.stdout.splitlines()[-1]), "process_seconds": round(seconds, 3)}
+    own = {"process_seconds": round(seconds, 3), "processor_seconds": round(spent() - before, 1)}
+    return json.loads(done.stdout.splitlines()[-1]) | own
+
+
+def spent() -> float:
+    """Seconds of processor of all processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:

@@ -4,9 +4,9 @@
 
 Every method prunes the same model with the same windows, once for each seed. Of each result the perplexity on every
 text, the divergence of its predictions from the dense model's on the first one (Kullback-Leibler, nats a token), the
-seconds of the command's process and its peak memory are kept; the table has means and standard deviations over seeds.
-Calibration is on the first text's calibration part, unless --calibration says otherwise: the other texts are of domains
-that the method never saw.
+seconds of the command's process, those of processor that it took, and its peak memory are kept; the table has means and
+standard deviations over seeds. Calibration is on the first text's calibration part, unless --calibration says
+otherwise: the other texts are of domains that the method never saw.
 
 A row is written as soon as it is there, and a run that was stopped goes on after it. Pruned models are removed once
 they were measured. On a GPU host: --model meta-llama/Llama-2-7b-hf --texts hf:wikitext hf:c4 --samples 128
@@ -34,15 +34,19 @@ from jprune.checkpoints import Checkpoint, load
 from jprune.data.for_model import evaluation_windows
 from jprune.models import decoder
 
+ADMM = ["admm", "--iterations", "10", "--damping", "0.1", "--dense-targets", "0.5"]
+
 METHODS: dict[str, list[str]] = {
     "magnitude": ["magnitude"],
     "wanda": ["wanda"],
     "sparsegpt": ["sparsegpt"],
-    "sparsegpt, refit": ["sparsegpt", "--refit", "10"],
-    "sparsegpt, dense targets, refit": ["sparsegpt", "--refit", "10", "--dense-targets", "0.5"],
-    "admm": ["admm"],
-    "alps": ["alps"],
-    "alps, dense targets": ["alps", "--dense-targets", "0.5"],
+    "sparsegpt, refit": ["sparsegpt", "--refit", "10", "--damping", "0.1"],
+    "sparsegpt, refit, dense targets": ["sparsegpt", "--refit", "10", "--damping", "0.1", "--dense-targets", "0.5"],
+    "admm": ["admm", "--iterations", "10", "--damping", "0.1"],
+    "admm, dense targets": [*ADMM],
+    "admm, dense targets, dlp": [*ADMM, "--allocate", "dlp"],
+    "admm, dense targets, loss": [*ADMM, "--allocate", "loss"],
+    "alps, dense targets": ["alps", "--damping", "0.1", "--dense-targets", "0.5"],
 }
 """Words of `jprune prune` by the name of the row."""
 
@@ -99,6 +103,7 @@ def measure(method: str, pattern: str, seed: int, args: argparse.Namespace) -> R
             "perplexity": {text: perplexity(str(out), text, args) for text in args.texts},
             "divergence": divergence(load(args.model), load(out), args),
             "seconds": said["process_seconds"],
+            "processor_seconds": said["processor_seconds"],
             "peak_memory_bytes": said["peak_memory_bytes"],
             "sparsity": said["sparsity"]["achieved"],
         }
@@ -143,7 +148,10 @@ def summary(rows: list[Row], texts: list[str]) -> Row:
     """Means and standard deviations over seeds."""
     found: Row = {"seeds": len(rows)}
     columns = {text: [row["perplexity"][text] for row in rows] for text in texts}
-    columns |= {name: [row[name] for row in rows] for name in ("divergence", "seconds", "peak_memory_bytes")}
+    columns |= {
+        name: [row[name] for row in rows]
+        for name in ("divergence", "seconds", "processor_seconds", "peak_memory_bytes")
+    }
     for name, values in columns.items():
         found[name] = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
     return found
@@ -161,7 +169,7 @@ def table(result: Row) -> str:
     """Markdown, perplexities beside what they are of SparseGPT's."""
     texts = result["options"]["texts"]
     names = " | ".join(f"perplexity, {Path(text).name}" for text in texts)
-    lines = [f"| | {names} | divergence | seconds | GB | seeds |"]
+    lines = [f"| | {names} | divergence | processor seconds | GB | seeds |"]
     lines.append("| --- " * (len(texts) + 5) + "|")
     lines.append("| dense | " + " | ".join(f"{result['dense'][text]:.2f}" for text in texts) + " | 0 | - | - | - |")
     found = by_method(result)
@@ -172,7 +180,7 @@ def table(result: Row) -> str:
             mean, deviation = row[text]
             beside = f" ({100 * (mean / base[text][0] - 1):+.1f} %)" if base and base is not row else ""
             cells.append(f"{mean:.2f} ± {deviation:.2f}{beside}")
-        cells += [f"{row['divergence'][0]:.3f} ± {row['divergence'][1]:.3f}", f"{row['seconds'][0]:.0f}"]
+        cells += [f"{row['divergence'][0]:.3f} ± {row['divergence'][1]:.3f}", f"{row['processor_seconds'][0]:.0f}"]
         cells += [f"{row['peak_memory_bytes'][0] / 1e9:.2f}", str(row["seeds"])]
         lines.append(f"| {pattern}, {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

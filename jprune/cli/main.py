@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jprune.cli import console
 from jprune.errors import JpruneError, UsageError
 from jprune.packages import missing
-from jprune.pipeline.registry import IN_ROUNDS, ONE_SHOT, PRUNERS, STRUCTURED, TRAINED, TUNERS, Methods
+from jprune.pipeline.registry import AUTOMATIC, IN_ROUNDS, ONE_SHOT, PRUNERS, STRUCTURED, TRAINED, TUNERS, Methods
 
 if TYPE_CHECKING:
     from jprune.cli.command import Told
@@ -146,8 +146,8 @@ def _form(name: str, words: Sequence[str] = (), recipe: dict[str, Any] | None = 
         return Form(kind, WORDS, parts={"pruner_options": ONE_SHOT[pruner], "tuning_options": TUNERS[tuning]})
     if group == "tune":
         runner, methods = "tune", TUNERS
-    elif method in ONE_SHOT:
-        runner, methods = "one-shot", ONE_SHOT
+    elif method in AUTOMATIC | ONE_SHOT:
+        runner, methods = "one-shot", AUTOMATIC | ONE_SHOT
     elif method in TRAINED:
         runner, methods = "shrink while training", TRAINED
     else:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,8 @@ from jprune.cli.command import OnDevices, Planning, Told
 from jprune.cli.flags import Flags, Word, keywords
 from jprune.cli.words import PatternWords
 from jprune.methods import Method
-from jprune.pipeline.options import Calibration, Choice, Evaluation, Machine, Result
+from jprune.pipeline.auto import Auto, decided
+from jprune.pipeline.options import Calibration, Choice, Evaluation, Machine, Result, fields_of
 from jprune.pipeline.recipe import Recipe
 from jprune.pipeline.registry import name_of
 
@@ -24,7 +26,7 @@ class Prune(Planning, OnDevices):
     """Prune a model."""
 
     pattern: PatternWords
-    method: Method
+    method: Method | Auto
     calibration: Calibration
     choice: Choice
     details: Annotated[
@@ -39,17 +41,16 @@ class Prune(Planning, OnDevices):
         """Prunes, or prints the plan."""
         from jprune.pipeline.oneshot.run import plan_run, prune_model
 
-        options = {
-            **keywords(self, "calibration", "choice", "details"),
-            "method": self.method,
-            "pattern": self.pattern.made(),
-            "memory": self.machine.memory,
-            "mesh": self.mesh(),
-        }
+        recipe = Recipe(pattern=self.pattern.made(), **keywords(self, "calibration", "choice", "details"))
+        method, _, chosen = decided(self.method, recipe)
+        if chosen is not None:  # now, and not when an hour is over
+            print(f"{chosen.quality}: {chosen.command}\n({chosen.why})", file=sys.stderr, flush=True)
+        options = {**fields_of(recipe), "method": self.method, "memory": self.machine.memory, "mesh": self.mesh()}
         if self.plan:
             plan = plan_run(self.model, out=self.machine.run or self.out or ".", **options)
             plan = dataclasses.replace(plan, advice=tuple(map(self.spelled, plan.advice)))
-            return Told(_plan_json(self.method, plan), show=functools.partial(_print_plan, plan))
+            told = _plan_json(method, plan) | ({"chosen": chosen.json()} if chosen else {})
+            return Told(told, show=functools.partial(_print_plan, plan))
         out = self.destination()
         with display.progress() as progress:
             report = prune_model(

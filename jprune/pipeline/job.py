@@ -21,6 +21,7 @@ from jprune.cross_gram import streams
 from jprune.data.windows import Windows
 from jprune.errors import JpruneError
 from jprune.methods import Method
+from jprune.pipeline.auto import Auto, Chosen, decided
 from jprune.pipeline.options import Evaluation
 from jprune.pipeline.recipe import Recipe, allocation_json, calibration_windows, chosen_kernels, window_shape
 from jprune.pipeline.registry import name_of
@@ -54,10 +55,12 @@ class Job:
     """Windows on which blocks are scored; None if the allocation needs none, or before the text is read."""
     evaluation: Windows | None = None
     """Windows that the model is measured on before and after, if it is."""
+    chosen: Chosen | None = None
+    """What `Auto` chose, if it was asked."""
 
     @classmethod
     def planned(
-        cls, checkpoint: Checkpoint, method: Method, recipe: Recipe, mesh: Mesh | None, format: Format = "hf"
+        cls, checkpoint: Checkpoint, method: Method | Auto, recipe: Recipe, mesh: Mesh | None, format: Format = "hf"
     ) -> "Job":
         """The job as far as it is known from shapes, before a text is read.
 
@@ -65,6 +68,7 @@ class Job:
           JpruneError: filters that find nothing, a pattern that does not fit a kernel, an unknown dtype; an allocation
             of a pattern that all blocks must have.
         """
+        method, recipe, chosen = decided(method, recipe)
         if recipe.reconstruct and method.statistic is None:
             raise JpruneError(
                 f"reconstruct={recipe.reconstruct} trains on calibration windows, and {type(method).__name__} takes "
@@ -78,6 +82,7 @@ class Job:
             kernels=chosen_kernels(checkpoint, recipe),
             mesh=mesh or devices.make_mesh(),
             format=format,
+            chosen=chosen,
         )
         assert job.shared is not None  # what does not fit is said now
         return job
@@ -215,6 +220,7 @@ class Job:
         own = {"method": name_of(self.method), **dataclasses.asdict(self.method)}
         return {
             "recipe": {**own, **self.recipe.json(), "calibration": calibration.source if calibration else None},
+            **({"chosen": self.chosen.json()} if self.chosen else {}),
             "model": self.checkpoint.described(),
             "calibration": calibration.described() if calibration else None,
             "evaluation": self.evaluation.described() if self.evaluation else None,

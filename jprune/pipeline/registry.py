@@ -69,6 +69,9 @@ ONE_SHOT = Methods(
 )
 """Set weights to zero, one kernel at a time: each is a `jprune.methods.Method`."""
 
+AUTOMATIC = Methods({"auto": "jprune.pipeline.auto:Auto"})
+"""Choose one of `ONE_SHOT`, and its options."""
+
 IN_ROUNDS = Methods({"prune-and-tune": "jprune.pipeline.rounds.run:prune_and_tune"})
 """Prune by a method of `ONE_SHOT` and train by one of `TUNERS`, in turn."""
 
@@ -88,7 +91,7 @@ TRAINED = Methods(
 )
 """Remove parts of a model while it is trained."""
 
-PRUNERS = ONE_SHOT | IN_ROUNDS | STRUCTURED | TRAINED
+PRUNERS = AUTOMATIC | ONE_SHOT | IN_ROUNDS | STRUCTURED | TRAINED
 """All of `jprune prune`."""
 
 TUNERS = Methods(

@@ -104,7 +104,14 @@ def gradual(
 ) -> Float[Array, "d_in d_out"]:
     """y without that share of what the pattern would prune now, and without all that was pruned before."""
     size = jnp.abs(y)
+    if scope == "kernel":  # the smallest of what the pattern would prune are the smallest of all
+        before = jnp.sum(~keep)
+        number = before + _share(share, jnp.maximum(count - before, 0))
+        return jnp.where(masks.without_lowest(size, number, per="kernel", keep=keep), y, 0.0)
     going = keep & ~select(size, scope, count, keep)
-    number = jnp.round(share * jnp.sum(going).astype(jnp.float32)).astype(jnp.int32)
-    gone = masks.smallest_of_all(jnp.where(going, size, jnp.inf), number)
+    gone = masks.smallest_of_all(jnp.where(going, size, jnp.inf), _share(share, jnp.sum(going)))
     return jnp.where(keep & ~gone, y, 0.0)
+
+
+def _share(share: Float[Array, ""], number: Int[Array, ""]) -> Int[Array, ""]:
+    return jnp.round(share * number.astype(jnp.float32)).astype(jnp.int32)

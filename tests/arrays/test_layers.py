@@ -35,13 +35,14 @@ FLOOR = {room: level for level, rooms in enumerate([*FLOORS, GROUND]) for room i
 
 PIPELINE = {
     "rounds": {"oneshot", "training", "forecast", "recipe"},
-    "oneshot": {"forecast", "job", "recipe"},
+    "auto": {"recipe"},
+    "oneshot": {"auto", "forecast", "job", "recipe"},
     "forecast": {"job", "recipe"},
-    "job": {"recipe"},
+    "job": {"auto", "recipe"},
     "recipe": set(),
     "training": set(),
     "shrink": {"oneshot", "forecast", "job", "recipe"},
-    "registry": {"oneshot", "training", "shrink", "rounds"},
+    "registry": {"auto", "oneshot", "training", "shrink", "rounds"},
     "options": set(),
     "": {"oneshot", "rounds", "recipe"},
 }

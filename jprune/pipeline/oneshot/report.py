@@ -43,11 +43,14 @@ class Report(RunReport):
     kernels: tuple[KernelReport, ...]
     allocation: Mapping[str, Any] | None = None
     """How zeros were shared out, and the sparsity of every block; None if it is uniform."""
+    chosen: Mapping[str, str] | None = None
+    """What `auto` chose, and why; None if the user did."""
 
     def own_json(self) -> dict[str, Any]:
         """The fields of ``--json`` that only one-shot runs have."""
         own = {"method": self.method, "pattern": self.pattern, "sparsity": self.sparsity.json()}
-        return own | ({"allocation": self.allocation} if self.allocation else {})
+        own |= {"allocation": self.allocation} if self.allocation else {}
+        return own | ({"chosen": self.chosen} if self.chosen else {})
 
     @classmethod
     def from_record(cls, contents: Mapping[str, Any], out: Path) -> "Report":
@@ -59,4 +62,5 @@ class Report(RunReport):
             sparsity=Sparsity.from_json(contents["sparsity"]),
             kernels=tuple(map(KernelReport.from_json, contents["kernels"])),
             allocation=contents.get("allocation"),
+            chosen=contents.get("chosen"),
         )

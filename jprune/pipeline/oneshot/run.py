@@ -12,6 +12,7 @@ from jprune.checkpoints import Checkpoint, formats, load, record
 from jprune.checkpoints.formats import Format
 from jprune.methods import Method
 from jprune.patterns import Pattern
+from jprune.pipeline.auto import Auto
 from jprune.pipeline.forecast.allocation import with_allocation
 from jprune.pipeline.forecast.forecast import Forecast, Plan
 from jprune.pipeline.job import Job
@@ -32,7 +33,7 @@ def prune_model(
     model: Checkpoint | str | Path,
     out: str | Path,
     *,
-    method: Method,
+    method: Method | Auto,
     pattern: Pattern,
     mesh: Mesh | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
@@ -46,7 +47,7 @@ def prune_model(
     Args:
       model: a checkpoint, or what `jprune.load` takes.
       out: folder of the result; it appears when everything is done.
-      method: e.g. `SparseGPT()`.
+      method: e.g. `SparseGPT()`; or `Auto()`, which chooses one for the pattern.
       pattern: e.g. `Unstructured(0.5)`.
       mesh: the devices, see `jprune.devices`; by default all of them, with windows of calibration shared out.
       progress: called often.
@@ -86,7 +87,7 @@ def prune_model(
         after, failure = measure.after(job, run, folder.partial)
         report = Report(
             out=folder.partial,
-            method=name_of(method),
+            method=name_of(job.method),
             pattern=str(pattern),
             sparsity=job.sparsity(done["zeros"]),
             before=before,
@@ -95,6 +96,7 @@ def prune_model(
             peak_memory_bytes=peak_memory_bytes(),
             kernels=tuple(map(KernelReport.from_json, done["kernels"])),
             allocation=planned.blocks_json(job),
+            chosen=job.chosen and job.chosen.json(),
             notices=(*run.notices, *failure, *_few_tokens(job, done["kernels"])),
         )
         result.write_record(job, run, report)
@@ -129,7 +131,7 @@ def _few_tokens(job: Job, kernels: list[dict[str, Any]]) -> tuple[str, ...]:
 def plan_run(
     model: Checkpoint | str | Path,
     *,
-    method: Method,
+    method: Method | Auto,
     pattern: Pattern,
     out: str | Path = ".",
     mesh: Mesh | None = None,

@@ -1,0 +1,72 @@
+"""`auto`: the method and options that measured best for a pattern, at the cost that one is ready to pay.
+
+What is chosen is an ordinary method with ordinary options: the run, its record and its resumption are those of the
+command that is printed. The choices come from `scripts/reproduce_quality.py`; docs/results.md has the table.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+from jprune.errors import JpruneError
+from jprune.patterns import Pattern
+from jprune.pipeline.registry import name_of
+
+if TYPE_CHECKING:
+    from jprune.methods import Method
+    from jprune.pipeline.recipe import Recipe
+
+Quality = Literal["fast", "balanced", "best"]
+
+
+class Chosen(NamedTuple):
+    """What was chosen for a pattern."""
+
+    quality: Quality
+    method: "Method"
+    options: Mapping[str, Any]
+    """Of `jprune.pipeline.recipe.Recipe`, where they are not the usual ones."""
+    why: str
+    """What it measured, in words."""
+
+    @property
+    def command(self) -> str:
+        """The words of the command line that are the same."""
+        fields = {field.name: field.default for field in dataclasses.fields(self.method)}
+        own = {name: value for name in fields if (value := getattr(self.method, name)) != fields[name]}
+        words = [f"--{name.replace('_', '-')} {value}" for name, value in (own | dict(self.options)).items()]
+        return " ".join(["jprune prune", name_of(self.method), *words])
+
+    def json(self) -> dict[str, str]:
+        """As records and `--json` have it."""
+        return {"quality": self.quality, "command": self.command, "why": self.why}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Auto:
+    """Prune by the method and options that measured best, for those who do not want to choose."""
+
+    quality: Quality = "balanced"
+    """What it may cost: fast (about what sparsegpt takes, at most 1.2 times), balanced (at most 3 times, no gradients)
+    or best (as long as it takes). What is chosen is printed, and stands in the record."""
+
+    def __post_init__(self):
+        if self.quality not in get_args(Quality):
+            raise JpruneError(f"quality is one of {', '.join(get_args(Quality))}; got {self.quality!r}")
+
+    def chosen(self, pattern: Pattern) -> Chosen:
+        """What to prune by under a pattern; where several kinds of patterns are mixed, the one of most kernels."""
+        from jprune.methods import SparseGPT
+
+        method = SparseGPT(refit=10, dense_targets=0.0 if self.quality == "fast" else 0.5)
+        return Chosen(self.quality, method, {}, "TODO")
+
+
+def decided(method: "Method | Auto", recipe: "Recipe") -> tuple["Method", "Recipe", Chosen | None]:
+    """The method and the recipe of a run. Options of the recipe that the user has changed stay as they are."""
+    if not isinstance(method, Auto):
+        return method, recipe, None
+    chosen = method.chosen(recipe.pattern)
+    usual = {field.name: field.default for field in dataclasses.fields(recipe)}
+    free = {name: value for name, value in chosen.options.items() if getattr(recipe, name) == usual[name]}
+    return chosen.method, dataclasses.replace(recipe, **free), chosen._replace(options=free)
