@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune.models import decoder as decoder
     from jprune.patterns import NM as NM
     from jprune.patterns import Unstructured as Unstructured
+    from jprune.pipeline.auto import Auto as Auto
     from jprune.pipeline.oneshot.run import plan_run as plan_run
     from jprune.pipeline.oneshot.run import prune_model as prune_model
     from jprune.pipeline.options import DynamicLoading as DynamicLoading
@@ -86,6 +87,7 @@ _NAMES = {
     "jprune.methods.prune": ("prune", "refit"),
     "jprune.patterns": ("NM", "Unstructured"),
     "jprune.places": ("Observed", "Place"),
+    "jprune.pipeline.auto": ("Auto",),
     "jprune.pipeline.recipe": ("Recipe",),
     "jprune.pipeline.oneshot.run": ("plan_run", "prune_model"),
     "jprune.pipeline.options": ("DynamicLoading",),

@@ -57,6 +57,8 @@ def prune(
         does not fit; a mask in `keep` is of no chosen kernel.
     """
     known(pattern)
+    if not isinstance(method, Method):
+        raise JpruneError(f"method is a jprune.Method, such as SparseGPT(); got {method!r}")
     leaves = trees.flatten(params)
     keep = {} if keep is None else keep
     kernels = _kernels(leaves, statistics, method, pattern, _chosen(leaves, statistics, where, skip), in_axes)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from jprune.errors import JpruneError
-from jprune.patterns import Pattern
+from jprune.patterns import Pattern, Unstructured
 from jprune.pipeline.registry import name_of
 
 if TYPE_CHECKING:
@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from jprune.pipeline.recipe import Recipe
 
 Quality = Literal["fast", "balanced", "best"]
+
+DAMPING = 0.1
+"""Where weights are solved for once more, or towards the dense model's outputs. With the usual 0.01 they fit the
+calibration text better, and other texts worse than without."""
+MANY = 0.6
+"""From this sparsity on it pays to give blocks different ones."""
+WHY: dict[Quality, str] = {
+    "fast": "TODO",
+    "balanced": "TODO",
+    "best": "TODO",
+}
+"""What was measured, in words; docs/results.md has the table."""
 
 
 class Chosen(NamedTuple):
@@ -55,11 +67,14 @@ class Auto:
             raise JpruneError(f"quality is one of {', '.join(get_args(Quality))}; got {self.quality!r}")
 
     def chosen(self, pattern: Pattern) -> Chosen:
-        """What to prune by under a pattern; where several kinds of patterns are mixed, the one of most kernels."""
-        from jprune.methods import SparseGPT
+        """What to prune by under the pattern of most kernels."""
+        from jprune.methods import Admm, SparseGPT
 
-        method = SparseGPT(refit=10, dense_targets=0.0 if self.quality == "fast" else 0.5)
-        return Chosen(self.quality, method, {}, "TODO")
+        if self.quality == "fast":
+            return Chosen(self.quality, SparseGPT(damping=DAMPING, refit=10), {}, WHY[self.quality])
+        method = Admm(damping=DAMPING, iterations=10, dense_targets=0.5)
+        many = isinstance(pattern, Unstructured) and pattern.sparsity >= MANY
+        return Chosen(self.quality, method, {"allocate": "dlp"} if many else {}, WHY[self.quality])
 
 
 def decided(method: "Method | Auto", recipe: "Recipe") -> tuple["Method", "Recipe", Chosen | None]:
