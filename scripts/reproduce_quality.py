@@ -46,6 +46,7 @@ METHODS: dict[str, list[str]] = {
     "admm, dense targets": [*ADMM],
     "admm, dense targets, dlp": [*ADMM, "--allocate", "dlp"],
     "admm, dense targets, loss": [*ADMM, "--allocate", "loss"],
+    "admm, dense targets, reconstruct": [*ADMM, "--reconstruct", "8"],
     "alps, dense targets": ["alps", "--damping", "0.1", "--dense-targets", "0.5"],
 }
 """Words of `jprune prune` by the name of the row."""
