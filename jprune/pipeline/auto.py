@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from jprune.errors import JpruneError
-from jprune.patterns import Pattern, Unstructured
+from jprune.patterns import Pattern
 from jprune.pipeline.registry import name_of
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ Quality = Literal["fast", "balanced", "best"]
 DAMPING = 0.1
 """Where weights are solved for once more, or towards the dense model's outputs. With the usual 0.01 they fit the
 calibration text better, and other texts worse than without."""
-MANY = 0.6
-"""From this sparsity on it pays to give blocks different ones."""
 WHY: dict[Quality, str] = {
     "fast": "TODO",
     "balanced": "TODO",
@@ -73,8 +71,7 @@ class Auto:
         if self.quality == "fast":
             return Chosen(self.quality, SparseGPT(damping=DAMPING, refit=10), {}, WHY[self.quality])
         method = Admm(damping=DAMPING, iterations=10, dense_targets=0.5)
-        many = isinstance(pattern, Unstructured) and pattern.sparsity >= MANY
-        return Chosen(self.quality, method, {"allocate": "dlp"} if many else {}, WHY[self.quality])
+        return Chosen(self.quality, method, {} if self.quality == "balanced" else {"reconstruct": 8}, WHY[self.quality])
 
 
 def decided(method: "Method | Auto", recipe: "Recipe") -> tuple["Method", "Recipe", Chosen | None]:

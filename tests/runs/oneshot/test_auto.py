@@ -23,7 +23,7 @@ def test_the_command_that_is_printed_is_what_is_done(quality, pattern):
     words = chosen.command.split()[1:]
     typed = _parse(" ".join(words[:2]), ["demo", *words[2:]])
     assert typed.method == method
-    assert typed.details["allocate"] == recipe.allocate
+    assert typed.details["reconstruct"] == recipe.reconstruct
     assert chosen.why
 
 
@@ -35,9 +35,9 @@ def test_better_costs_more():
 
 
 def test_what_the_user_gives_stays():
-    _, recipe, chosen = decided(Auto(quality="best"), Recipe(pattern=Unstructured(0.7), allocate="linear"))
-    assert recipe.allocate == "linear"
-    assert "--allocate" not in chosen.command
+    _, recipe, chosen = decided(Auto(quality="best"), Recipe(pattern=Unstructured(0.7), reconstruct=2))
+    assert recipe.reconstruct == 2
+    assert "--reconstruct" not in chosen.command
 
 
 def test_a_quality_that_is_none():
