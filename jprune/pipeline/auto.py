@@ -22,9 +22,11 @@ DAMPING = 0.1
 """Where weights are solved for once more, or towards the dense model's outputs. With the usual 0.01 they fit the
 calibration text better, and other texts worse than without."""
 WHY: dict[Quality, str] = {
-    "fast": "TODO",
-    "balanced": "TODO",
-    "best": "TODO",
+    "fast": "SparseGPT, its weights solved for once more; about its time",
+    "balanced": "the demo model at 60 % has a third less perplexity than after sparsegpt, on the text of calibration "
+    "and on another, for 2.5 times the processor time",
+    "best": "as balanced, its blocks trained: 37 % less perplexity on the text of calibration, 34 % on another, for "
+    "ten times the processor time",
 }
 """What was measured, in words; docs/results.md has the table."""
 
