@@ -43,6 +43,8 @@ class UnitCost:
     """Of the matmuls over the calibration tokens."""
     statistic_flops: float
     solve_flops: float
+    solve_elements: float
+    """Of the kernels that are solved for."""
     training_flops: float = 0.0
     """Of local reconstruction, as long as it may take."""
     beside: "UnitCost | None" = None
@@ -96,6 +98,7 @@ def unit_cost(
             forward_flops=forward,
             statistic_flops=statistic - alone,
             solve_flops=0.0,
+            solve_elements=0.0,
         )
     return UnitCost(
         weights=weights,
@@ -103,6 +106,7 @@ def unit_cost(
         forward_flops=models * forward,
         statistic_flops=statistic,
         solve_flops=solve,
+        solve_elements=float(sum(kernel.size for kernel in kernels)),
         training_flops=training,
         beside=twice,
     )

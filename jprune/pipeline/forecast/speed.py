@@ -28,18 +28,22 @@ class Speed:
     forward: float
     statistic: float
     solve: float
+    step: float
+    """Seconds for every element that is solved for, beside its flops: a sweep's small steps, the search for a mask. Of
+    a narrow kernel they are most of the time, and of a wide one a part."""
 
     def seconds(self, cost: UnitCost) -> float:
         """Expected for a unit: reading and writing go on while it computes."""
         passing = (cost.forward_flops + cost.training_flops) / self.forward
-        computing = passing + cost.statistic_flops / self.statistic + cost.solve_flops / self.solve
+        solving = cost.solve_flops / self.solve + cost.solve_elements * self.step
+        computing = passing + cost.statistic_flops / self.statistic + solving
         return max(computing, 2 * cost.weights / DISK)
 
 
 def measure(method: Method, *, d_model: int, d_ff: int, dtype: DTypeLike) -> Speed:
     """Times a feed-forward layer of the model's width, the method's statistic of it, and solving for a kernel.
 
-    At most 2048 inputs and 1024 of the solver: wider ones are hardly faster, and take longer.
+    At most 2048 inputs and 1024 of the solver: wider ones take longer.
     """
     width, inner = min(d_model, _LARGEST), min(d_ff, 4 * _LARGEST)
     solved = min(d_model, _LARGEST // 2)
@@ -64,8 +68,11 @@ def measure(method: Method, *, d_model: int, d_ff: int, dtype: DTypeLike) -> Spe
             statistic = statistics.flops(method.statistic, tokens, width) / seconds
             known = update(method.statistic.zeros(solved), seen[:, : solved * streams(method.statistic)])
         together = lambda: method.together({"kernel": kernel}, known, {"kernel": method.timed}, {})  # noqa: E731
-        solve = method.flops(solved, solved) / _time(together)
-    return Speed(forward=forward, statistic=statistic, solve=solve)
+        flops, seconds = method.flops(solved, solved), _time(together)
+    # Its products are of float32, as those of a Gram matrix are; what they do not explain goes with the elements.
+    solve = max(statistic, flops / seconds)
+    step = (seconds - flops / solve) / solved**2
+    return Speed(forward=forward, statistic=statistic, solve=solve, step=step)
 
 
 def _time(f: Callable, *args: Any) -> float:

@@ -1,6 +1,7 @@
 """What a run will take, and how it is laid out for the memory there is."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -9,7 +10,8 @@ import jprune
 from jprune import Magnitude, Method, SparseGPT, Unstructured, Wanda, devices
 from jprune.methods import masked
 from jprune.pipeline import plan_run
-from jprune.pipeline.forecast import forecast
+from jprune.pipeline.forecast import forecast, speed
+from jprune.pipeline.forecast.costs import UnitCost
 from jprune.pipeline.forecast.forecast import Forecast
 from jprune.pipeline.forecast.layout import Layout
 from jprune.pipeline.job import Job
@@ -96,6 +98,21 @@ class LooksAtValues(Method):
 
 def test_a_method_that_cannot_be_traced(made):
     assert all(taken > 0 for taken in made(LooksAtValues()).working(Layout(windows=2), exact=True))
+
+
+def test_seconds_of_wide_kernels(monkeypatch):
+    """Of the time of a narrow kernel, what its products do not explain goes with the elements."""
+    narrow, wide = SparseGPT().flops(16, 16), SparseGPT().flops(64, 32)
+    cost = functools.partial(UnitCost, weights=0, carry=0, forward_flops=0.0, statistic_flops=0.0)
+    for gram_seconds in (1e-3, 1e6):
+        times = iter((1.0, gram_seconds, 2.0))
+        monkeypatch.setattr(speed, "_time", lambda *_, times=times: next(times))
+        rates = speed.measure(SparseGPT(), d_model=16, d_ff=16, dtype="float32")
+        assert rates.seconds(cost(solve_flops=narrow, solve_elements=256)) == pytest.approx(2.0)
+        products = max(rates.statistic, narrow / 2)
+        want = wide / products + 8 * (2 - narrow / products)
+        assert rates.seconds(cost(solve_flops=wide, solve_elements=8 * 256)) == pytest.approx(want)
+    assert want == pytest.approx(wide / narrow * 2)  # where Gram matrices are slower than solving
 
 
 def test_the_plan_of_every_block(tiny_model, token_file):
