@@ -1,4 +1,4 @@
-"""`auto`: the method and options that measured best for a pattern, at the cost that one is ready to pay.
+"""`auto`: the method and options that measured best, at the cost that one is ready to pay.
 
 What is chosen is an ordinary method with ordinary options: the run, its record and its resumption are those of the
 command that is printed. The choices come from `scripts/reproduce_quality.py`; docs/results.md has the table.
@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from jprune.errors import JpruneError
-from jprune.patterns import Pattern
 from jprune.pipeline.registry import name_of
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ WHY: dict[Quality, str] = {
 
 
 class Chosen(NamedTuple):
-    """What was chosen for a pattern."""
+    """What was chosen."""
 
     quality: Quality
     method: "Method"
@@ -66,8 +65,8 @@ class Auto:
         if self.quality not in get_args(Quality):
             raise JpruneError(f"quality is one of {', '.join(get_args(Quality))}; got {self.quality!r}")
 
-    def chosen(self, pattern: Pattern) -> Chosen:
-        """What to prune by under the pattern of most kernels."""
+    def chosen(self) -> Chosen:
+        """What to prune by. Under all patterns that were measured the same was best."""
         from jprune.methods import Admm, SparseGPT
 
         if self.quality == "fast":
@@ -80,7 +79,7 @@ def decided(method: "Method | Auto", recipe: "Recipe") -> tuple["Method", "Recip
     """The method and the recipe of a run. Options of the recipe that the user has changed stay as they are."""
     if not isinstance(method, Auto):
         return method, recipe, None
-    chosen = method.chosen(recipe.pattern)
+    chosen = method.chosen()
     usual = {field.name: field.default for field in dataclasses.fields(recipe)}
     free = {name: value for name, value in chosen.options.items() if getattr(recipe, name) == usual[name]}
     return chosen.method, dataclasses.replace(recipe, **free), chosen._replace(options=free)

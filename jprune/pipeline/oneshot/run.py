@@ -47,7 +47,7 @@ def prune_model(
     Args:
       model: a checkpoint, or what `jprune.load` takes.
       out: folder of the result; it appears when everything is done.
-      method: e.g. `SparseGPT()`; or `Auto()`, which chooses one for the pattern.
+      method: e.g. `SparseGPT()`; or `Auto()`, which chooses one.
       pattern: e.g. `Unstructured(0.5)`.
       mesh: the devices, see `jprune.devices`; by default all of them, with windows of calibration shared out.
       progress: called often.
