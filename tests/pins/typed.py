@@ -20,6 +20,7 @@ RUNS: dict[str, str] = {
     "sparsegpt from its record": "prune sparsegpt {model} --recipe {sparsegpt}/jprune.json",
     "admm --refit": "prune admm {model} --pattern 2:4 --refit 3 --iterations 8 --calibration {tokens}",
     "alps": "prune alps {model} --sparsity 0.6 --where mlp --calibration {tokens}",
+    "auto": "prune auto {model} --sparsity 0.5 --quality fast --calibration {tokens}",
     "llm-pruner": "prune llm-pruner {model} --ratio 0.5 --protect-first 1 --protect-last 0 --calibration {tokens}"
     " --taylor param_first --evaluate {held_out} --no-compensate",
     "llm-pruner by both orders": "prune llm-pruner {model} --ratio 0.5 --taylor param_mix --uniform"
