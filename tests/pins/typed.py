@@ -60,6 +60,7 @@ SAYS: dict[str, str] = {
     "prune magnitude --plan": "prune magnitude {model} --sparsity 0.5 --where mlp --plan",
     "prune wanda --plan": "prune wanda {model} --sparsity 0.5 --where mlp --calibration {tokens} --plan",
     "prune sparsegpt --plan": "prune sparsegpt {model} --pattern 2:4 --where mlp --calibration {tokens} --plan",
+    "prune auto --plan": "prune auto {model} --sparsity 0.5 --quality fast --where mlp --calibration {tokens} --plan",
     "prune admm --plan": "prune admm {model} --sparsity 0.5 --where mlp --calibration {tokens} --plan",
     "prune alps --plan": "prune alps {model} --pattern 2:4 --where mlp --calibration {tokens} --plan",
     "prune prune-and-tune --plan": f"prune prune-and-tune {{model}} --sparsity 0.5 {_STEPS} --where mlp"
