@@ -161,7 +161,8 @@ def summary(rows: list[Row], texts: list[str]) -> Row:
 def by_method(result: Row) -> dict[tuple[str, str], Row]:
     """What was found of each pattern and method."""
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in result["rows"]:
+    methods = list(METHODS)
+    for row in sorted(result["rows"], key=lambda row: (row["pattern"], methods.index(row["method"]), row["seed"])):
         groups.setdefault((row["pattern"], row["method"]), []).append(row)
     return {key: summary(rows, result["options"]["texts"]) for key, rows in groups.items()}
 
@@ -178,13 +179,18 @@ def table(result: Row) -> str:
         base = found.get((pattern, "sparsegpt"))
         cells = []
         for text in texts:
-            mean, deviation = row[text]
-            beside = f" ({100 * (mean / base[text][0] - 1):+.1f} %)" if base and base is not row else ""
-            cells.append(f"{mean:.2f} ± {deviation:.2f}{beside}")
-        cells += [f"{row['divergence'][0]:.3f} ± {row['divergence'][1]:.3f}", f"{row['processor_seconds'][0]:.0f}"]
+            beside = f" ({100 * (row[text][0] / base[text][0] - 1):+.1f} %)" if base and base is not row else ""
+            cells.append(spread(row[text], 2) + beside)
+        cells += [spread(row["divergence"], 3), f"{row['processor_seconds'][0]:.0f}"]
         cells += [f"{row['peak_memory_bytes'][0] / 1e9:.2f}", str(row["seeds"])]
         lines.append(f"| {pattern}, {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def spread(found: tuple[float, float], digits: int) -> str:
+    """A mean, and the deviation where there are several seeds."""
+    mean, deviation = (f"{x:.{digits}f}" for x in found)
+    return mean if math.isnan(found[1]) else f"{mean} ± {deviation}"
 
 
 def plot(result: Row) -> str:

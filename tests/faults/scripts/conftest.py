@@ -23,7 +23,11 @@ def run_script(monkeypatch, capsys):
     def command(*words):
         capsys.readouterr()
         assert main([*words, "--json"]) == 0
-        return {**json.loads(capsys.readouterr().out.splitlines()[-1]), "process_seconds": 1.0, "processor_seconds": 1.0}
+        return {
+            **json.loads(capsys.readouterr().out.splitlines()[-1]),
+            "process_seconds": 1.0,
+            "processor_seconds": 1.0,
+        }
 
     def run(name, *words):
         module = importlib.import_module(name)
