@@ -40,6 +40,7 @@ METHODS: dict[str, list[str]] = {
     "magnitude": ["magnitude"],
     "wanda": ["wanda"],
     "sparsegpt": ["sparsegpt"],
+    "sparsegpt, refit 4": ["sparsegpt", "--refit", "4", "--damping", "0.1"],
     "sparsegpt, refit": ["sparsegpt", "--refit", "10", "--damping", "0.1"],
     "sparsegpt, refit, dense targets": ["sparsegpt", "--refit", "10", "--damping", "0.1", "--dense-targets", "0.5"],
     "admm": ["admm", "--iterations", "10", "--damping", "0.1"],

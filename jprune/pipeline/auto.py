@@ -21,7 +21,8 @@ DAMPING = 0.1
 """Where weights are solved for once more, or towards the dense model's outputs. With the usual 0.01 they fit the
 calibration text better, and other texts worse than without."""
 WHY: dict[Quality, str] = {
-    "fast": "SparseGPT, its weights solved for once more; about its time",
+    "fast": "the demo model at 60 % has a tenth less perplexity than after sparsegpt, on the text of calibration and "
+    "on another, for 1.2 times the time",
     "balanced": "the demo model at 60 % has a third less perplexity than after sparsegpt, on the text of calibration "
     "and on another, for 2.5 times the processor time",
     "best": "as balanced, its blocks trained: 37 % less perplexity on the text of calibration, 34 % on another, for "
@@ -70,7 +71,7 @@ class Auto:
         from jprune.methods import Admm, SparseGPT
 
         if self.quality == "fast":
-            return Chosen(self.quality, SparseGPT(damping=DAMPING, refit=10), {}, WHY[self.quality])
+            return Chosen(self.quality, SparseGPT(damping=DAMPING, refit=4), {}, WHY[self.quality])
         method = Admm(damping=DAMPING, iterations=10, dense_targets=0.5)
         return Chosen(self.quality, method, {} if self.quality == "balanced" else {"reconstruct": 8}, WHY[self.quality])
 
