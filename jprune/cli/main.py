@@ -146,8 +146,8 @@ def _form(name: str, words: Sequence[str] = (), recipe: dict[str, Any] | None = 
         return Form(kind, WORDS, parts={"pruner_options": ONE_SHOT[pruner], "tuning_options": TUNERS[tuning]})
     if group == "tune":
         runner, methods = "tune", TUNERS
-    elif method in AUTOMATIC | ONE_SHOT:
-        runner, methods = "one-shot", AUTOMATIC | ONE_SHOT
+    elif method in (one_shot := AUTOMATIC | ONE_SHOT):
+        runner, methods = "one-shot", one_shot
     elif method in TRAINED:
         runner, methods = "shrink while training", TRAINED
     else:

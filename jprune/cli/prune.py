@@ -43,15 +43,15 @@ class Prune(Planning, OnDevices):
 
         recipe = Recipe(pattern=self.pattern.made(), **keywords(self, "calibration", "choice", "details"))
         method, _, chosen = decided(self.method, recipe)
+        out = None if self.plan else self.destination()
         if chosen is not None:  # now, and not when an hour is over
             print(f"{chosen.quality}: {chosen.command}\n({chosen.why})", file=sys.stderr, flush=True)
         options = {**fields_of(recipe), "method": self.method, "memory": self.machine.memory, "mesh": self.mesh()}
-        if self.plan:
+        if out is None:
             plan = plan_run(self.model, out=self.machine.run or self.out or ".", **options)
             plan = dataclasses.replace(plan, advice=tuple(map(self.spelled, plan.advice)))
             told = _plan_json(method, plan) | ({"chosen": chosen.json()} if chosen else {})
             return Told(told, show=functools.partial(_print_plan, plan))
-        out = self.destination()
         with display.progress() as progress:
             report = prune_model(
                 self.model,

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 Quality = Literal["fast", "balanced", "best"]
 
 DAMPING = 0.1
-"""Where weights are solved for once more, or towards the dense model's outputs. With the usual 0.01 they fit the
-calibration text better, and other texts worse than without."""
+"""Where weights are solved for once more, or towards the dense model's outputs. With the usual 0.01 the text of
+calibration gains no more, and other texts little or nothing."""
 WHY: dict[Quality, str] = {
     "fast": "the demo model at 60 % has a tenth less perplexity than after sparsegpt, on the text of calibration and "
     "on another, for 1.2 times the time",
@@ -59,8 +59,8 @@ class Auto:
     """Prune by the method and options that measured best, for those who do not want to choose."""
 
     quality: Quality = "balanced"
-    """What it may cost: fast (about what sparsegpt takes, at most 1.2 times), balanced (at most 3 times, no gradients)
-    or best (as long as it takes). What is chosen is printed, and stands in the record."""
+    """What it may cost: fast (about 1.2 times what sparsegpt takes), balanced (about 2.5 times, no gradients) or best
+    (about ten times). What is chosen is printed, and stands in the record."""
 
     def __post_init__(self):
         if self.quality not in get_args(Quality):

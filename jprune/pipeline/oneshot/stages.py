@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from jprune import trees
+from jprune import devices, trees
 from jprune.anatomy.kernels import Kernel
 from jprune.pipeline.forecast import learning, programs
 from jprune.pipeline.forecast.programs import Spec
@@ -216,7 +216,7 @@ class PartRun:
                 tell=lambda done: self.progress((stages + done) / (stages + 1), "training what is left"),
             )
         targets.drop()
-        placed = {path: jax.device_put(x, params[path].sharding) for path, x in trained.items()}
+        placed = {path: devices.moved(x, params[path].sharding) for path, x in trained.items()}
         zeros = {self.wanted[path].path: int(x.size - jnp.count_nonzero(x)) for path, x in placed.items()}
         self.reports = [dataclasses.replace(r, reconstructed=left, zeros=zeros[r.path]) for r in self.reports]
         return params | placed
