@@ -129,7 +129,7 @@ class Refits(Method):
             return dict(kernels)
         for name, kernel in kernels.items():
             check_floating(kernel, name)
-        return towards_dense(kernels, factor, statistic.apart, self.dense_targets)
+        return towards_dense(kernels, factor, statistic.apart, self.dense_targets, statistic.residual)
 
     def refitted(
         self,
@@ -162,7 +162,7 @@ class Refits(Method):
 
     def refit_flops(self, d_in: int, d_out: int) -> float:
         """A product with the Gram matrix for each step, and for the loss before and after; and those of targets."""
-        targets = 2.0 * (d_in**3 + d_in**2 * d_out) if self.dense_targets else 0.0
+        targets = 2.0 * (d_in**3 + 2 * d_in**2 * d_out) if self.dense_targets else 0.0
         return targets + (2.0 * (self.refit + 2) * d_in**2 * d_out if self.refit else 0.0)
 
     def nbytes(self, d_in: int, d_out: int) -> float:
@@ -171,8 +171,8 @@ class Refits(Method):
         return super().nbytes(d_in, d_out) + steps + self.target_bytes(d_in, d_out)
 
     def target_bytes(self, d_in: int, d_out: int) -> float:
-        """Bytes of the targets, and of three matrices of the inputs on the way to them."""
-        return 4.0 * (3 * d_in**2 + 2 * d_in * d_out) if self.dense_targets else 0.0
+        """Bytes of the targets and of what their residual is solved for, and of three matrices of the inputs."""
+        return 4.0 * (3 * d_in**2 + 4 * d_in * d_out) if self.dense_targets else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

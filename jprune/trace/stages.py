@@ -19,6 +19,7 @@ from jax.extend import core as jex
 from jprune.annotations import Array, Shaped
 from jprune.errors import JpruneError
 from jprune.places import Observed
+from jprune.trace.additions import Addition, additions
 from jprune.trace.jaxpr import (
     ELEMENTWISE,
     LAYOUTS,
@@ -55,6 +56,8 @@ class Stages:
     found: Found
     carries: tuple[tuple[Atom, ...], ...]
     """The variables in the carry that each segment takes, and at the end those that the last one returns."""
+    additions: dict[Var, Addition]
+    """By the variable of a matmul's result what it is added to, see `jprune.trace.additions`; if it was asked for."""
 
     def start(self, *args: PyTree, **kwargs: PyTree) -> Carry:
         """The carry that segment 0 takes: those leaves of f's other arguments that are needed."""
@@ -68,6 +71,22 @@ class Stages:
         ids = dict.fromkeys(m.input_id for m in self.matmuls[stage])
         reads = {i: self.found.inputs[i] for i in ids}
         return {i: read.matrix(*(values[x] for x in read.variables)) for i, read in reads.items()}
+
+    def added(self, stage: int) -> dict[int, Addition]:
+        """What the outputs of a stage's kernels are added to, by input_id; of inputs that one kernel reads, and it no
+        other."""
+        own = {result: m for result, m in self.found.matmuls.items() if m.stage == stage}
+        ids, paths = ([getattr(m, name) for m in own.values()] for name in ("input_id", "path"))
+        return {
+            m.input_id: self.additions[result]
+            for result, m in own.items()
+            if result in self.additions and ids.count(m.input_id) == paths.count(m.path) == 1
+        }
+
+    def residuals(self, stage: int, carry: Carry) -> dict[int, Shaped[Array | np.ndarray, "tokens d_out"]]:
+        """The rows of what is `added`, out of the carry that segment `stage` returned."""
+        values = self._values(stage, carry)
+        return {i: addition.rows(*(values[x] for x in addition.variables)) for i, addition in self.added(stage).items()}
 
     def observe(self, stage: int, statistic: type[Any], carry: Carry, weights: Any = None) -> Observed:
         """Statistics of what the matmuls of a stage read, out of the carry that segment `stage` returned.
@@ -105,6 +124,7 @@ def stages(
     stacked: bool = True,
     unroll: bool = False,
     shared: bool = False,
+    added: bool = False,
     **kwargs: PyTree,
 ) -> Stages:
     """Cuts ``f(params, *args, **kwargs)`` into segments between its stages.
@@ -119,6 +139,7 @@ def stages(
         own. The programs grow with the number of layers.
       shared: whether a kernel may be used in several stages. It is for those who prune it before the first, or not at
         all: pruned between stages, it would be pruned again in each.
+      added: whether what the outputs of kernels are added to is wanted too, by `Stages.residuals`.
       **kwargs: other arguments of f, likewise.
 
     Raises:
@@ -132,15 +153,24 @@ def stages(
     depth = max((m.stage + 1 for m in found.matmuls.values()), default=0)
     by_stage = tuple(tuple(m for m in found.matmuls.values() if m.stage == s) for s in range(depth))
     plan = _Plan(flat, found)
+    beside = additions(flat, found) if added else {}
     segments: list[Callable[[PyTree, Carry], Carry]] = []
     carries = [flat.outputs]
     for s in reversed(range(depth + 1)):
         read = {x for m in by_stage[s - 1] for x in found.inputs[m.input_id].variables} if s else set()
+        read |= {y for x, m in found.matmuls.items() if m.stage == s - 1 and x in beside for y in beside[x].variables}
         read -= flat.constants.keys()
         equations, carry = plan.segment(s, carries[0], read)
         segments.insert(0, _segment(flat, f"segment_{s}", equations, carry, carries[0]))
         carries.insert(0, carry)
-    return Stages(matmuls=by_stage, segments=tuple(segments), trace=flat, found=found, carries=tuple(carries))
+    return Stages(
+        matmuls=by_stage,
+        segments=tuple(segments),
+        trace=flat,
+        found=found,
+        carries=tuple(carries),
+        additions=beside,
+    )
 
 
 def _check(found: Found, *, unroll: bool, shared: bool) -> None:

@@ -24,13 +24,16 @@ class EveryOther(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EveryOtherOfTwo(Method):
-    """The same, and by how far the dense model's activations are from its own."""
+    """The same, and by how far the dense model's activations are from its own, and its residual stream."""
 
     statistic = CrossGram
 
     def __call__(self, kernel, statistic, pattern, keep=None):
         own = jnp.abs(jnp.diagonal(statistic.total))
-        return _every_other(kernel, own + 5 * jnp.abs(jnp.sum(statistic.apart, axis=1)), 1.0)
+        far = jnp.abs(jnp.sum(statistic.apart, axis=1))
+        if statistic.residual is not None:
+            far = far + jnp.abs(jnp.sum(statistic.residual, axis=1))
+        return _every_other(kernel, own + 5 * far, 1.0)
 
 
 @jax.jit

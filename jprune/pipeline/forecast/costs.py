@@ -23,6 +23,7 @@ from jprune.methods import Method
 from jprune.pipeline.forecast import learning
 from jprune.pipeline.forecast.programs import Spec, finish, inputs_of, observe, zero_parts
 from jprune.statistics import Stacked, Statistic
+from jprune.trace import Stages
 from jprune.train import locally
 
 _STATE = 16
@@ -82,8 +83,10 @@ def unit_cost(
     models = streams(method.statistic)
     carry = 0
     if hidden and kernels:
-        plans = [_spec(unit, kernels, x).stages() for x in hidden]
+        plans = [_spec(unit, kernels, x, models).stages() for x in hidden]
         carry = max(sum(_nbytes(plan.carries[s]) for plan in plans) for s in range(1, len(plans[0].matmuls) + 1))
+        inputs = plans[0].found.inputs
+        statistic += sum(2.0 * tokens * inputs[i].d_in * d_out for i, d_out in _outputs_added(plans[0]).items())
     forward = 2.0 * tokens * parameters
     training = 0.0
     if trained(unit, kernels, passes):
@@ -179,10 +182,11 @@ def _working(
         program = jax.jit(function).lower(unit.abstract(), jax.ShapeDtypeStruct(*x))
         return models * AT_ONCE * _taken(program)
     params, plan, most = (unit.abstract(),) * models, spec.stages(), 0
+    outputs = _outputs_added(plan)
     for stage, matmuls in enumerate(plan.matmuls):
         inputs = inputs_of(matmuls)
         known = {
-            i: jax.eval_shape(zero_parts(method.statistic, 1, spec.sharding, kernels[path].d_in, *kernels[path].stack))
+            i: _abstract_zeros(method, spec, kernels[path], outputs.get(i, 0))
             for path, ids in inputs.items()
             for i in ids
         }
@@ -245,9 +249,18 @@ def _taken(lowered: Any) -> int:
     return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 
-def _spec(unit: Part, kernels: Iterable[Kernel], x: jax.ShapeDtypeStruct) -> Spec:
+def _spec(unit: Part, kernels: Iterable[Kernel], x: jax.ShapeDtypeStruct, models: int) -> Spec:
     chosen = frozenset(unit.relative(k.path) for k in kernels)
-    return Spec(unit.function, unit.shapes, chosen, (x.shape, jnp.dtype(x.dtype)), devices.one_device())
+    return Spec(unit.function, unit.shapes, chosen, (x.shape, jnp.dtype(x.dtype)), devices.one_device(), models)
+
+
+def _abstract_zeros(method: Method, spec: Spec, kernel: Kernel, d_out: int) -> Any:
+    return jax.eval_shape(zero_parts(method.statistic, 1, spec.sharding, kernel.d_in, *kernel.stack, d_out=d_out))
+
+
+def _outputs_added(plan: Stages) -> dict[int, int]:
+    """By input_id, how many outputs are added to something that is observed too."""
+    return {i: addition.d_out for stage in range(len(plan.matmuls)) for i, addition in plan.added(stage).items()}
 
 
 def _kernel_bytes(unit: Part, kernels: Iterable[Kernel]) -> int:

@@ -49,7 +49,7 @@ class Spec(NamedTuple):
 
     def stages(self) -> Stages:
         """The stages of the part for micro-batches of shape and dtype `x`."""
-        return _stages(self._replace(streams=1))
+        return _stages(self)
 
     def apart(self, arrays: Arrays) -> list[Arrays]:
         """The arrays of each stream."""
@@ -65,7 +65,12 @@ class Spec(NamedTuple):
 def _stages(spec: Spec) -> Stages:
     params = trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in spec.shapes})
     return stages(
-        spec.function, params, jax.ShapeDtypeStruct(*spec.x), where=lambda path: path in spec.chosen, stacked=True
+        spec.function,
+        params,
+        jax.ShapeDtypeStruct(*spec.x),
+        where=lambda path: path in spec.chosen,
+        stacked=True,
+        added=spec.streams > 1,
     )
 
 
@@ -82,7 +87,8 @@ def observe(spec: Spec, first: int, stage: int, keep: bool) -> Any:
         ]
         # Said here, or XLA would cut the whole segment as the sums want their tokens cut.
         read = [cut.inputs(stage, own) for own in carries]
-        rows = {i: _seen(*(jnp.asarray(own[i]) for own in read)) for i in read[0]}
+        residuals = [cut.residuals(stage, own) for own in carries]
+        rows = {i: _seen([own[i] for own in read], [own[i] for own in residuals if i in own]) for i in read[0]}
         inputs = {i: jax.lax.with_sharding_constraint(x, spec.tokens(x.ndim)) for i, x in rows.items()}
         ticket = (jnp.zeros(()),)  # what is not kept can still be waited for
         seen = {i: update_in_parts(s, inputs[i], spec.mesh) for i, s in statistics.items()}
@@ -109,9 +115,13 @@ def _through(segments: Iterable[Callable], params: PyTree, carry: Arrays) -> Arr
     return carry
 
 
-def _seen(x: jax.Array, *dense: jax.Array) -> jax.Array:
-    """What a statistic sees of the inputs of one matmul."""
-    return beside(x, *dense) if dense else x
+def _seen(inputs: list[Any], residuals: list[Any]) -> jax.Array:
+    """What a statistic sees of the inputs of one matmul, and of what its outputs are added to, in every stream."""
+    x, *dense = map(jnp.asarray, inputs)
+    if not dense:
+        return x
+    now, *before = residuals or [None]
+    return beside(x, *dense, *(y.astype(jnp.float32) - now for y in before))
 
 
 @functools.lru_cache(maxsize=64)
@@ -121,11 +131,15 @@ def forward(function: Callable, sharding: NamedSharding) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def zero_parts(kind: Any, count: int, sharding: NamedSharding, d_in: int, *stack: int) -> Any:
-    """Makes so many statistics that have seen nothing, with one more axis in front."""
+def zero_parts(kind: Any, count: int, sharding: NamedSharding, d_in: int, *stack: int, d_out: int = 0) -> Any:
+    """Makes so many statistics that have seen nothing, with one more axis in front.
+
+    Of two models that are computed side by side, `d_out` asks for what so many outputs are added to, too.
+    """
 
     def make() -> Statistic:
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), zeros(kind, d_in, *stack))
+        own = kind.zeros(d_in, d_out) if d_out else zeros(kind, d_in, *stack)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), own)
 
     return jax.jit(make, out_shardings=sharding)
 

@@ -186,7 +186,9 @@ class PartRun:
         steps = len(specs[0].stages().matmuls) + 1
         text = ", ".join(path.removesuffix("/kernel") for path in inputs)
         every = self._trees(params)
-        sums = Sums(self._job.method.statistic, {i: self.wanted[path] for path, ids in inputs.items() for i in ids})
+        readers = {i: self.wanted[path] for path, ids in inputs.items() for i in ids}
+        outputs = {i: addition.d_out for i, addition in specs[0].stages().added(stage).items()}
+        sums = Sums(self._job.method.statistic, readers, outputs)
         uses_up = kept is not None and not (self._trains and first == 0)  # it is begun with again
         with Flight(kept) as flight:
             for j, spec in enumerate(specs):

@@ -23,10 +23,11 @@ class Sums:
     Args:
       kind: class of the statistic.
       kernels: of every input, one kernel that reads it.
+      outputs: of inputs of which it is known what the kernel's outputs are added to, how many there are.
     """
 
-    def __init__(self, kind: Any, kernels: Mapping[int, Kernel]):
-        self._kind, self._kernels = kind, kernels
+    def __init__(self, kind: Any, kernels: Mapping[int, Kernel], outputs: Mapping[int, int]):
+        self._kind, self._kernels, self._outputs = kind, kernels, outputs
         self._sums: dict[tuple[int, int], ByInput] = {}
 
     def take(self, j: int, spec: Spec) -> ByInput:
@@ -43,7 +44,10 @@ class Sums:
 
     def _zeros(self, spec: Spec) -> ByInput:
         where = devices.parts(spec.mesh) if spec.pieces > 1 else devices.replicated(spec.mesh)
-        return {i: zero_parts(self._kind, spec.pieces, where, k.d_in, *k.stack)() for i, k in self._kernels.items()}
+        return {
+            i: zero_parts(self._kind, spec.pieces, where, k.d_in, *k.stack, d_out=self._outputs.get(i, 0))()
+            for i, k in self._kernels.items()
+        }
 
 
 def _merged(mesh: Mesh, sums: Iterable[ByInput]) -> ByInput:

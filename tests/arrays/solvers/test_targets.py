@@ -36,6 +36,14 @@ def seen(pruned, dense):
     return CrossGram.zeros(pruned.shape[1]).update(beside(pruned, dense))
 
 
+@pytest.fixture
+def streams(rng, inputs):
+    """Residual streams of the pruned model and of the dense one, apart by something that the inputs say and noise."""
+    dense = rng.normal(size=(300, D_OUT)) + 3
+    error = np.asarray(inputs[0]) @ rng.normal(size=(D_IN, D_OUT)) + rng.normal(size=dense.shape)
+    return tuple(jnp.asarray(h, jnp.float32) for h in (dense + error, dense))
+
+
 def mixed(pruned, dense, kernel, strength):
     """The outputs that are wanted."""
     pruned, dense, kernel = (np.asarray(x, np.float64) for x in (pruned, dense, kernel))
@@ -62,9 +70,24 @@ def test_what_is_gathered_of_two_models(inputs):
     assert int(whole.tokens) == int(halves.tokens) == 300
     assert not np.asarray(seen(inputs[0], inputs[0]).apart).any(), "models that agree are not apart, to the last bit"
     with pytest.raises(
-        JpruneError, match="expected the 24 inputs of the pruned model and of the dense one side by side"
+        JpruneError, match="expected the 24 inputs of the pruned model and of the dense one side by side, as"
     ):
         CrossGram.zeros(D_IN).update(inputs[0])
+
+
+def test_what_is_gathered_of_residual_streams(inputs, streams):
+    """In any grouping, and with weights."""
+    x, error = np.asarray(inputs[0], np.float64), np.asarray(streams[1] - streams[0], np.float64)
+    rows = beside(*inputs, streams[1] - streams[0])
+    zero = CrossGram.zeros(D_IN, D_OUT)
+    whole, halves = zero.update(rows), zero.update(rows[:110]).merge(zero.update(rows[110:]))
+    for known in (whole, halves):
+        np.testing.assert_allclose(known.residual, x.T @ error, rtol=1e-4, atol=1e-2)
+        np.testing.assert_allclose(known.apart, seen(*inputs).apart, rtol=1e-4, atol=1e-2)
+    twice = zero.update(rows[:110], jnp.full(110, 2.0)).residual
+    np.testing.assert_allclose(twice, 2 * x[:110].T @ error[:110], rtol=1e-4, atol=1e-2)
+    with pytest.raises(JpruneError, match="side by side, and 12 of what the outputs are added to, as"):
+        zero.update(beside(*inputs))
 
 
 def test_experts_that_the_models_do_not_agree_on(rng):
@@ -92,6 +115,26 @@ def test_the_target_is_least_squares(inputs, kernel, strength):
     np.testing.assert_array_equal(got[5], kernel[5])  # nothing is known of a dead input
     if strength == 0:
         np.testing.assert_array_equal(got, kernel)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_the_target_takes_away_what_it_can_of_the_residual_streams_error(inputs, streams, kernel, strength):
+    """Least squares of what is wanted after the addition, by rows for the damping below those of the tokens."""
+    known = CrossGram.zeros(D_IN, D_OUT).update(beside(*inputs, streams[1] - streams[0]))
+    got = dense_targets(kernel, known.total, known.apart, strength, residual=known.residual)
+    x, y, w = (np.asarray(a, np.float64) for a in (*inputs, kernel))
+    now, before = (np.asarray(h, np.float64) for h in streams)
+    wanted = (1 - strength) * (now + x @ w) + strength * (before + y @ w) - now
+    damping = np.sqrt(np.diag(damped(x.T @ x) - x.T @ x))
+    best = np.linalg.lstsq(np.vstack([x, np.diag(damping)]), np.vstack([wanted, damping[:, None] * w]))[0]
+    np.testing.assert_allclose(got, best, rtol=2e-3, atol=2e-4)
+    for method in (SparseGPT(dense_targets=strength), Admm(dense_targets=strength)):
+        pruned = method(kernel, known, NM(2, 4))
+        plain = method(kernel, dataclasses.replace(known, residual=None), NM(2, 4))
+        near, far = (np.linalg.norm(x @ np.asarray(own.kernel) - wanted) for own in (pruned, plain))
+        assert near < far
+    with pytest.raises(JpruneError, match=r"a: expected one kernel of shape \(24, 12\).*got a \(24, 12\), b"):
+        SparseGPT(dense_targets=0.5).together({"a": kernel, "b": kernel}, known, {"a": NM(2, 4), "b": NM(2, 4)}, {})
 
 
 def test_all_of_it_without_pruning_gives_what_the_dense_outputs_leave(inputs, kernel):

@@ -86,18 +86,32 @@ def test_the_dense_model_beside_the_pruned_one(tiny_model, token_file, tmp_path)
     method = EveryOtherOfTwo()
     prune_model(folder, tmp_path / "out", method=method, pattern=Unstructured(0.5), calibration=tokens)
     model, result = jprune.load(folder), jprune.load(tmp_path / "out")
-    observed = jax.jit(jprune.observe(decoder.block(model.config, 0), Rows))
+    block = decoder.block(model.config, 0)
+    observed = jax.jit(jprune.observe(block, Rows))
+
+    def residuals(params, x):
+        """What o and down add to: the input, and what the block gives when down does nothing."""
+        without = params | {"mlp/down/kernel": 0 * params["mlp/down/kernel"]}
+        return {"attn/o": x, "mlp/down": observed(trees.unflatten(without), x)[0]}
+
     x = y = compiled.embed(model.config)(model.params(), jnp.asarray(np.load(tokens)))
     for i in range(model.config.layers):
         dense = trees.flatten(jax.tree.map(jnp.asarray, model.params(f"blocks/{i}")))
         params = dict(dense)
+        before = residuals(dense, y)
         y, wanted = observed(trees.unflatten(dense), y)
         for group in GROUPS:
             _, read = observed(trees.unflatten(params), x)
+            now = residuals(params, x)
             for path in (f"{name}/kernel" for name in group):
                 own, other = (np.asarray(seen[path].x, np.float64) for seen in (read, wanted))
                 apart = own.T @ (other - own)
-                known = CrossGram(*(jnp.asarray(s, jnp.float32) for s in (own.T @ own, len(own), apart)))
+                behind = None
+                if group[0] in now:
+                    error = np.asarray(before[group[0]] - now[group[0]], np.float64)
+                    behind = own.T @ error.reshape(len(own), -1)
+                known = CrossGram(own.T @ own, len(own), apart, behind)
+                known = jax.tree.map(lambda s: jnp.asarray(s, jnp.float32), known)
                 axes = (0, 1) if group == ("attn/o",) else (0,)
                 new = method(trees.to_matrix(params[path], axes), known, None).kernel
                 params[path] = trees.from_matrix(new, params[path].shape, axes)
