@@ -166,7 +166,7 @@ def test_the_dense_model_beside_the_pruned_one(made):
     assert first.beside is None
     assert second.beside.weights == kernels
     assert second.forward_flops == 2 * first.forward_flops == 2 * second.beside.forward_flops
-    crossing = 2 * 6 * 24 * (3 * 32**2 + 56**2)
+    crossing = 2 * 6 * 24 * (3 * 32**2 + 56**2 + (32 + 56) * 32)  # inputs, and what o and down add to
     assert second.statistic_flops - first.statistic_flops == second.beside.statistic_flops == crossing
 
 
