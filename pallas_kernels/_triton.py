@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import decode, ptx, words
 from pallas_kernels._shapes import Array, Float
 from pallas_kernels.formats import Bitmap, Capped, Packed, dtype_of
-from pallas_kernels.tiles import Tile, block_of
+from pallas_kernels.tiles import Tile, block_of, share_of
 
 
 def tile_dtype(packed: Packed, x_dtype) -> Any:
@@ -117,9 +117,7 @@ def _multiply_kernel(*refs, make: Callable[..., _Reader], tile: Tile, steps: int
     reader = make(packed_refs)
     columns = reader.columns
     share, batch = pl.program_id(1), pl.program_id(2)
-    per_share = -(-steps // tile.split)
-    begin = share * per_share
-    count = per_share if steps % tile.split == 0 else jnp.minimum(per_share, steps - begin)
+    begin, count = share_of(share, steps, tile.split)
     rows = batch * block + lax.broadcasted_iota(jnp.int32, (block, columns), 0)
     inputs = lax.broadcasted_iota(jnp.int32, (block, columns), 1)
     # Rows past the batch read its last one again; what comes of them is not written.

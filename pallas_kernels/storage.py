@@ -84,8 +84,8 @@ def _check_shapes(packed: Packed) -> None:
         raise FormatError(f"{packed!r}: arrays of shapes {wrong}, expected {expected}: damaged?")
     if isinstance(packed, Bitmap):
         # A kernel reads where these point, without asking whether anything is there.
-        last = np.bitwise_count(packed.bits[:, :, -1].view(np.uint32)).sum(-1, dtype=np.int64)
-        ends = packed.tiles.astype(np.int64) + packed.rows[:, :, -1] + last
+        counts = np.bitwise_count(packed.bits.view(np.uint32)).sum(-1, dtype=np.int64)
+        ends = packed.tiles.astype(np.int64)[..., None] + packed.rows + counts
         room = packed.words.nbytes // packed.itemsize - SPARE // packed.itemsize
         if packed.tiles.min() < 0 or packed.rows.min() < 0 or ends.max() > room:
             raise FormatError(f"{packed!r}: places up to {ends.max()} in a stream of {room} values: damaged?")

@@ -12,6 +12,8 @@ from importlib import resources
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.errors import FormatError
 from pallas_kernels.formats import Packed
@@ -92,6 +94,22 @@ def choose_tile(packed: Packed, n: int) -> Tile:
         stages=entry.get("stages", 1),
         split=split_of(packed, n, rows, resident * cores),
     )
+
+
+def share_of(index, steps: int, split: int):
+    """First tile and number of tiles of one of `split` shares of `steps` tiles; `index` may be traced.
+
+    Shares differ by one tile at most. Where there are more shares than tiles some are empty, and their first tile is
+    one of the `steps` all the same: a kernel reads ahead before it knows how much it has to do.
+    """
+    if steps % split == 0:
+        return index * (steps // split), steps // split
+    begin, end = index * steps, (index + 1) * steps
+    if isinstance(index, int):
+        begin, end = begin // split, end // split
+    else:  # of numbers that are not negative
+        begin, end = lax.div(begin, jnp.int32(split)), lax.div(end, jnp.int32(split))
+    return begin, end - begin
 
 
 def split_of(packed: Packed, n: int, rows: int, places: int) -> int:

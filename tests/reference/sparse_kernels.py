@@ -1,7 +1,20 @@
 """Random sparse kernels that fit a packed format, with what is awkward in them."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
+
+
+def load_script(name: str):
+    """A program of scripts/ as a module."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / f"scripts/{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def random_mask(rng, d_in: int, d_out: int, format: str, *, density: float = 0.4) -> np.ndarray:

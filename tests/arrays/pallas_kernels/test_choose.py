@@ -1,8 +1,12 @@
-"""`choose`: the formats that hold a mask, and the bytes that packing then takes."""
+"""`choose`: the formats that hold a mask, and the bytes that packing then takes; how kernels are cut for a GPU."""
+
+import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
-from sparse_kernels import random_kernel, random_mask
+from sparse_kernels import load_script, random_kernel, random_mask
 
 import pallas_kernels as pk
 from pallas_kernels import tiles
@@ -79,6 +83,44 @@ def test_splits_fill_the_gpu(kernel, n):
         assert waves / np.ceil(waves) > 0.75
     if d_in < 256:
         assert tile.split == 1  # nothing to share
+
+
+# Multiprocessors: A10G, A100, L40S, H100 PCIe, H100 and H200, B200; and a number that nothing divides.
+DEVICES = (80, 108, 142, 114, 132, 148, 97)
+
+
+@pytest.mark.parametrize("cores", DEVICES)
+def test_shares_are_the_tiles(monkeypatch, cores):
+    """Of every layer, format and batch that we measure: each tile in one share, and none begins where no tile is.
+
+    4096 x 14336 with one row of x on an H100 had 15 shares of 64 tiles, whose last began at the 65th.
+    """
+    monkeypatch.setattr(tiles, "device", lambda: ("A GPU", cores))
+    kernel_code = load_script("kernel_code")
+    source = (Path(kernel_code.__file__).parent / "bench_kernels.py").read_text()
+    shapes = {(int(a), int(b)) for a, b in re.findall(r'": \((\d+), (\d+)\),', source)} | {(4096, 14336), (64, 8)}
+    assert len(shapes) > 15
+    for shape, format, values in itertools.product(shapes, ("capped:4", "capped:1", "bitmap"), ("bfloat16", "int8")):
+        packed = kernel_code.abstract_packed(format, values, "bfloat16", shape)
+        steps = packed.grid[1]
+        for n in (1, 16, 17, 64, 128):
+            split = tiles.choose_tile(packed, n).split
+            assert_shares(steps, split)
+            assert split <= steps  # none is empty
+
+
+def assert_shares(steps, split):
+    shares = [tiles.share_of(i, steps, split) for i in range(split)]
+    assert [k for begin, count in shares for k in range(begin, begin + count)] == list(range(steps))
+    assert all(0 <= begin < steps for begin, _ in shares)
+    counts = [count for _, count in shares]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_shares_of_any_number():
+    for steps in (1, 2, 5, 63, 64, 65):
+        for split in range(1, 20):
+            assert_shares(steps, split)
 
 
 @pytest.mark.parametrize("wrong", [{"rows": 96}, {"warps": 0}, {"split": 0}])

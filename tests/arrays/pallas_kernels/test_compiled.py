@@ -6,23 +6,19 @@ They belong to one version of the `triton` package; under another only the issue
 package only the lowering is.
 """
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from sparse_kernels import load_script
 
 import pallas_kernels as pk
 from pallas_kernels import formats
 
 HERE = Path(__file__).parent
-spec = importlib.util.spec_from_file_location("kernel_code", HERE.parents[2] / "scripts/kernel_code.py")
-kernel_code = importlib.util.module_from_spec(spec)
-sys.modules["kernel_code"] = kernel_code  # dataclasses look their module up
-spec.loader.exec_module(kernel_code)
+kernel_code = load_script("kernel_code")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,28 @@ def test_kernel_against_dense(rng, format, dtype, values):
     assert_close(y, expected, "float32")
     assert np.all(y[:, 3] == 0)
     assert_close(pk.matmul(x, packed), expected, dtype)  # the reference
+
+
+@pytest.mark.parametrize(("format", "split"), [("capped:1", 3), ("bitmap", 4)])
+def test_no_share_reads_beyond_the_last_tile(rng, monkeypatch, format, split):
+    """Where shares are of unequal size, and where some are empty; what is read a step early counts."""
+    packed = pk.pack(random_kernel(rng, random_mask(rng, 150, 40, format), "bfloat16"), format)
+    steps = packed.grid[1]
+    assert (steps, split) in [(2, 3), (3, 4)]
+    seen = []
+    for reader, method in itertools.product((_triton._CappedReader, _triton._BitmapReader), ("ahead", "read")):
+        original = getattr(reader, method)
+
+        def noting(self, k, *ahead, original=original):
+            jax.debug.callback(lambda k: seen.append(int(k)), k)
+            return original(self, k, *ahead)
+
+        monkeypatch.setattr(reader, method, noting)
+    x = jnp.asarray(rng.standard_normal((3, 150)), jnp.bfloat16)
+    partial = _triton.multiply(x, packed, Tile(split=split), interpret=True)
+    assert_close(np.asarray(partial).sum(0)[:, :40], dense_product(x, packed))
+    jax.effects_barrier()
+    assert set(seen) == set(range(steps))
 
 
 @pytest.mark.parametrize("n", [1, 8, 16, 33, 64])

@@ -153,6 +153,10 @@ def test_loading_refuses_what_it_does_not_know(rng):
         pk.from_arrays({**arrays, "tiles": np.zeros((3, 3), np.int32)})
     with pytest.raises(pk.FormatError, match=r"places up to 1\d\d\d in a stream of .* damaged"):
         pk.from_arrays({**arrays, "tiles": np.full((1, 1), 1000, np.int32)})
+    rows = arrays["rows"].copy()
+    rows[0, 0, 5] = 2000  # of an output in the middle
+    with pytest.raises(pk.FormatError, match=r"places up to 20\d\d in a stream of .* damaged"):
+        pk.from_arrays({**arrays, "rows": rows})
     header = bytes(arrays["header"]).replace(b'"version": 1', b'"version": 2')
     with pytest.raises(pk.FormatError, match=r"version 2, newer than 1.*update"):
         pk.from_arrays({**arrays, "header": np.frombuffer(header, np.uint8)})
