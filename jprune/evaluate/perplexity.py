@@ -5,8 +5,9 @@ Windows do not overlap, so the first tokens of each are guessed from little: the
 longer windows, and a perplexity without its sequence length means nothing.
 
 All windows are embedded, then pass block after block, then the head: one block's parameters, the hidden states
-`[n, L, d_model]` and one micro-batch's intermediates are in memory, and equal blocks compile once. The head sees few
-enough tokens at a time that its float32 logits fit `LOGITS_BYTES`, whatever the vocabulary.
+`[n, L, d_model]` and one micro-batch's intermediates are in memory, and equal blocks compile once. The head computes
+the logits of `TILE` tokens of the vocabulary at a time, with the softmax online (Milakov and Gimelshein,
+arXiv:1805.02867), of so many tokens of text that the float32 logits fit `LOGITS_BYTES`.
 """
 
 import functools
@@ -31,6 +32,8 @@ from jprune.trace import matmuls
 
 LOGITS_BYTES = 2**25
 """Of twice as many, which the C library maps anew for every chunk, a CPU took a fifth longer."""
+TILE = 2048
+"""Tokens of the vocabulary whose logits are computed at a time: for as many tokens of text they fit a CPU's caches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,15 +193,21 @@ def _micro_batches(tokens: np.ndarray, batch: int | None, mesh: Mesh) -> list[In
 def _nll(
     head: Callable,
     shares: int,
+    width: int | None,
     params: dict[str, Any],
     x: Float[Array, "batch length d_model"],
     tokens: Int[Array, "batch length"],
 ) -> Float[Array, " batch"]:
-    """Mean cross-entropy of each window from the last block's output, the windows in `shares` side by side."""
+    """Mean cross-entropy of each window from the last block's output, the windows in `shares` side by side.
+
+    `width` is how many tokens of the vocabulary are taken at a time, None for all of them.
+    """
     batch, length, d_model = x.shape
     rows = batch // shares * (length - 1)
     vocab = jax.eval_shape(head, params, x).shape[-1]
-    chunks = math.ceil(rows / max(1, LOGITS_BYTES // (4 * vocab)))
+    tiles = 1 if width is None else math.ceil(vocab / width)
+    width = math.ceil(vocab / tiles)
+    chunks = math.ceil(rows / max(1, LOGITS_BYTES // (4 * width)))
     size = math.ceil(rows / chunks)
     fill = (0, 0), (0, chunks * size - rows)
     inputs = jnp.pad(x[:, :-1].reshape(shares, rows, d_model), (*fill, (0, 0)))
@@ -206,8 +215,23 @@ def _nll(
 
     def chunk(part: tuple[Array, Array]) -> Array:
         h, target = part
-        logits = head(params, h)
-        return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+
+        def tile(state: tuple[Array, Array, Array], number: Array) -> tuple[tuple[Array, Array, Array], None]:
+            most, total, hit = state
+            first = jnp.minimum(number * width, vocab - width)  # the last one begins within the one before it
+            logits = head(decoder.head_of(params, first, width), h)
+            place = (target - first)[..., None]
+            own = jnp.take_along_axis(logits, jnp.clip(place, 0, width - 1), axis=-1)
+            hit = jnp.where((place >= 0) & (place < width), own, hit[..., None])[..., 0]
+            if vocab % width:
+                logits = jnp.where(jnp.arange(width) + first >= number * width, logits, -jnp.inf)
+            higher = jnp.maximum(most, jnp.max(logits, axis=-1))
+            total = total * jnp.exp(most - higher) + jnp.sum(jnp.exp(logits - higher[..., None]), axis=-1)
+            return (higher, total, hit), None
+
+        zero = jnp.zeros(target.shape, jnp.float32)
+        (most, total, hit), _ = jax.lax.scan(tile, (zero - jnp.inf, zero, zero), jnp.arange(tiles))
+        return most + jnp.log(total) - hit
 
     parts = (inputs.reshape(shares, chunks, size, d_model), targets.reshape(shares, chunks, size))
     nll = jax.lax.map(chunk, jax.tree.map(lambda part: jnp.swapaxes(part, 0, 1), parts))
@@ -231,5 +255,7 @@ def _jit_in_place(function: Callable, sharding: NamedSharding) -> Callable:
 
 @functools.lru_cache(maxsize=64)
 def _jit_nll(head: Callable, mesh: Mesh) -> Callable:
-    nll = functools.partial(_nll, head, mesh.shape[devices.DATA])
+    # A kernel that is cut along the vocabulary stays where it lies: its tiles would go from device to device.
+    width = TILE if mesh.shape[devices.MODEL] == 1 else None
+    nll = functools.partial(_nll, head, mesh.shape[devices.DATA], width)
     return jax.jit(nll, out_shardings=devices.replicated(mesh))

@@ -30,6 +30,7 @@ __all__ = [
     "cached_block",
     "embed",
     "head",
+    "head_of",
     "head_parts",
     "init_params",
 ]
@@ -180,6 +181,18 @@ def head_parts(config: DecoderConfig) -> tuple[str, ...]:
         "embed": config.tied,
     }
     return tuple(name for name, needed in there.items() if needed)
+
+
+def head_of(params: Params, first: Int[Array, ""] | int, width: int) -> Params:
+    """The parameters of `head` for `width` tokens of the vocabulary, from the token `first` on."""
+    own = dict(params)
+    if "kernel" in params.get("head", {}):
+        own.pop("embed", None)
+    by_token = {("head", "kernel"): 1, ("head", "bias"): 0, ("embed", "embedding"): 0}
+    for (part, name), axis in by_token.items():
+        if name in own.get(part, {}):
+            own[part] = {**own[part], name: jax.lax.dynamic_slice_in_dim(own[part][name], first, width, axis)}
+    return own
 
 
 def apply(config: DecoderConfig, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T vocab"]:

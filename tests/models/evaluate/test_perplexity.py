@@ -80,13 +80,15 @@ def test_equals_the_whole_model(getkey, tokens, tied, batch):
     assert (result.tokens, result.sequence_length, result.windows) == (84, 12, 7)
 
 
-def test_the_head_in_chunks(getkey, tokens, monkeypatch):
-    model = make(getkey())
-    whole = mean_nll(model, tokens)
-    for rows in (1, 5, 11):
-        monkeypatch.setattr(module, "LOGITS_BYTES", 4 * 37 * rows)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_in_chunks_and_tiles(getkey, tokens, monkeypatch, tied):
+    model = make(getkey(), tied=tied)
+    expected = reference(model, tokens)
+    for rows, tile in ((5, 10), (11, 1)) if tied else ((1, 37), (5, 36)):  # the last of 4 tiles begins in the third
+        monkeypatch.setattr(module, "LOGITS_BYTES", 4 * tile * rows)
+        monkeypatch.setattr(module, "TILE", tile)
         module._jit_nll.cache_clear()
-        np.testing.assert_allclose(mean_nll(model, tokens), whole, rtol=1e-6)
+        np.testing.assert_allclose(mean_nll(model, tokens), expected, rtol=1e-6)
     module._jit_nll.cache_clear()
 
 
