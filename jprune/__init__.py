@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune.patterns import NM as NM
     from jprune.patterns import Unstructured as Unstructured
     from jprune.pipeline.auto import Auto as Auto
+    from jprune.pipeline.compare import compare as compare
     from jprune.pipeline.oneshot.run import plan_run as plan_run
     from jprune.pipeline.oneshot.run import prune_model as prune_model
     from jprune.pipeline.options import DynamicLoading as DynamicLoading
@@ -88,6 +89,7 @@ _NAMES = {
     "jprune.patterns": ("NM", "Unstructured"),
     "jprune.places": ("Observed", "Place"),
     "jprune.pipeline.auto": ("Auto",),
+    "jprune.pipeline.compare": ("compare",),
     "jprune.pipeline.recipe": ("Recipe",),
     "jprune.pipeline.oneshot.run": ("plan_run", "prune_model"),
     "jprune.pipeline.options": ("DynamicLoading",),

@@ -22,17 +22,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from bench_prune import jprune
 from machine import describe
 from plot_run import draw
 
-from jprune import trees
 from jprune.checkpoints import Checkpoint, load
 from jprune.data.for_model import evaluation_windows
-from jprune.models import decoder
+from jprune.evaluate.distance import Reference
 
 ADMM = ["admm", "--iterations", "10", "--damping", "0.1", "--dense-targets", "0.5"]
 
@@ -119,31 +115,10 @@ def perplexity(model: str, text: str, args: argparse.Namespace) -> float:
 
 
 def divergence(dense: Checkpoint, pruned: Checkpoint, args: argparse.Namespace) -> float:
-    """Mean over tokens of KL(dense's predictions || the pruned model's), in nats; a block in memory at a time."""
+    """Mean over predicted tokens of KL(dense's predictions || the pruned model's), in nats."""
     length, count = args.sequence_length, args.divergence_windows
     windows = evaluation_windows(dense, args.texts[0], length=length, count=count).tokens
-    total = 0.0
-    for ours, theirs in zip(predictions(dense, windows), predictions(pruned, windows), strict=True):
-        total += float(jnp.sum(jnp.exp(ours) * (ours - theirs)))
-    return total / windows.size
-
-
-def predictions(model: Checkpoint, windows: np.ndarray):
-    """The logarithms of what is predicted after each token, window by window."""
-    config = model.config
-    embed = jax.jit(decoder.embed(config))
-    hidden = [embed({"embed": model.params("embed")}, window[None]) for window in windows]
-    for i in range(config.layers):
-        block, params = jax.jit(decoder.block(config, i)), _float32(model.params(f"blocks/{i}"))
-        hidden = [block(params, x) for x in hidden]
-    head = jax.jit(lambda params, x: jax.nn.log_softmax(decoder.head(config)(params, x).astype(jnp.float32)))
-    params = {name: _float32(model.params(name)) for name in decoder.head_parts(config)}
-    for x in hidden:
-        yield head(params, x)[0]
-
-
-def _float32(tree: Any) -> Any:
-    return trees.unflatten({path: jnp.asarray(x, jnp.float32) for path, x in trees.flatten(tree).items()})
+    return float(Reference(dense, windows).to(pruned).divergence.mean())
 
 
 def summary(rows: list[Row], texts: list[str]) -> Row:

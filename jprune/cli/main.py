@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 COMMANDS = Methods(
     {
         "eval perplexity": "jprune.cli.evaluate:EvalPerplexity",
+        "compare": "jprune.cli.compare:Compare",
         "generate": "jprune.cli.generate:Generate",
         "convert": "jprune.cli.convert:Convert",
         "info": "jprune.cli.info:Info",

@@ -36,6 +36,7 @@ FLOOR = {room: level for level, rooms in enumerate([*FLOORS, GROUND]) for room i
 PIPELINE = {
     "rounds": {"oneshot", "training", "forecast", "recipe"},
     "auto": {"recipe"},
+    "compare": set(),
     "oneshot": {"auto", "forecast", "job", "recipe"},
     "forecast": {"job", "recipe"},
     "job": {"auto", "recipe"},

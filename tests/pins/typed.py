@@ -54,6 +54,7 @@ RUNS: dict[str, str] = {
 
 SAYS: dict[str, str] = {
     "eval perplexity": "eval perplexity {model} --text {held_out}",
+    "compare": "compare {model} {magnitude} --text {held_out}",
     "generate": "generate {model} --prompt 'w5 w6 w7' --max-tokens 6",
     "info": "info {wanda_2:4}",
     "groups": "groups {model}",

@@ -8,6 +8,7 @@ import pytest
 
 from jprune import devices, trees
 from jprune.errors import JpruneError
+from jprune.evaluate import passing
 from jprune.evaluate import perplexity as module
 from jprune.evaluate.perplexity import mean_nll, perplexity
 from jprune.models import decoder
@@ -133,7 +134,7 @@ def test_equal_blocks_and_ragged_batches_compile_once(getkey, tokens, four_devic
         mean_nll(model, tokens, batch=1)  # seven windows: four, one for each device, and three
         lie = devices.batch(devices.make_mesh(), 4)
     for index in range(3):
-        assert module._jit_in_place(decoder.block(model.config, index), lie)._cache_size() == 1
+        assert passing._jit_in_place(decoder.block(model.config, index), lie)._cache_size() == 1
     assert decoder.block(model.config, 0) is decoder.block(model.config, 2)
     np.testing.assert_allclose(mean_nll(model, tokens), reference(model, tokens), rtol=1e-5)
 

@@ -1,0 +1,97 @@
+"""`jprune compare`: what pruning has changed, measured on the same text."""
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING
+
+import tyro
+
+from jprune.cli import display
+from jprune.cli.command import OnDevices, Told
+from jprune.errors import UsageError
+
+if TYPE_CHECKING:
+    from jprune.evaluate.intervals import Interval
+    from jprune.pipeline.compare import Compared, Comparison
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare(OnDevices):
+    """Models against the first of them, on the same text: perplexity, divergence, agreement, with intervals."""
+
+    others: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Models to hold against it, as pruned versions of it."""
+    text: str = "pydoc"
+    """Evaluation text: pydoc, a text file, .jsonl, .jsonl.gz, .parquet, .npy of token ids, or hf:DATASET."""
+    sequence_length: int | None = None
+    """Tokens of an evaluation window. By default 2048 or the model's context."""
+    windows: int | None = None
+    """Number of evaluation windows, from the beginning of the text. By default all."""
+    dtype: str | None = None
+    """Dtype of the activations: float32, bfloat16 or float16. By default float32 on CPU and
+    for float16 weights, else that of the weights."""
+
+    def run(self) -> Told:
+        """Measures."""
+        from jprune.checkpoints import load
+        from jprune.checkpoints.dtypes import activation_dtype
+        from jprune.pipeline.compare import compare
+        from jprune.runs import processes
+        from jprune.runs.report import Progress
+
+        if not self.others:
+            raise UsageError(f"expected two models or more, got {self.model}: jprune compare DENSE PRUNED ...")
+        mesh = self.mesh()
+        with processes.run_together():
+            dtype = activation_dtype(load(self.model), self.dtype)
+        with display.progress() as show:
+            result = compare(
+                [self.model, *self.others],
+                self.text,
+                sequence_length=self.sequence_length,
+                windows=self.windows,
+                dtype=dtype,
+                mesh=mesh,
+                progress=lambda done, total, model: show(Progress(float(done), total, model, "compare")),
+            )
+        return Told(result.json(), result.notices, functools.partial(_show, result))
+
+
+def _show(result: "Comparison") -> None:
+    from jprune.evaluate.intervals import LEVEL
+    from jprune.pipeline.compare import TAIL
+
+    first = result.models[0]
+    print(f"{result.windows} windows of {result.sequence_length} tokens of {result.text}, against {first.model}")
+    display.table(
+        ["model", "parameters", "zeros %", "perplexity", "change %", "KL", f"KL, {TAIL} %", "agreement %"],
+        [_row(own, own is first) for own in result.models],
+    )
+    print(f"in brackets: {LEVEL:.0%} intervals by bootstrap over windows; KL in nats a token, against the first model")
+    for own in result.models[1:]:
+        if not own.change.tells:
+            print(f"{own.model}: its perplexity is not distinguishable from that of {first.model} here")
+
+
+def _row(own: "Compared", first: bool) -> tuple[str, ...]:
+    def percent(x: float) -> float:
+        return 100 * math.expm1(min(x, 700.0))
+
+    change = dataclasses.replace(own.change, **{n: percent(x) for n, x in dataclasses.asdict(own.change).items()})
+    return (
+        own.model,
+        f"{own.sparsity.total_parameters:,}",
+        f"{100 * own.sparsity.achieved:.2f}",
+        _written(own.perplexity, ".3f"),
+        "-" if first else _written(change, "+.2f"),
+        "-" if first else _written(own.divergence, ".4f"),
+        "-" if first else f"{own.tail:.3f}",
+        "-" if first else _written(own.agreement, ".2f", 100),
+    )
+
+
+def _written(interval: "Interval", form: str, scale: float = 1) -> str:
+    ends = [interval.low, interval.high]
+    known = "" if any(map(math.isnan, ends)) else f" [{', '.join(format(scale * x, form) for x in ends)}]"
+    return f"{scale * interval.value:{form}}{known}"

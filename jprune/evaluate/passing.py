@@ -1,0 +1,164 @@
+"""Windows of tokens through all blocks of a model that may be larger than memory.
+
+All windows are embedded, then pass block after block: one block's parameters, the hidden states `[n, L, d_model]` and
+one micro-batch's intermediates are in memory, and equal blocks compile once.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
+
+from jprune import devices, trees
+from jprune.annotations import Array, Float, Int, Integer
+from jprune.errors import JpruneError
+from jprune.models import decoder
+from jprune.models.batching import windows_at_once
+from jprune.models.weights import Weights
+from jprune.trace import matmuls
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Passed:
+    """The windows before the head, in micro-batches of one shape."""
+
+    windows: list[Int[Array, "batch length"]]
+    """Their tokens."""
+    hidden: list[Float[Array, "batch length d_model"]]
+    """What the last block gives."""
+    head: Callable[..., Any]
+    params: dict[str, Any]
+    """Of the head."""
+    count: int
+    """Windows, without what fills the last micro-batch."""
+
+    def __iter__(self) -> Iterator[tuple[Array, Array]]:
+        return iter(zip(self.hidden, self.windows, strict=True))
+
+
+def through_blocks(
+    weights: Weights,
+    tokens: Integer[np.ndarray, "n length"],
+    *,
+    batch: int | None = None,
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh,
+    progress: Callable[[int, int], None] | None = None,
+) -> Passed:
+    """Windows of tokens passed through a model up to its head.
+
+    Args:
+        weights: the model.
+        tokens: windows of token ids.
+        batch: windows computed at once on each device, by default `windows_at_once`.
+        dtype: of parameters and hidden states.
+        mesh: the devices, see `jprune.devices`, with the windows shared out.
+        progress: called with (done, total) after each block; the head is the last of `total`.
+
+    Raises:
+        JpruneError: windows of fewer than two tokens, or ids outside the vocabulary.
+    """
+    _check(tokens, weights.config.vocab)
+    config = weights.config
+
+    def placed(tree: Any, function: Callable | None = None) -> Any:
+        params = trees.flatten(tree)
+        del tree
+        shapes = tuple((path, np.shape(leaf)) for path, leaf in params.items())
+        where = _shardings(function, shapes, config.d_model, mesh)
+        return trees.unflatten({p: devices.place(params.pop(p), where[p]).astype(dtype) for p in list(params)})
+
+    batches = _micro_batches(tokens, batch, mesh)
+    params = placed({"embed": weights.params("embed")})
+    windows_lie = batches[0].sharding
+    embed = _jit(decoder.embed(config), windows_lie)
+    hidden = [embed(params, windows) for windows in batches]
+    del params  # here and below: else it would stay while the next part is read
+    for index in range(config.layers):
+        function = decoder.block(config, index)
+        params = placed(weights.params(f"blocks/{index}"), function)
+        block = _jit_in_place(function, windows_lie)
+        for i, x in enumerate(hidden):
+            hidden[i] = block(params, x)
+        # Computation is asynchronous: without waiting, parameters of blocks still to be computed would pile up.
+        jax.block_until_ready(hidden)
+        del params
+        if progress is not None:
+            progress(index + 1, config.layers + 1)
+    head = decoder.head(config)
+    params = placed({name: weights.params(name) for name in decoder.head_parts(config)}, head)
+    return Passed(windows=batches, hidden=hidden, head=head, params=params, count=len(tokens))
+
+
+def check_finite(nll: Float[np.ndarray, " n"], dtype: DTypeLike) -> None:
+    """Raises a `JpruneError` where the cross-entropy of a window is no number."""
+    if np.isfinite(nll).all():
+        return
+    window = int(np.flatnonzero(~np.isfinite(nll))[0])
+    raise JpruneError(
+        f"The cross-entropy of window {window} is {nll[window]} in {jnp.dtype(dtype)}: weights are not finite or "
+        "activations overflow. Compute in float32 or bfloat16, and check the checkpoint."
+    )
+
+
+def _check(tokens: np.ndarray, vocab: int) -> None:
+    """Out of range ids would not fail: JAX clamps them silently."""
+    if tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise JpruneError(
+            f"Perplexity needs at least one window of at least two tokens; tokens have shape {tokens.shape}."
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab:
+        raise JpruneError(f"Token ids lie in [{low}, {high}], outside the model's vocabulary [0, {vocab}).")
+
+
+@functools.lru_cache(maxsize=256)
+def _shardings(
+    function: Callable | None, shapes: tuple[tuple[str, tuple[int, ...]], ...], d_model: int, mesh: Mesh
+) -> dict[str, NamedSharding]:
+    """Where the parameters of a block lie: its kernels cut along their outputs."""
+    outputs: dict[str, tuple[int, ...]] = {}
+    if function is not None:
+        params = trees.unflatten({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes})
+        x = jax.ShapeDtypeStruct((1, 8, d_model), jnp.float32)
+        outputs = {m.path: m.out_axes for m in matmuls(function, params, x, stacked=True)}
+    return {path: devices.kernel(mesh, shape, outputs.get(path, ())) for path, shape in shapes}
+
+
+def _micro_batches(tokens: np.ndarray, batch: int | None, mesh: Mesh) -> list[Int[Array, "batch length"]]:
+    """The windows in micro-batches of one shape, shared out evenly, so that each function compiles once.
+
+    The size is evened out (13 windows, at most 8 at once: 7 and 6), and what the last one lacks is filled with copies
+    of the last window: fewer copies than there are micro-batches.
+    """
+    n, length = tokens.shape
+    if batch is None:
+        batch = windows_at_once(length)
+    if batch < 1:
+        raise JpruneError(f"The number of windows in a batch must be at least 1; it is {batch}.")
+    data = mesh.shape[devices.DATA]
+    count = math.ceil(n / (batch * data))
+    size = math.ceil(n / count / data) * data
+    padded = np.pad(tokens.astype(np.int32), ((0, count * size - n), (0, 0)), mode="edge")
+    return [devices.place(part, devices.batch(mesh, size)) for part in padded.reshape(count, size, length)]
+
+
+# The decoder returns one function object for equal blocks, so these caches make equal blocks share one compilation.
+
+
+@functools.lru_cache(maxsize=64)
+def _jit(function: Callable, sharding: NamedSharding) -> Callable:
+    return jax.jit(function, out_shardings=sharding)
+
+
+@functools.lru_cache(maxsize=64)
+def _jit_in_place(function: Callable, sharding: NamedSharding) -> Callable:
+    """The output overwrites the hidden states that came in."""
+    return jax.jit(function, donate_argnums=1, out_shardings=sharding)

@@ -1,0 +1,164 @@
+"""Models side by side: what each is, what it predicts, and how far that is from the first of them."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jprune import trees
+from jprune.anatomy.kernels import prunable
+from jprune.checkpoints import Checkpoint, load
+from jprune.data.for_model import evaluation_windows
+from jprune.errors import JpruneError
+from jprune.evaluate import intervals
+from jprune.evaluate.distance import Distance, Reference
+from jprune.evaluate.intervals import Interval
+
+TAIL = 99
+"""Percentile of the tokens' divergences that is told beside their mean."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One of the models.
+
+    Attributes:
+        model: as it was given.
+        sparsity: zeros of its prunable kernels, and parameters.
+        nbytes: of its parameters, in the dtypes in which they are stored.
+        perplexity: exp of the mean cross-entropy, with its interval over windows.
+        change: of the mean cross-entropy from the reference's, in nats, by windows in pairs; its `exp` is the ratio of
+            the perplexities. Zero for the reference.
+        divergence: KL(reference || model) of a token, in nats, with its interval over windows.
+        tail: the percentile `TAIL` of the tokens' divergences.
+        agreement: share of tokens whose most likely successor is the reference's, with its interval over windows.
+    """
+
+    model: str
+    sparsity: trees.Sparsity
+    nbytes: int
+    perplexity: Interval
+    change: Interval
+    divergence: Interval
+    tail: float
+    agreement: Interval
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Models on the same windows, the reference first."""
+
+    models: tuple[Compared, ...]
+    text: str
+    windows: int
+    sequence_length: int
+    sha256: str
+    """Of the windows."""
+    notices: tuple[str, ...] = ()
+
+    def json(self) -> dict[str, Any]:
+        """As plain values, without the notices; what is not finite is None."""
+        return _plain({name: value for name, value in dataclasses.asdict(self).items() if name != "notices"})
+
+
+def compare(
+    models: Sequence[str | Path | Checkpoint],
+    text: str = "pydoc",
+    *,
+    sequence_length: int | None = None,
+    windows: int | None = None,
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Comparison:
+    """Holds models against the first of them, block by block, so that none has to fit into memory.
+
+    Args:
+        models: two or more, as `jprune.load` takes them, or loaded; the first is the reference.
+        text: the evaluation text, see `jprune.data.sources`.
+        sequence_length: tokens a window; by default 2048, or the reference's context.
+        windows: how many, from the beginning of the text; by default all.
+        dtype: of parameters and hidden states in the computation.
+        mesh: the devices, see `jprune.devices`; by default all of them.
+        progress: called with (done, total, model) after each block of each.
+
+    Raises:
+        JpruneError: there are fewer than two models, they do not cut the text into the same tokens, or one of them
+            gives what is not finite.
+    """
+    if len(models) < 2:
+        raise JpruneError(f"expected two models or more to compare, got {len(models)}")
+    names = [repr(m) if isinstance(m, Checkpoint) else str(m) for m in models]
+    loaded = [m if isinstance(m, Checkpoint) else load(m) for m in models]
+    wanted = {"length": sequence_length, "count": windows}
+    tokens = evaluation_windows(loaded[0], text, **wanted)
+    wanted = {"length": tokens.tokens.shape[1], "count": windows}
+    for name, checkpoint in zip(names[1:], loaded[1:]):
+        theirs = evaluation_windows(checkpoint, text, **wanted)
+        if theirs.sha256 != tokens.sha256:
+            raise JpruneError(
+                f"expected models that cut {text} into the same tokens, and {name} does not as {names[0]} does: what "
+                "they predict cannot be held against each other; measure each by `jprune eval perplexity`"
+            )
+
+    def tell(index: int) -> Callable[[int, int], None]:
+        def told(done: int, total: int) -> None:
+            if progress is not None:
+                progress(index * total + done, len(models) * total, names[index])
+
+        return told
+
+    reference = Reference(loaded[0], tokens.tokens, dtype=dtype, mesh=mesh, progress=tell(0))
+    first = reference.to_itself()
+    found = [_compared(names[0], loaded[0], first, first)]
+    for i, checkpoint in enumerate(loaded[1:], 1):
+        found.append(_compared(names[i], checkpoint, reference.to(checkpoint, progress=tell(i)), first))
+    count, length = tokens.tokens.shape
+    return Comparison(
+        models=tuple(found),
+        text=text,
+        windows=count,
+        sequence_length=length,
+        sha256=tokens.sha256,
+        notices=tuple(tokens.notices),
+    )
+
+
+def _compared(name: str, checkpoint: Checkpoint, distance: Distance, first: Distance) -> Compared:
+    return Compared(
+        model=name,
+        sparsity=_sparsity(checkpoint),
+        nbytes=checkpoint.nbytes,
+        perplexity=_exp(intervals.mean(distance.nll)),
+        change=intervals.mean(distance.nll - first.nll),
+        divergence=intervals.mean(distance.divergence.mean(axis=1)),
+        tail=float(np.percentile(distance.divergence, TAIL)),
+        agreement=intervals.mean(distance.agrees.mean(axis=1)),
+    )
+
+
+def _sparsity(checkpoint: Checkpoint) -> trees.Sparsity:
+    paths = prunable(checkpoint)
+    return trees.Sparsity(
+        zeros=sum(trees.count_zeros(checkpoint.read(path)) for path in paths),
+        prunable_parameters=checkpoint.count(paths),
+        total_parameters=checkpoint.parameters,
+    )
+
+
+def _exp(interval: Interval) -> Interval:
+    return Interval(**{name: math.exp(min(x, 700.0)) for name, x in dataclasses.asdict(interval).items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,60 @@
+"""`jprune compare` as a user types it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+import jprune
+from jprune.cli import main
+
+
+@pytest.fixture
+def said(capsys):
+    """(exit status, stdout, stderr) of the command."""
+
+    def run(*words):
+        status = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_models_against_the_first(said, tiny_model, token_file, tmp_path):
+    """Numbers are those of `eval perplexity`; a copy is not distinguishable, and a pruned model is."""
+    dense, tokens = tiny_model(), token_file()
+    jprune.prune_model(dense, tmp_path / "pruned", method=jprune.Magnitude(), pattern=jprune.Unstructured(0.75))
+    models = (dense, dense, tmp_path / "pruned")
+    status, out, _ = said("compare", *models, "--text", tokens, "--json")
+    result = json.loads(out)
+    assert status == 0
+    first, copy, pruned = result["models"]
+    for model, own in zip(models, (first, copy, pruned)):
+        measured = json.loads(said("eval", "perplexity", model, "--text", tokens, "--json")[1])
+        assert own["perplexity"]["value"] == pytest.approx(measured["perplexity"], rel=1e-6)
+        assert measured["sha256"] == result["sha256"]
+        assert own["perplexity"]["low"] < own["perplexity"]["value"] < own["perplexity"]["high"]
+    assert copy["divergence"] == {"value": 0, "low": 0, "high": 0}
+    assert copy["agreement"]["value"] == 1
+    assert pruned["divergence"]["low"] > 0
+    assert pruned["tail"] > pruned["divergence"]["value"]
+    ratio = math.log(pruned["perplexity"]["value"] / first["perplexity"]["value"])
+    assert pruned["change"]["value"] == pytest.approx(ratio, abs=1e-6)
+    kernels = [p for p in jprune.load(dense).shapes if p.startswith("blocks/") and p.endswith("kernel")]
+    zeros = sum(int(np.sum(jprune.load(tmp_path / "pruned").read(p) == 0)) for p in kernels)
+    assert pruned["sparsity"]["zeros"] == zeros
+    status, out, _ = said("compare", *models[:2], "--text", tokens)
+    assert status == 0
+    assert "not distinguishable" in out
+
+
+def test_what_cannot_be_compared(said, tiny_model, token_file):
+    dense, tokens = tiny_model(), token_file()
+    status, _, err = said("compare", dense, "--text", tokens)
+    assert status == 2
+    assert "expected two models or more" in err
+    status, _, err = said("compare", dense, tiny_model(name="other", vocab_size=97), "--text", tokens)
+    assert status == 1
+    assert "one vocabulary, got 96 tokens and 97" in err
