@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune.pipeline.oneshot.run import plan_run as plan_run
     from jprune.pipeline.oneshot.run import prune_model as prune_model
     from jprune.pipeline.options import DynamicLoading as DynamicLoading
+    from jprune.pipeline.pack import pack as pack
     from jprune.pipeline.recipe import Recipe as Recipe
     from jprune.pipeline.rounds.plan import plan_prune_and_tune as plan_prune_and_tune
     from jprune.pipeline.rounds.run import prune_and_tune as prune_and_tune
@@ -93,6 +94,7 @@ _NAMES = {
     "jprune.pipeline.recipe": ("Recipe",),
     "jprune.pipeline.oneshot.run": ("plan_run", "prune_model"),
     "jprune.pipeline.options": ("DynamicLoading",),
+    "jprune.pipeline.pack": ("pack",),
     "jprune.pipeline.rounds.plan": ("plan_prune_and_tune",),
     "jprune.pipeline.rounds.run": ("prune_and_tune",),
     "jprune.pipeline.shrink.plan": ("plan_shrink",),

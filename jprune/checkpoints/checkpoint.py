@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jprune import paths, texts, trees
-from jprune.checkpoints import demo, huggingface, orbax
+from jprune.checkpoints import demo, huggingface, orbax, packed
 from jprune.checkpoints import select as selection
 from jprune.checkpoints.gguf import read as gguf
 from jprune.checkpoints.huggingface import tokenizer
@@ -118,13 +118,26 @@ class Checkpoint:
             return self._opened.read_together(list(paths))
         return {path: self.read(path) for path in paths}
 
-    def params(self, prefix: str = "") -> dict:
-        """Nested dict of the parameters below `prefix`, such as "blocks/3"; of all of them if it is empty."""
+    @property
+    def is_packed(self) -> bool:
+        """Whether kernels are stored packed; `read` unpacks them."""
+        return any(tensor.packed for tensor in self._tensors.values())
+
+    def params(self, prefix: str = "", *, packed: bool = False) -> dict:
+        """Nested dict of the parameters below `prefix`, such as "blocks/3"; of all of them if it is empty.
+
+        Args:
+            prefix: path of a part.
+            packed: kernels that are stored packed stay so (`jprune.sparse.PackedKernel`), for the decoder to multiply
+                by as they are.
+        """
         start = f"{prefix}/" if prefix else ""
         below = [path for path in self._tensors if path.startswith(start)]
         if not below:
             raise JpruneError(f"{self.source}: no parameters below {prefix!r}")
-        values = self.read_many(below)
+        kernels = {path: read for path in below if packed and (read := self._tensors[path].packed)}
+        values: dict[str, Any] = {**self.read_many([path for path in below if path not in kernels])}
+        values |= {path: read() for path, read in kernels.items()}
         return trees.unflatten({path.removeprefix(start): values[path] for path in below})
 
     def select(self, keep: selection.Keep, layers: Sequence[int] | None = None) -> "Checkpoint":
@@ -238,6 +251,8 @@ def _open_folder(folder: Path, weights: bool) -> Source:
         if not huggingface.holds_weights(folder):
             huggingface.adapters.refuse(folder)
         return huggingface.open_config(folder)
+    if packed.is_packed(folder):
+        return packed.open_source(folder)
     if huggingface.holds_weights(folder):  # as transformers does, whatever else lies there
         return huggingface.open_source(folder)
     if orbax.is_orbax(folder):

@@ -4,29 +4,50 @@
     jprune    the same, with `per_layer_config` in config.json where layers differ; transformers refuses those
     decilm    `DeciLMForCausalLM`, for vLLM; feed-forward widths and key/value heads may differ between layers
     orbax     an Orbax pytree in jprune's layout; layers may differ
+    packed    kernels without their zeros (`jprune.checkpoints.packed`), for jprune; layers may differ
 
 What a format cannot hold is refused before anything is written.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import TracebackType
+from typing import Any, Literal, Protocol, get_args
 
-from jprune.checkpoints import huggingface, orbax
+import jax
+import numpy as np
+
+from jprune.checkpoints import huggingface, orbax, packed
 from jprune.checkpoints.checkpoint import Checkpoint
 from jprune.checkpoints.huggingface import decilm
 from jprune.errors import JpruneError
 from jprune.models import families
 from jprune.models.config import DecoderConfig
 
-Format = Literal["hf", "jprune", "decilm", "orbax"]
+Format = Literal["hf", "jprune", "decilm", "orbax", "packed"]
+WHOLE: tuple[Format, ...] = ("orbax", "packed")
+"""The formats that are written at once: a run that may be interrupted writes a Hugging Face folder on the way."""
 # What transformers 5.23 does with sizes, beyond what its documentation says.
 _HEAD_DIM = ("PhiForCausalLM", "Phi3ForCausalLM", "CohereForCausalLM")  # head_dim is no key of theirs, but is read
 _DIVIDED = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")  # heads must divide hidden_size though head_dim is given
 
 
-Writer = huggingface.Writer | orbax.Writer
-"""Takes parameters one by one, in any order: `write(path, array)`; `close`, or the end of a `with`, completes it."""
+class Writer(Protocol):
+    """Takes parameters one by one, in any order; `close`, or the end of a `with`, completes the folder."""
+
+    def write(self, path: str, array: np.ndarray | jax.Array) -> Any:
+        """Writes one parameter."""
+        ...
+
+    def close(self) -> None:
+        """Completes the folder."""
+        ...
+
+    def __enter__(self) -> "Writer": ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
 
 
 def write(
@@ -69,12 +90,22 @@ def writer(
 ) -> Writer:
     """A writer for parameters of `checkpoint`'s shapes; arguments and errors are those of `write`.
 
-    `options` are those of `huggingface.Writer`, and go to it.
+    `options` are those of the format's own writer, and go to it.
     """
     restated = _restated(checkpoint, format)
     if format == "orbax":
         return orbax.Writer(folder, restated, dtypes, saturate=saturate)
+    if format == "packed":
+        from jprune.checkpoints.packed.write import Writer  # with the kernels, for which others need not wait
+
+        return Writer(folder, restated, dtypes, saturate=saturate, **options)
     return huggingface.Writer(folder, restated, dtypes, saturate=saturate, **options)
+
+
+def discard(folder: Path) -> None:
+    """Removes what an earlier process left of the formats in `WHOLE`, finished or not."""
+    orbax.discard(folder)
+    packed.discard(folder)
 
 
 def check(checkpoint: Checkpoint, format: Format) -> None:
@@ -88,6 +119,8 @@ def notices(checkpoint: Checkpoint, format: Format) -> tuple[str, ...]:
         return ("vLLM loads this folder with --trust-remote-code, which runs its configuration_decilm.py",)
     if format == "jprune" and not checkpoint.config.uniform:
         return ("layers differ in size, so only jprune loads this folder",)
+    if format == "packed":
+        return ("kernels are packed, so only jprune loads this folder; `jprune convert` unpacks it",)
     if format == "hf" and _is_llama_in_name_only(checkpoint.config):
         return (
             "written as MistralForCausalLM, which computes the same: transformers wants a Llama's num_attention_heads "

@@ -12,6 +12,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from jprune.models.kernels import Kernel
+
 FLOAT_DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -33,6 +35,7 @@ class StoredTensor:
     read: Callable[[], np.ndarray]
     read_rows: Callable[[int, int], np.ndarray] | None = None  # some rows, where that takes less than all
     problem: str | None = None  # why it cannot be read
+    packed: Callable[[], Kernel] | None = None  # where it is a packed kernel: how to read it as that
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Some rows of it."""

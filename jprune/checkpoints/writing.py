@@ -17,6 +17,7 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from jprune import texts
 from jprune.errors import JpruneError
 
 _TYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_TYPE_NAMES |= {"int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8"}
 
 
 class SafetensorsFile:
@@ -35,6 +37,7 @@ class SafetensorsFile:
         tensors: shape and dtype of each tensor by its key.
         reopen: the file may exist, from an earlier process that was to write the same tensors; what it holds stays.
         follow: another process makes the file and writes it; this one only reads.
+        metadata: what the header says besides; by default what transformers asks for.
     """
 
     def __init__(
@@ -44,11 +47,12 @@ class SafetensorsFile:
         *,
         reopen: bool = False,
         follow: bool = False,
+        metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
     ):
         self.path = path
         self._tensors = dict(tensors)
         self._offsets: dict[str, int] = {}
-        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, dict] = {"__metadata__": dict(metadata)}
         offset = 0
         # Wide types first, so that every tensor is aligned to its own item size.
         for key in sorted(self._tensors, key=lambda key: (-self._tensors[key][1].itemsize, key)):

@@ -1,6 +1,7 @@
 """`jprune generate`: a prompt, continued."""
 
 import dataclasses
+import sys
 import time
 
 from jprune import texts
@@ -22,11 +23,14 @@ class Generate(Command):
     """Sample among the likeliest tokens that together have this probability."""
     seed: int = 0
     """Seed of the sampling."""
+    unpack: bool = False
+    """Unpack all kernels of a packed model once: more memory, and less time where no GPU multiplies by them packed."""
 
     def run(self) -> Told:
         """Generates; shows the text as it grows."""
         from jprune.checkpoints import load
         from jprune.models.generate import stream
+        from jprune.sparse import runs_as
 
         checkpoint = load(self.model)
         tokenizer = checkpoint.tokenizer
@@ -34,12 +38,14 @@ class Generate(Command):
             raise JpruneError(f"{self.model} has no tokenizer; put its tokenizer.json beside the weights")
         given = texts.argument(self.prompt, "--prompt")
         prompt = tokenizer.encode(given, add_special_tokens=True)
+        if checkpoint.is_packed:
+            print(self.spelled(runs_as(unpacked=self.unpack)), file=sys.stderr, flush=True)
         start = time.perf_counter()
         tokens: list[int] = []
         shown = ""
         for token in stream(
             checkpoint.config,
-            checkpoint.params(),
+            checkpoint.params(packed=not self.unpack),
             prompt,
             max_tokens=self.max_tokens,
             temperature=self.temperature,

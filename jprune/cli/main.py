@@ -28,6 +28,7 @@ COMMANDS = Methods(
         "compare": "jprune.cli.compare:Compare",
         "generate": "jprune.cli.generate:Generate",
         "convert": "jprune.cli.convert:Convert",
+        "pack": "jprune.cli.pack:Pack",
         "info": "jprune.cli.info:Info",
         "groups": "jprune.cli.info:Groups",
     }

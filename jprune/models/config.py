@@ -5,6 +5,7 @@ here serve to say what a checkpoint must contain, and to build abstract or rando
 heads and feed-forward widths, as structured pruning leaves them.
 """
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -275,3 +276,20 @@ def _norm(config: DecoderConfig, name: str, *, when: bool = True) -> dict[str, s
 def shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter, by path."""
     return {path: tuple(config.size(name, path) for name in names) for path, names in parameters(config).items()}
+
+
+def block_kernels(config: DecoderConfig) -> dict[str, int]:
+    """The kernels of the blocks, by path: how many of a kernel's axes are inputs. Routers and gates are left out.
+
+    Those of experts are stacks, with an axis more in front (`is_stack`).
+    """
+    found = {}
+    for path, axes in parameters(config).items():
+        if path.startswith("blocks/") and path.endswith("/kernel") and not re.search("/(router|shared_gate)/", path):
+            found[path] = 2 if axes[0] == "heads" else 1
+    return found
+
+
+def is_stack(path: str) -> bool:
+    """Whether the parameter at a path is a stack of kernels, of one for each expert."""
+    return "/experts/" in path

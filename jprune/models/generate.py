@@ -8,6 +8,7 @@ overwrite it.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
@@ -76,14 +77,37 @@ def stream(
         max_tokens together beyond the model's context.
     """
     prompt = _checked_prompt(config, prompt_ids, max_tokens)
+    _check_sampling(temperature, top_p)
+    stop = set() if eos_id is None else set(eos_id) if isinstance(eos_id, Collection) else {eos_id}
+    steps = _tokens(config, params, prompt, max_tokens, temperature, top_p, jax.random.key(seed))
+    return itertools.takewhile(lambda token: token not in stop, (int(tokens[0]) for tokens in steps))
+
+
+def stream_batch(
+    config: DecoderConfig,
+    params: decoder.Params,
+    prompts: Int[np.ndarray, "B T"],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[Int[np.ndarray, " B"]]:
+    """Yield the tokens that follow prompts of one length, one of each at a time; see `stream`."""
+    _check_sampling(temperature, top_p)
+    prompts = _checked_prompt(config, prompts, max_tokens)
+    return _tokens(config, params, prompts, max_tokens, temperature, top_p, jax.random.key(seed))
+
+
+def _check_sampling(temperature: float, top_p: float) -> None:
     if temperature < 0 or not 0 < top_p <= 1:
         raise JpruneError(f"expected temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
-    stop = set() if eos_id is None else set(eos_id) if isinstance(eos_id, Collection) else {eos_id}
-    return _tokens(config, params, prompt, max_tokens, temperature, top_p, jax.random.key(seed), stop)
 
 
-def _checked_prompt(config: DecoderConfig, prompt_ids: Sequence[int], max_tokens: int) -> Int[np.ndarray, "1 T"]:
-    prompt = np.asarray(prompt_ids, np.int32).reshape(1, -1)
+def _checked_prompt(
+    config: DecoderConfig, prompt_ids: Sequence[int] | np.ndarray, max_tokens: int
+) -> Int[np.ndarray, "B T"]:
+    prompt = np.atleast_2d(np.asarray(prompt_ids, np.int32))
     length = prompt.shape[1]
     if length == 0:
         raise JpruneError(
@@ -110,8 +134,7 @@ def _tokens(
     temperature: float,
     top_p: float,
     key: Key[Array, ""],
-    stop: set[int],
-) -> Iterator[int]:
+) -> Iterator[Int[np.ndarray, " B"]]:
     batch, length = prompt.shape
     params = jax.tree.map(jnp.asarray, params)  # onto the device once, not at every step
     blocks = [params["blocks"][str(i)] for i in range(config.layers)]
@@ -132,9 +155,7 @@ def _tokens(
 
     for step in range(max_tokens):
         token, x = pick(ends, x, temperature, top_p, jax.random.fold_in(key, step), length + step)
-        if (yielded := int(token[0])) in stop:
-            return
-        yield yielded
+        yield np.asarray(token)
         if step + 1 == max_tokens:
             return
         for i, (layer, block) in enumerate(zip(layers, blocks)):

@@ -19,6 +19,7 @@ from jprune.annotations import Array, Bool, Float, Int
 from jprune.errors import JpruneError
 from jprune.models.attention import Cache, alibi_slopes, attend
 from jprune.models.config import DecoderConfig
+from jprune.models.kernels import multiply, multiply_each
 from jprune.models.rope import Rope, rotate, rotations
 
 Params = Mapping[str, Any]  # nested dicts; leaves are arrays
@@ -84,7 +85,7 @@ def norm_options(config: DecoderConfig) -> NormOptions:
 
 
 class Linear(nnx.Module):
-    """y = x kernel (+ bias): the kernel's first `inputs` axes meet x's last ones in one dot_general."""
+    """y = x kernel (+ bias): the kernel's first `inputs` axes meet x's last ones in one product."""
 
     def __init__(self, params: Params, *, inputs: int = 1):
         self.kernel = nnx.Param(params["kernel"])
@@ -93,7 +94,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Apply to [..., *d_in]; gives [..., *d_out] in x's dtype."""
-        y = jnp.tensordot(x, self.kernel.get_value().astype(x.dtype), axes=self.inputs)
+        y = multiply(x, self.kernel.get_value(), self.inputs)
         return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
 
 
@@ -220,8 +221,8 @@ class Experts(nnx.Module):
         weights, sent = self._route(x)  # [B, T, experts]
         inputs = jnp.where(jnp.moveaxis(sent, -1, 0)[..., None], x, jnp.zeros((), x.dtype))  # [experts, B, T, d_model]
         act = ACTIVATIONS[self.options.activation]
-        hidden = act(_each(inputs, self.gate)) * _each(inputs, self.up)
-        y = jnp.einsum("ebtd,bte->btd", _each(hidden, self.down), weights)
+        hidden = act(multiply_each(inputs, self.gate.get_value())) * multiply_each(inputs, self.up.get_value())
+        y = jnp.einsum("ebtd,bte->btd", multiply_each(hidden, self.down.get_value()), weights)
         if self.shared is not None and self.shared_gate is not None:
             y = y + jax.nn.sigmoid(self.shared_gate(x))[..., None] * self.shared(x)
         return y
@@ -234,12 +235,6 @@ class Experts(nnx.Module):
             best = best / jnp.sum(best, axis=-1, keepdims=True)
         chosen = jax.nn.one_hot(which, odds.shape[-1], dtype=jnp.float32)  # [B, T, k, experts]
         return jnp.sum(chosen * best[..., None], axis=-2).astype(x.dtype), jnp.any(chosen > 0, axis=-2)
-
-
-def _each(x: Float[Array, "E B T d_in"], kernel: nnx.Param) -> Float[Array, "E B T d_out"]:
-    """Every expert's kernel against its own inputs, in one dot_general."""
-    stacked = kernel.get_value().astype(x.dtype)  # [experts, d_in, d_out]
-    return jax.lax.dot_general(x, stacked, (((3,), (1,)), ((0,), (0,))))
 
 
 class Block(nnx.Module):

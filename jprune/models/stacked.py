@@ -13,7 +13,7 @@ Every block is rematerialised: its backward pass recomputes it from its input, s
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from jprune.errors import JpruneError
 from jprune.models import decoder
 from jprune.models.config import DecoderConfig
 from jprune.models.decoder import Params
+from jprune.models.kernels import Kernel, flatten
 
 PyTree = Any
 Runs = tuple[range, ...]
@@ -46,9 +47,9 @@ def runs(config: DecoderConfig, *along: PyTree) -> Runs:
     """
     leaves: list[dict[tuple[int, str], Any]] = [{} for _ in range(config.layers)]
     for number, tree in enumerate(along):
-        for path, leaf in trees.flatten(tree).items():
+        for path, leaf in flatten(tree).items():
             if block := _BLOCK.match(path):
-                leaves[int(block[1])][number, path[block.end() :]] = (tuple(leaf.shape), jnp.dtype(leaf.dtype))
+                leaves[int(block[1])][number, path[block.end() :]] = _kind(leaf)
 
     def same(i: int) -> bool:
         return leaves[i] == leaves[i - 1] and decoder.block(config, i) is decoder.block(config, i - 1)
@@ -91,8 +92,9 @@ def members(paths: Iterable[str], runs: Runs) -> dict[str, tuple[str, ...]]:
 
 
 def stack(tree: PyTree, runs: Runs) -> dict[str, Any]:
-    """The tree with the blocks of every run stacked; leaves may be NumPy or JAX arrays or ShapeDtypeStructs."""
-    leaves = trees.flatten(tree)
+    """The tree with the blocks of every run stacked; leaves may be NumPy or JAX arrays, ShapeDtypeStructs or
+    kernels that are none of these."""
+    leaves = flatten(tree)
     made = {path: [leaves[p] for p in group] for path, group in members(leaves, runs).items()}
     return trees.unflatten({path: _stack(path, group) for path, group in made.items()})
 
@@ -100,7 +102,7 @@ def stack(tree: PyTree, runs: Runs) -> dict[str, Any]:
 def unstack(tree: PyTree) -> dict[str, Any]:
     """The tree with a subtree for each block again; the inverse of `stack`."""
     leaves = {}
-    for path, leaf in trees.flatten(tree).items():
+    for path, leaf in flatten(tree).items():
         block = _BLOCK.match(path)
         if block is None or block[2] is None:
             leaves[path] = leaf
@@ -110,10 +112,17 @@ def unstack(tree: PyTree) -> dict[str, Any]:
     return trees.unflatten(leaves)
 
 
+def _kind(leaf: Any) -> Hashable:
+    """Equal for leaves that can be stacked."""
+    return leaf.kind if isinstance(leaf, Kernel) else (tuple(leaf.shape), jnp.dtype(leaf.dtype))
+
+
 def _stack(path: str, leaves: Sequence[Any]) -> Any:
     block = _BLOCK.match(path)
     if block is None or block[2] is None:
         return leaves[0]
+    if isinstance(leaves[0], Kernel):
+        return leaves[0].stack(leaves[1:])
     if isinstance(leaves[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
     return np.stack(leaves) if isinstance(leaves[0], np.ndarray) else jnp.stack(leaves)

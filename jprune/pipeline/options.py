@@ -97,7 +97,8 @@ class Output:
 
     format: Format | None = None
     """Output format: hf (safetensors, for every Hugging Face loader; all layers must be equal), jprune (the same, and
-    layers may differ), decilm (DeciLMForCausalLM, for vLLM) or orbax. By default hf, or jprune if layers differ."""
+    layers may differ), decilm (DeciLMForCausalLM, for vLLM), orbax or packed (without the zeros, for jprune). By
+    default hf, or jprune if layers differ."""
     overwrite: bool = False
     """Replace the output folder if an earlier run wrote it; without `resume`, drop a run that was interrupted."""
 

@@ -48,6 +48,8 @@ RUNS: dict[str, str] = {
     "convert to decilm": "convert {model} --format decilm",
     "convert to orbax": "convert {model} --format orbax",
     "convert from orbax": "convert {convert_to_orbax}",
+    "pack": "pack {magnitude}",
+    "convert from packed": "convert {pack}",
     "convert from jprune": "convert {llm-pruner} --format jprune --dtype float16",
 }
 """Commands that write a model, less --out and --json. A {name} that is a run's stands for what that run wrote."""

@@ -9,5 +9,5 @@ INDEX = "model.safetensors.index.json"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold its weights, and their index."""
-    return [*sorted(folder.glob("*.safetensors")), *folder.glob(INDEX)]
+    """The files of a folder that hold its weights, as `Writer` names them, and their index."""
+    return [*sorted(folder.glob("model*.safetensors")), *folder.glob(INDEX)]

@@ -6,7 +6,9 @@ Only safetensors are read. Pickled weights (pytorch_model.bin) can run code when
 import functools
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,8 @@ from jprune.models import families
 from jprune.models.config import shapes
 from jprune.packages import require
 
-_STORED_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOATS = {"F32": FLOAT_DTYPES["float32"], "F16": FLOAT_DTYPES["float16"], "BF16": FLOAT_DTYPES["bfloat16"]}
+"""What weights are stored as, by its name in safetensors files."""
 
 
 def open_source(path: Path) -> Source:
@@ -32,7 +35,7 @@ def open_source(path: Path) -> Source:
         JpruneError: no config, quantised or pickled weights, missing or damaged files, an index that leaves the folder.
     """
     folder = path.parent if path.is_file() else path
-    config = _read_config(folder)
+    config = read_config(folder)
     where, chosen = locate(path, folder, config)
     stored: dict[str, StoredTensor] = {}
     aliases: dict[str, str] = {}
@@ -62,7 +65,7 @@ def open_config(folder: Path) -> Source:
     Raises:
         JpruneError: no config, or one that is not supported.
     """
-    hf_config = _read_config(folder)
+    hf_config = read_config(folder)
     name = str(hf_config.get("dtype") or hf_config.get("torch_dtype")).removeprefix("torch.")
 
     def read() -> np.ndarray:
@@ -82,7 +85,12 @@ def open_config(folder: Path) -> Source:
     )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder, as the families read it.
+
+    Raises:
+        JpruneError: there is none, it is damaged, or it says that the weights are quantised.
+    """
     config = writing.read_json(checked(folder / "config.json", folder))
     # Null or empty it says that they are not; compressed-tensors once had a key of its own.
     if quantised := config.get("quantization_config") or config.get("compression_config"):
@@ -94,8 +102,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return {**config, "architectures": [families.architecture(config)]}
 
 
-def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def open_file(
+    path: Path, known: Mapping[str, np.dtype] = MappingProxyType(FLOATS)
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of a safetensors file, and its metadata.
+
+    Args:
+        path: the file.
+        known: the dtypes that can be read, by their names in such files.
 
     Raises:
         JpruneError: the file is truncated or damaged.
@@ -115,9 +129,9 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     def stored(key: str) -> StoredTensor:
         shape, kind = info[key]
         problem = None
-        if kind not in _STORED_DTYPES:
-            problem = f"{path}: tensor {key!r} is stored as {kind}; supported: {', '.join(_STORED_DTYPES)}"
-        dtype = FLOAT_DTYPES[_STORED_DTYPES.get(kind, "float32")]
+        if kind not in known:
+            problem = f"{path}: tensor {key!r} is stored as {kind}; supported: {', '.join(known)}"
+        dtype = known.get(kind, FLOATS["F32"])
         read = functools.partial(_read_rows, path, key, starts[key], shape, dtype)
         return StoredTensor(
             shape=shape, dtype=dtype, where=path.name, read=read, read_rows=read if shape else None, problem=problem

@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jprune.checkpoints import formats, huggingface, load, orbax, record, writing
+from jprune.checkpoints import formats, huggingface, load, record, writing
+from jprune.checkpoints.formats import Format
 from jprune.pipeline.job import Job
 from jprune.pipeline.oneshot.begin import Run
 from jprune.pipeline.oneshot.blocks import prune_blocks
@@ -27,7 +28,7 @@ def pruned(job: Job, run: Run) -> dict[str, Any]:
         with run.stopwatch.phase("io"):
             done = processes.decided_by_first(lambda: _complete(job, run, writer, contents))
     with processes.run_together():
-        if job.format == "orbax" and processes.is_first():
+        if job.format in formats.WHOLE and processes.is_first():
             for left in huggingface.weight_files(folder.partial):
                 left.unlink()
     return done
@@ -55,7 +56,7 @@ def _writer(job: Job, run: Run) -> huggingface.Writer | CutWriter:
     if processes.is_first():
         with writing.explained(partial):
             partial.mkdir(exist_ok=True)
-    on_the_way = "jprune" if job.format == "orbax" else job.format
+    on_the_way = "jprune" if job.format in formats.WHOLE else job.format
     model = job.checkpoint.select(job.cut) if job.cut else job.checkpoint
     writer = formats.writer(partial, model, format=on_the_way, reopen=True, follow=not processes.is_first())
     assert isinstance(writer, huggingface.Writer)
@@ -65,17 +66,17 @@ def _writer(job: Job, run: Run) -> huggingface.Writer | CutWriter:
 def _complete(job: Job, run: Run, writer: huggingface.Writer | CutWriter, contents: dict[str, Any]) -> dict[str, Any]:
     """Finishes the partial result, all of whose parameters are there; returns what the mark says of it."""
     writer.close()
-    if job.format == "orbax":
-        _to_orbax(run.folder.partial)
+    if job.format in formats.WHOLE:
+        _write_whole(run.folder.partial, job.format)
     writing.sync_folder(run.folder.partial)
     run.folder.mark("converted", contents)
     return contents
 
 
-def _to_orbax(folder: Path) -> None:
-    """Adds to a Hugging Face folder the same parameters as an Orbax tree."""
-    orbax.discard(folder)  # half of one, from a process that was killed, would be taken for the model
+def _write_whole(folder: Path, format: Format) -> None:
+    """Adds to a Hugging Face folder the same parameters in a format that is not written kernel by kernel."""
+    formats.discard(folder)  # half of one, from a process that was killed, would be taken for the model
     source = load(folder)
-    with orbax.Writer(folder, source) as writer:
+    with formats.writer(folder, source, format=format) as writer:
         for path in source.shapes:
             writer.write(path, source.read(path))
