@@ -270,3 +270,15 @@ def test_a_parameter_that_was_never_written(model, tmp_path):
         writer.close()
     with pytest.raises(JpruneError, match="expected shape"):
         writer.write(KERNEL, np.zeros(3, np.float32))
+
+
+def test_half_of_a_packed_model_is_removed(model, tmp_path, rng):
+    """What a killed process left beside the weights that a run writes on the way."""
+    out = tmp_path / "packed"
+    packed(out, model, params_of(model, rng))
+    for file in (tmp_path / "model").iterdir():
+        shutil.copy(file, out)
+    assert load(out).is_packed
+    formats.discard(out)
+    assert not load(out).is_packed
+    np.testing.assert_array_equal(load(out).read(KERNEL), model.read(KERNEL))

@@ -35,7 +35,7 @@ def run(capsys):
 def test_every_format_holds_the_same_weights(run, tiny_model, tmp_path):
     source = tiny_model(per_layer_config=OWN)
     original = jprune.load(source)
-    for format in ("jprune", "decilm", "orbax"):
+    for format in ("jprune", "decilm", "orbax", "packed"):
         status, out, err = run("convert", source, "--out", tmp_path / format, "--format", format, "--json")
         assert status == 0
         result = json.loads(out)

@@ -48,7 +48,7 @@ def test_what_is_not_needed_is_not_imported(words, absent):
         ("samples = 4.0", "key 'samples' must be a whole number; got 4.0"),
         ("skip = 3", "key 'skip' must be a list; got 3"),
         ("plan = 1", "key 'plan' must be true or false; got 1"),
-        ('format = "zip"', "key 'format' must be one of hf, jprune, decilm, orbax; got 'zip'"),
+        ('format = "zip"', "key 'format' must be one of hf, jprune, decilm, orbax, packed; got 'zip'"),
         ('memory = "much"', "'much' is not an amount of memory"),
         ("memory = 1e400", "'inf' is not an amount of memory"),
         ('memory = "1e400"', "'1e400' is not an amount of memory"),

@@ -257,16 +257,21 @@ def test_the_micro_batch_is_as_given(tiny_model, token_file, micro_batch):
         plan_run(tiny_model("third"), method=Wanda(), **options | {"micro_batch": 0})
 
 
-def test_orbax_has_the_same_weights(tiny_model, token_file, tmp_path):
+def test_other_formats_have_the_same_weights(tiny_model, token_file, tmp_path):
     folder, recipe = tiny_model(), dict(pattern=Unstructured(0.5), calibration=token_file())
     prune_model(folder, tmp_path / "hf", method=Wanda(), **recipe)
-    prune_model(folder, tmp_path / "orbax", method=Wanda(), **recipe, format="orbax")
-    assert record.damaged(tmp_path / "hf") == record.damaged(tmp_path / "orbax") == []
-    hf, orbax = jprune.load(tmp_path / "hf"), jprune.load(tmp_path / "orbax")
-    assert hf.shapes == orbax.shapes
-    for path in hf.shapes:
-        np.testing.assert_array_equal(hf.read(path), orbax.read(path))
-    assert json.loads((tmp_path / "orbax" / "jprune.json").read_text())["method"] == "wanda"
+    hf = jprune.load(tmp_path / "hf")
+    for format in ("orbax", "packed"):
+        out = tmp_path / format
+        prune_model(folder, out, method=Wanda(), **recipe, format=format)
+        assert record.damaged(tmp_path / "hf") == record.damaged(out) == []
+        assert not (out / "model.safetensors").exists()
+        other = jprune.load(out)
+        assert hf.shapes == other.shapes
+        for path in hf.shapes:
+            np.testing.assert_array_equal(hf.read(path), other.read(path))
+        assert json.loads((out / "jprune.json").read_text())["method"] == "wanda"
+    assert (tmp_path / "packed" / "packed.json").exists()
 
 
 def test_transformers_reads_the_result(tiny_model, token_file, tmp_path):
