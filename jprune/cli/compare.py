@@ -3,13 +3,17 @@
 import dataclasses
 import functools
 import math
+import shlex
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
 from jprune.cli import display
 from jprune.cli.command import OnDevices, Told
-from jprune.errors import UsageError
+from jprune.cli.flags import Repeated
+from jprune.errors import JpruneError, UsageError
 
 if TYPE_CHECKING:
     from jprune.evaluate.intervals import Interval
@@ -28,6 +32,10 @@ class Compare(OnDevices):
     """Tokens of an evaluation window. By default 2048 or the model's context."""
     windows: int | None = None
     """Number of evaluation windows, from the beginning of the text. By default all."""
+    prompt: Repeated = ()
+    """Text that each model continues, side by side; each model is loaded whole for it. May be repeated."""
+    out: Path | None = None
+    """An HTML file for all of it, with maps of the zeros and what was done to each model."""
     dtype: str | None = None
     """Dtype of the activations: float32, bfloat16 or float16. By default float32 on CPU and
     for float16 weights, else that of the weights."""
@@ -36,12 +44,18 @@ class Compare(OnDevices):
         """Measures."""
         from jprune.checkpoints import load
         from jprune.checkpoints.dtypes import activation_dtype
-        from jprune.pipeline.compare import compare
+        from jprune.checkpoints.writing import replace
+        from jprune.evaluate.report import page
+        from jprune.pipeline.compare import compare, records
         from jprune.runs import processes
         from jprune.runs.report import Progress
 
         if not self.others:
             raise UsageError(f"expected two models or more, got {self.model}: jprune compare DENSE PRUNED ...")
+        if self.out is not None and self.out.exists():
+            raise JpruneError(f"{self.out} exists; give another --out, or remove it")
+        if self.out is not None and not self.out.absolute().parent.is_dir():
+            raise JpruneError(f"{self.out.absolute().parent} is no folder to write {self.out.name} into; make it first")
         mesh = self.mesh()
         with processes.run_together():
             dtype = activation_dtype(load(self.model), self.dtype)
@@ -51,14 +65,19 @@ class Compare(OnDevices):
                 self.text,
                 sequence_length=self.sequence_length,
                 windows=self.windows,
+                prompts=self.prompt,
                 dtype=dtype,
                 mesh=mesh,
                 progress=lambda done, total, model: show(Progress(float(done), total, model, "compare")),
             )
-        return Told(result.json(), result.notices, functools.partial(_show, result))
+        if self.out is not None and processes.is_first():
+            command = shlex.join(["jprune", *sys.argv[1:]])
+            content = page({**result.json(), "records": records(result), "command": command})
+            replace(self.out, content.encode())
+        return Told(result.json(), result.notices, functools.partial(_show, result, self.out))
 
 
-def _show(result: "Comparison") -> None:
+def _show(result: "Comparison", out: Path | None) -> None:
     from jprune.evaluate.intervals import LEVEL
     from jprune.pipeline.compare import TAIL
 
@@ -72,6 +91,12 @@ def _show(result: "Comparison") -> None:
     for own in result.models[1:]:
         if not own.change.tells:
             print(f"{own.model}: its perplexity is not distinguishable from that of {first.model} here")
+    for own in result.continuations:
+        print(f"\n{own['prompt']}")
+        for text in own["texts"]:
+            print(f"  {text['model']}: {text['text']!r}")
+    if out is not None:
+        print(f"written to {out}")
 
 
 def _row(own: "Compared", first: bool) -> tuple[str, ...]:

@@ -11,15 +11,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jprune import trees
+from jprune import paths, trees
 from jprune.anatomy.kernels import prunable
-from jprune.checkpoints import Checkpoint, load
+from jprune.checkpoints import Checkpoint, load, record
 from jprune.data.for_model import evaluation_windows
 from jprune.errors import JpruneError
 from jprune.evaluate import intervals
 from jprune.evaluate.distance import Distance, Reference
 from jprune.evaluate.intervals import Interval
+from jprune.models.generate import stream
 
+CONTINUED = 48
 TAIL = 99
 """Percentile of the tokens' divergences that is told beside their mean."""
 
@@ -31,6 +33,8 @@ class Compared:
     Attributes:
         model: as it was given.
         sparsity: zeros of its prunable kernels, and parameters.
+        kernels: of each of them the path, zeros and elements.
+        layers: the sizes of every layer by name.
         nbytes: of its parameters, in the dtypes in which they are stored.
         perplexity: exp of the mean cross-entropy, with its interval over windows.
         change: of the mean cross-entropy from the reference's, in nats, by windows in pairs; its `exp` is the ratio of
@@ -42,6 +46,8 @@ class Compared:
 
     model: str
     sparsity: trees.Sparsity
+    kernels: tuple[dict[str, Any], ...]
+    layers: tuple[dict[str, int], ...]
     nbytes: int
     perplexity: Interval
     change: Interval
@@ -60,6 +66,8 @@ class Comparison:
     sequence_length: int
     sha256: str
     """Of the windows."""
+    continuations: tuple[dict[str, Any], ...] = ()
+    """Of every prompt, what each model makes of it."""
     notices: tuple[str, ...] = ()
 
     def json(self) -> dict[str, Any]:
@@ -73,6 +81,7 @@ def compare(
     *,
     sequence_length: int | None = None,
     windows: int | None = None,
+    prompts: Sequence[str] = (),
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -84,6 +93,8 @@ def compare(
         text: the evaluation text, see `jprune.data.sources`.
         sequence_length: tokens a window; by default 2048, or the reference's context.
         windows: how many, from the beginning of the text; by default all.
+        prompts: texts that each model continues by `CONTINUED` tokens, the likeliest each time; for these one model
+            after the other is in memory as a whole.
         dtype: of parameters and hidden states in the computation.
         mesh: the devices, see `jprune.devices`; by default all of them.
         progress: called with (done, total, model) after each block of each.
@@ -126,29 +137,62 @@ def compare(
         windows=count,
         sequence_length=length,
         sha256=tokens.sha256,
+        continuations=_continued(names, loaded, prompts),
         notices=tuple(tokens.notices),
     )
 
 
+def records(comparison: Comparison) -> list[dict[str, Any] | None]:
+    """The jprune.json beside each model, without the digests of its files; None where there is none."""
+    found: list[dict[str, Any] | None] = []
+    for own in comparison.models:
+        folder = paths.real(own.model)
+        known = record.read(folder) if (folder / record.NAME).is_file() else None
+        found.append(known and {name: value for name, value in known.items() if name not in ("files", "checksum")})
+    return found
+
+
+def _continued(names: list[str], models: list[Checkpoint], prompts: Sequence[str]) -> tuple[dict[str, Any], ...]:
+    written: list[list[str]] = []
+    for name, model in zip(names, models):
+        if not prompts:
+            break
+        if model.tokenizer is None:
+            raise JpruneError(f"{name} has no tokenizer to read prompts; put its tokenizer.json beside the weights")
+        params = model.params()
+        options: dict[str, Any] = {"max_tokens": CONTINUED, "eos_id": model.eos_token_ids}
+        own = []
+        for prompt in prompts:
+            given = model.tokenizer.encode(prompt, add_special_tokens=True)
+            own.append(model.tokenizer.decode(list(stream(model.config, params, given, **options))))
+        written.append(own)
+    return tuple(
+        {"prompt": prompt, "texts": [{"model": n, "text": own[i]} for n, own in zip(names, written)]}
+        for i, prompt in enumerate(prompts)
+    )
+
+
 def _compared(name: str, checkpoint: Checkpoint, distance: Distance, first: Distance) -> Compared:
+    kernels = [
+        {"path": path, "zeros": trees.count_zeros(checkpoint.read(path)), "size": checkpoint.count([path])}
+        for path in prunable(checkpoint)
+    ]
+    sparsity = trees.Sparsity(
+        zeros=sum(kernel["zeros"] for kernel in kernels),
+        prunable_parameters=sum(kernel["size"] for kernel in kernels),
+        total_parameters=checkpoint.parameters,
+    )
     return Compared(
         model=name,
-        sparsity=_sparsity(checkpoint),
+        sparsity=sparsity,
+        kernels=tuple(kernels),
+        layers=checkpoint.sizes,
         nbytes=checkpoint.nbytes,
         perplexity=_exp(intervals.mean(distance.nll)),
         change=intervals.mean(distance.nll - first.nll),
         divergence=intervals.mean(distance.divergence.mean(axis=1)),
         tail=float(np.percentile(distance.divergence, TAIL)),
         agreement=intervals.mean(distance.agrees.mean(axis=1)),
-    )
-
-
-def _sparsity(checkpoint: Checkpoint) -> trees.Sparsity:
-    paths = prunable(checkpoint)
-    return trees.Sparsity(
-        zeros=sum(trees.count_zeros(checkpoint.read(path)) for path in paths),
-        prunable_parameters=checkpoint.count(paths),
-        total_parameters=checkpoint.parameters,
     )
 
 

@@ -45,9 +45,16 @@ def test_models_against_the_first(said, tiny_model, token_file, tmp_path):
     kernels = [p for p in jprune.load(dense).shapes if p.startswith("blocks/") and p.endswith("kernel")]
     zeros = sum(int(np.sum(jprune.load(tmp_path / "pruned").read(p) == 0)) for p in kernels)
     assert pruned["sparsity"]["zeros"] == zeros
+    page = tmp_path / "report.html"
+    status, out, _ = said("compare", dense, tmp_path / "pruned", "--text", tokens, "--out", page)
+    assert status == 0
+    assert f"{pruned['perplexity']['value']:.3f}" in page.read_text()
+    assert "method magnitude" in page.read_text(), "of the record beside the model"
     status, out, _ = said("compare", *models[:2], "--text", tokens)
     assert status == 0
     assert "not distinguishable" in out
+    status, _, err = said("compare", *models[:2], "--text", tokens, "--out", page)
+    assert (status, "exists; give another --out" in err) == (1, True)
 
 
 def test_what_cannot_be_compared(said, tiny_model, token_file):

@@ -1,0 +1,3 @@
+"""A comparison of models as one HTML file that needs nothing else: no network, light and dark, on paper too."""
+
+from jprune.evaluate.report.page import page as page
