@@ -91,9 +91,9 @@ def _show(result: "Comparison", out: Path | None) -> None:
     for own in result.models[1:]:
         if not own.change.tells:
             print(f"{own.model}: its perplexity is not distinguishable from that of {first.model} here")
-    for own in result.continuations:
-        print(f"\n{own['prompt']}")
-        for text in own["texts"]:
+    for continued in result.continuations:
+        print(f"\n{continued['prompt']}")
+        for text in continued["texts"]:
             print(f"  {text['model']}: {text['text']!r}")
     if out is not None:
         print(f"written to {out}")

@@ -173,7 +173,7 @@ def _continued(names: list[str], models: list[Checkpoint], prompts: Sequence[str
 
 
 def _compared(name: str, checkpoint: Checkpoint, distance: Distance, first: Distance) -> Compared:
-    kernels = [
+    kernels: list[dict[str, Any]] = [
         {"path": path, "zeros": trees.count_zeros(checkpoint.read(path)), "size": checkpoint.count([path])}
         for path in prunable(checkpoint)
     ]
