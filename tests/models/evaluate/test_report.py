@@ -148,7 +148,8 @@ PROBE = """<script>addEventListener("load", () => {
   const names = () => [...document.querySelector("table").tBodies[0].rows].map(r => r.cells[0].textContent);
   const heading = document.querySelectorAll("th button")[4];
   heading.click(); heading.click();
-  parent.document.body.dataset.found = JSON.stringify({wide, inner: innerWidth, names: names(), errors: window.errors ?? []});
+  const found = {wide, inner: innerWidth, names: names(), errors: window.errors ?? []};
+  parent.document.body.dataset.found = JSON.stringify(found);
 });</script>"""
 
 
