@@ -1,14 +1,17 @@
 """Times our own text generation with several checkpoints against a baseline: how much faster a smaller model is.
 
-    python scripts/bench_generate.py --baseline DIR MODEL [MODEL ...] [--prompt-length 256] [--tokens 64] [--json]
+    python scripts/bench_generate.py --baseline DIR MODEL [MODEL ...] [--batch 8] [--tokens 64] [--json]
+    python scripts/bench_generate.py --baseline dense pruned packed packed-int8 packed:unpack
 
 Each model has a process of its own, which loads it, generates once to compile, and then waits; the processes take
 turns, one generation each, so that whatever slows the machine down slows all of them. Times are medians over the
-repeats. The prompt is random tokens, the same for all models; every run yields exactly --tokens tokens, greedily.
+repeats. The prompts are random tokens, the same for all models; every run yields exactly --tokens tokens of each,
+greedily. Packed models run packed, and unpacked once where ":unpack" follows their name.
 
-prefill   seconds until the first token of the answer is there (the prompt goes through the model at once)
-decode    seconds per token after it (a token at a time, with the key/value cache)
-memory    the most host memory the process had, reading the file included; and the most on the accelerator
+prefill   seconds until the first tokens of the answers are there (the prompts go through the model at once)
+decode    seconds per step after it (a token of every answer at a time, with the key/value cache)
+memory    the most host memory the process had, reading the file included, and what it had before it read the model;
+          and the most on the accelerator
 """
 
 import argparse
@@ -24,6 +27,8 @@ from typing import Any
 import numpy as np
 from machine import describe
 
+UNPACK = ":unpack"
+
 
 def worker(source: str, options: dict[str, Any], pipe: Connection) -> None:
     """Generates whenever it is asked to; says what the model is at the beginning and its peak memory at the end."""
@@ -33,18 +38,30 @@ def worker(source: str, options: dict[str, Any], pipe: Connection) -> None:
     import jprune
     from jprune.checkpoints.dtypes import activation_dtype
     from jprune.models.config import describe as sizes
-    from jprune.models.generate import stream
+    from jprune.models.generate import stream_batch
+    from jprune.models.kernels import Kernel
     from jprune.runs.stopwatch import peak_device_memory_bytes, peak_memory_bytes
 
-    checkpoint = jprune.load(source)
+    path, _, unpack = source.partition(UNPACK)
+    checkpoint = jprune.load(path)
     dtype = jnp.dtype(activation_dtype(checkpoint, options["dtype"]))
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), checkpoint.params())
+    jax.block_until_ready(jnp.zeros(8) + 1)  # what JAX itself takes
+    before = peak_memory_bytes()
+
+    def on_device(leaf: Any) -> Any:
+        """What a model is computed with: dense arrays in one dtype, packed ones as they are."""
+        return jax.tree.map(jnp.asarray, leaf) if isinstance(leaf, Kernel) else jnp.asarray(leaf, dtype)
+
+    params = checkpoint.params(packed=not unpack)
+    params = jax.tree.map(on_device, params, is_leaf=lambda leaf: isinstance(leaf, Kernel))
     rng = np.random.default_rng(0)
-    prompt = rng.integers(0, min(checkpoint.config.vocab, options["vocab"]), options["prompt_length"]).tolist()
+    shape = (options["batch"], options["prompt_length"])
+    prompts = rng.integers(0, min(checkpoint.config.vocab, options["vocab"]), shape, np.int32)
 
     def generate() -> dict[str, float]:
         start = time.perf_counter()
-        at = [time.perf_counter() for _ in stream(checkpoint.config, params, prompt, max_tokens=options["tokens"])]
+        steps = stream_batch(checkpoint.config, params, prompts, max_tokens=options["tokens"])
+        at = [time.perf_counter() for _ in steps]
         return {"prefill": at[0] - start, "decode": (at[-1] - at[0]) / (len(at) - 1)}
 
     generate()
@@ -52,9 +69,10 @@ def worker(source: str, options: dict[str, Any], pipe: Connection) -> None:
     pipe.send(
         {
             "parameters": count,
-            "weight_bytes": count * dtype.itemsize,
+            "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
             "dtype": dtype.name,
-            "file_bytes": file_bytes(source),
+            "file_bytes": file_bytes(path),
+            "memory_before_bytes": before,
             "sizes": sizes(checkpoint.config),
         }
     )
@@ -76,7 +94,7 @@ def file_bytes(source: str) -> int | None:
 def vocabulary(source: str) -> int:
     import jprune
 
-    return jprune.load(source).config.vocab
+    return jprune.load(source.partition(UNPACK)[0]).config.vocab
 
 
 def main() -> None:
@@ -84,6 +102,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="what jprune.load takes")
     parser.add_argument("--baseline", required=True, help="what they are compared with")
     parser.add_argument("--prompt-length", type=int, default=256, help="tokens")
+    parser.add_argument("--batch", type=int, default=1, help="prompts at a time")
     parser.add_argument("--tokens", type=int, default=64, help="to generate, at least 2")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", help="of weights and activations; by default float32 on CPU, else what they have")
@@ -94,6 +113,7 @@ def main() -> None:
         parser.error("expected --tokens of at least 2 and --repeats of at least 1")
     sources = [args.baseline, *(model for model in args.models if model != args.baseline)]
     options = {
+        "batch": args.batch,
         "prompt_length": args.prompt_length,
         "tokens": args.tokens,
         "dtype": args.dtype,
@@ -106,6 +126,7 @@ def main() -> None:
     for row in models.values():
         row["speedup"] = {part: baseline["seconds"][part] / row["seconds"][part] for part in ("prefill", "decode")}
         row["smaller"] = baseline["parameters"] / row["parameters"]
+        row["tokens_per_second"] = args.batch / row["seconds"]["decode"]
     result = {
         "machine": describe(),
         "options": {k: v for k, v in options.items() if k != "vocab"} | {"repeats": args.repeats},
@@ -147,7 +168,7 @@ def measure(sources: list[str], options: dict[str, Any], repeats: int) -> dict[s
 
 def show(models: dict[str, dict[str, Any]]) -> None:
     width = max(map(len, models))
-    print(f"{'model':{width}}  parameters    file MB  peak MB  prefill s         decode ms/token")
+    print(f"{'model':{width}}  parameters    file MB  peak MB  prefill s          decode ms/step")
     for name, row in models.items():
         on_disk = f"{row['file_bytes'] / 1e6:10.1f}" if row["file_bytes"] else " " * 9 + "-"
         print(

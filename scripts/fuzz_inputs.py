@@ -142,6 +142,33 @@ def safetensors(arrays: dict[str, np.ndarray], change: Callable[[dict], Any] = l
 
 
 @functools.cache
+def packed() -> dict[str, bytes]:
+    """The files of a packed model: bitmaps, and a kernel that is capped."""
+    from jprune.checkpoints.checkpoint import Checkpoint
+    from jprune.checkpoints.packed.write import Writer
+    from jprune.checkpoints.source import Source, StoredTensor
+    from jprune.models import families
+    from jprune.models.config import shapes
+    from jprune.sparse import Packing
+
+    config = LLAMA | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "head_dim": 64}
+    rng = np.random.default_rng(0)
+    arrays = {path: rng.standard_normal(shape, np.float32) for path, shape in shapes(families.config(config)).items()}
+    arrays["blocks/0/mlp/gate/kernel"][::2] = 0
+    arrays["blocks/0/mlp/up/kernel"][rng.random((64, 128)) < 0.6] = 0
+    stored = {
+        path: StoredTensor(shape=array.shape, dtype=array.dtype, where="", read=array.copy)
+        for path, array in arrays.items()
+    }
+    source = Source(config=config, tensors=stored, layout="jprune", side_files=dict, identity=str)
+    with tempfile.TemporaryDirectory() as folder:
+        with Writer(Path(folder), Checkpoint("random", source), packing=Packing(values="int8")) as writer:
+            for path, array in arrays.items():
+                writer.write(path, array)
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+@functools.cache
 def tokenizer() -> dict[str, Any]:
     """tokenizer.json of forty words."""
     from tokenizers import Tokenizer, models, pre_tokenizers

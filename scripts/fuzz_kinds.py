@@ -19,6 +19,7 @@ from fuzz_inputs import (
     damaged_json,
     damaged_tree,
     gguf,
+    packed,
     parquet,
     safetensors,
     tensors,
@@ -128,6 +129,22 @@ def make_adapter(folder: Path, rng: random.Random) -> None:
     )
 
 
+def make_packed(folder: Path, rng: random.Random) -> None:
+    files = dict(packed())
+    arrays = "packed-00001.safetensors"
+    if rng.random() < 0.4:
+        files["packed.json"] = damaged_json(json.loads(files["packed.json"]), rng)
+    elif rng.random() < 0.3:
+        files[arrays] = damaged_bytes(files[arrays], rng)
+    else:  # values and places, where nothing but their own checks finds it
+        data = np.frombuffer(files[arrays], np.uint8).copy()
+        begin = 8 + int(data[:8].view(np.uint64)[0])
+        data[[rng.randrange(begin, len(data)) for _ in range(rng.choice([1, 4, 64]))]] ^= 1 << rng.randrange(8)
+        files[arrays] = data.tobytes()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
 def make_record(folder: Path, rng: random.Random) -> None:
     model(folder)
     (folder / "jprune.json").write_bytes(damaged_json(RECORD, rng))
@@ -158,6 +175,14 @@ def use_checkpoint(folder: Path) -> None:
     checkpoint.described()
     for path in checkpoint.shapes:
         checkpoint.read(path)
+
+
+def use_packed(folder: Path) -> None:
+    from jprune.checkpoints import load
+
+    checkpoint = load(folder)
+    for kept in (False, True):
+        checkpoint.params(packed=kept)
 
 
 def use_config(folder: Path) -> None:
@@ -233,6 +258,7 @@ KINDS: dict[str, tuple[Make, Use]] = {
     "index": (make_index, use_checkpoint),
     "config": (make_config, use_config),
     "gguf": (make_gguf, use_checkpoint),
+    "packed": (make_packed, use_packed),
     "adapter": (make_adapter, use_checkpoint),
     "tokenizer": (make_tokenizer, use_tokenizer),
     "texts": (make_texts, use_texts),

@@ -7,7 +7,7 @@ product unpacks the kernel it needs and drops it, so that memory is that of the 
 import dataclasses
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,11 @@ from jprune.annotations import Array, Float
 from jprune.models.kernels import Kernel
 from pallas_kernels import Bitmap, Capped
 
-_OWN_AXES = 4
-"""Axes of the bits of one kernel; those before them number the kernels of a stack."""
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedKernel(Kernel):
-    """A packed kernel, or a stack of such with a leading axis on all arrays.
+    """A packed kernel, or a stack of such, with a leading axis on all arrays.
 
     Attributes:
       packed: the matrix view of the kernel, packed.
@@ -34,6 +31,9 @@ class PackedKernel(Kernel):
 
     packed: Bitmap | Capped
     own: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    own_axes: ClassVar[int] = 4
+    """Axes of the bits of one kernel; those before them number the kernels of a stack."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,7 +58,12 @@ class PackedKernel(Kernel):
 
     @property
     def _stack(self) -> tuple[int, ...]:
-        return tuple(self.packed.bits.shape[:-_OWN_AXES])
+        return tuple(self.packed.bits.shape[: -self.own_axes])
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a stack of kernels."""
+        return bool(self._stack)
 
     def multiply(self, x: Float[Array, "..."], inputs: int) -> Float[Array, "..."]:
         """[..., *d_in] x -> [..., *d_out] in x's dtype."""
@@ -68,9 +73,13 @@ class PackedKernel(Kernel):
     def dense(self) -> Any:
         """The array it stands for: NumPy's if its own are NumPy's, else JAX's."""
         if not self._stack:
-            return pallas_kernels.unpack(self.packed).reshape(self.own)
+            return self.whole()
         kernels = [self[i].dense() for i in range(self._stack[0])]
         return np.stack(kernels) if isinstance(kernels[0], np.ndarray) else jnp.stack(kernels)
+
+    def whole(self) -> Any:
+        """The array that one kernel stands for."""
+        return pallas_kernels.unpack(self.packed).reshape(self.own)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What is stored, as plain arrays by name, with a header."""
@@ -96,7 +105,7 @@ class PackedKernel(Kernel):
         if not isinstance(self.packed, Bitmap) or (lack := words - self.words) <= 0:
             return self
         pad: Callable = np.pad if isinstance(self.packed.words, np.ndarray) else jnp.pad
-        wide = pad(self.packed.words, [(0, 0)] * len(self._stack) + [(0, lack)])
+        wide = pad(self.packed.words, [(0, 0)] * (self.packed.words.ndim - 1) + [(0, lack)])
         return dataclasses.replace(self, packed=dataclasses.replace(self.packed, words=wide))
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal, get_args
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -13,7 +14,7 @@ import pallas_kernels
 from jprune.annotations import Shaped
 from jprune.errors import JpruneError
 from jprune.sparse.kernel import PackedKernel
-from pallas_kernels.formats import TILES
+from pallas_kernels.formats import QUANTISED, TILES
 
 Values = Literal["16", "int8", "float8_e4m3fn"]
 """How values are stored that are not stored as they are: in 16 bits, or in 8 with a scale for each output."""
@@ -108,6 +109,11 @@ def from_arrays(arrays: Mapping[str, np.ndarray], own: tuple[int, ...], inputs: 
 _DTYPES = {"bits": np.int32, "tiles": np.int32, "rows": np.int16, "words": np.int32, "scale": np.float32}
 
 
+def _largest(dtype: str, values: str) -> np.float32:
+    """The largest scale with which no weight of a dtype is too large; a little more, since scales are rounded."""
+    return np.float32(float(jnp.finfo(dtype).max) / QUANTISED[values] * (1 + 2**-20))
+
+
 def _check(kernel: PackedKernel, inputs: int, dtype: np.dtype) -> None:
     """Raises a ValueError where arrays are not those that packing makes: where values lie follows from the bits."""
     packed, d_in = kernel.packed, math.prod(kernel.own[:inputs])
@@ -123,11 +129,11 @@ def _check(kernel: PackedKernel, inputs: int, dtype: np.dtype) -> None:
     for name, want in _DTYPES.items():
         if (array := getattr(packed, name, None)) is not None and array.dtype != want:
             raise ValueError(f"packed array {name!r} is {array.dtype}; expected {np.dtype(want).name}")
-    quantised = packed.values in ("int8", "float8_e4m3fn")
+    quantised = packed.values in QUANTISED
     if (packed.scale is not None) != quantised or (not quantised and packed.values != packed.dtype):
         raise ValueError(f"values {packed.values} of a {packed.dtype} kernel, scales {packed.scale is not None}")
-    if quantised and not (np.isfinite(packed.scale).all() and (packed.scale > 0).all()):
-        raise ValueError("scales of outputs are not all above zero and finite")
+    if quantised and not ((packed.scale > 0) & (packed.scale <= _largest(packed.dtype, packed.values))).all():
+        raise ValueError(f"scales of outputs are not all above zero and such that weights fit {packed.dtype}")
     counts = np.bitwise_count(packed.bits.view(np.uint8))
     if isinstance(packed, pallas_kernels.Capped):
         if not 1 <= packed.capacity <= 4 or counts.max(initial=0) > packed.capacity:

@@ -216,7 +216,7 @@ def test_damaged_capped_and_quantised_kernels(model, tmp_path, rng):
     packed(tmp_path / "capped", model, params, packing=Packing(format="capped:4", values="int8"), where=[KERNEL])
     for name, change, said in (
         ("bits", put(0, -1), "capped:4 with 8 values in a group of 8"),
-        ("scale", put(0, np.nan), "not all above zero and finite"),
+        ("scale", put(0, 1e37), "such that weights fit bfloat16"),
         ("header", headed(capacity=9), "."),
     ):
         shutil.copytree(tmp_path / "capped", tmp_path / name)

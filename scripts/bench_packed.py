@@ -1,0 +1,108 @@
+"""What packing a pruned model saves and costs: files, kernels, rounding, perplexity, and the memory that it takes.
+
+    python scripts/bench_packed.py PRUNED [--text pydoc] [--windows 4] [--values none int8] --out packed_cpu.json
+
+PRUNED is what `jprune.load` takes. It is packed into a folder beside --out by `jprune pack`, in a process of its own,
+whose peak memory is noted. The perplexity is measured three times: of the model as it came, of the packed folder as
+`jprune eval` reads it, and by the decoder multiplying by the packed kernels. --no-evaluate leaves it out, for models of
+random weights.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from machine import describe
+
+import jprune
+from jprune.checkpoints import Checkpoint
+from jprune.data.for_model import evaluation_windows
+from jprune.models import decoder
+
+
+def pack(source: str, out: Path, values: str) -> dict[str, Any]:
+    """Runs `jprune pack`; gives its report."""
+    words = [] if values == "none" else ["--values", values]
+    command = [sys.executable, "-m", "jprune", "pack", source, "--out", str(out), "--json", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return {
+        key: value for key, value in json.loads(done.stdout.splitlines()[-1]).items() if key not in ("kernels", "out")
+    }
+
+
+def files(folder: Path) -> int:
+    """Bytes of the files of weights."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def by_packed_kernels(checkpoint: Checkpoint, tokens: np.ndarray) -> float:
+    """Perplexity with kernels packed while the decoder runs; a block at a time."""
+    config = checkpoint.config
+    x = decoder.embed(config)({"embed": checkpoint.params("embed")}, jnp.asarray(tokens)).astype(jnp.float32)
+
+    for index in range(config.layers):
+        x = jax.jit(decoder.block(config, index))(checkpoint.params(f"blocks/{index}", packed=True), x)
+    head = {name: checkpoint.params(name) for name in decoder.head_parts(config)}
+    total = 0.0
+    for hidden, window in zip(x, tokens):
+        logits = jax.nn.log_softmax(decoder.head(config)(head, hidden[None])[0, :-1])
+        total -= float(jnp.take_along_axis(logits, jnp.asarray(window)[1:, None], axis=1).mean())
+    return float(np.exp(total / len(tokens)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--values", nargs="+", default=["none", "int8"])
+    parser.add_argument("--text", default="pydoc")
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--no-evaluate", action="store_true")
+    parser.add_argument("--out", type=Path, required=True, help="file for the JSON")
+    parser.add_argument("--keep", type=Path, help="folder for the packed models; otherwise they are removed")
+    args = parser.parse_args()
+    checkpoint = jprune.load(args.model)
+    result: dict[str, Any] = {
+        "machine": describe(),
+        "sizes": {"layers": checkpoint.config.layers, "d_model": checkpoint.config.d_model},
+        "dtype": checkpoint.shapes["embed/embedding"].dtype.name,
+        "bytes": checkpoint.nbytes,
+        "packed": {},
+    }
+    windows = None
+    if not args.no_evaluate:
+        from jprune.evaluate.perplexity import perplexity
+
+        windows = evaluation_windows(checkpoint, args.text, length=args.length, count=args.windows).tokens
+        result["text"] = {"source": args.text, "windows": args.windows, "length": args.length}
+        result["perplexity"] = perplexity(checkpoint, windows).value
+    folder = args.keep or Path(tempfile.mkdtemp(dir=args.out.parent))
+    for values in args.values:
+        out = folder / f"packed-{values}"
+        row = pack(args.model, out, values)
+        row["file_bytes"] = files(out)
+        row["share_of_dense"] = row["file_bytes"] / checkpoint.nbytes
+        row["kernels_share_of_dense"] = row["kernel_bytes"] / row["kernel_bytes_before"]
+        if windows is not None:
+            packed = jprune.load(out)
+            row["perplexity"] = perplexity(packed, windows).value
+            row["perplexity_by_packed_kernels"] = by_packed_kernels(packed, windows)
+        result["packed"][values] = row
+        print(values, json.dumps({k: v for k, v in row.items() if k != "formats"}), flush=True)
+    if args.keep is None:
+        shutil.rmtree(folder)
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
