@@ -32,6 +32,7 @@ def choose(
     values: str = "bfloat16",
     batch: int = 16,
     device: str | None = None,
+    backend: str = "pallas",
 ) -> tuple[Choice, ...]:
     """Every format for a mask: those that hold it first, the smallest first.
 
@@ -40,6 +41,7 @@ def choose(
       values: dtype of the values, as `pack` would store them.
       batch: rows of x that are multiplied at a time.
       device: kind of GPU, as JAX names it; the one here if None.
+      backend: of `matmul`, "pallas" or "triton": whose times are asked for.
 
     Returns:
       A `Choice` for every format that can store such values, and for "dense" (in 16 bits, or 32 of float32 values).
@@ -53,7 +55,7 @@ def choose(
         if name == "tiled_csl" and dtype_of(values).itemsize != 2:
             continue
         holds = demand.holds(parse(name))
-        entry = entries.get(tiles.class_name(name, values, d_in * d_out, batch), {}) if holds else {}
+        entry = entries.get(tiles.class_name(name, values, d_in * d_out, batch, backend), {}) if holds else {}
         speedup = entry["dense_microseconds"] / entry["microseconds"] if entry else None
         choices.append(Choice(name, holds, _nbytes(mask, name, values) if holds else 0, speedup))
     return tuple(sorted(choices, key=lambda c: (not c.holds, c.nbytes)))

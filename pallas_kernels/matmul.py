@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import _triton, reference, tiles
+from pallas_kernels import backends, reference, tiles
 from pallas_kernels._shapes import Array, Shaped
 from pallas_kernels.arrays import to_tiles
 from pallas_kernels.errors import FormatError
@@ -34,6 +34,7 @@ def matmul(
     packed: Packed,
     *,
     values: Shaped[Array, "..."] | None = None,
+    backend: backends.Backend = "pallas",
     interpret: bool = False,
 ) -> Shaped[Array, "... d_out"]:
     """x @ kernel, of a kernel that `pack` packed.
@@ -45,13 +46,15 @@ def matmul(
       x: `[..., d_in]`, bfloat16, float16 or float32.
       packed: of the same d_in.
       values: to be multiplied instead of the stored ones, in the form of `values(packed)`: the way to train them.
-      interpret: run the GPU's kernels step by step in Pallas' interpreter, wherever this runs: for tests.
+      backend: whose kernels run on a GPU: "pallas", or "triton", which needs jax-triton.
+      interpret: run the GPU's kernels step by step in the backend's interpreter, wherever this runs: for tests.
+        Triton's asks for TRITON_INTERPRET=1 in the environment.
 
     Returns:
       `[..., d_out]` of x's dtype.
 
     Raises:
-      FormatError: wrong dtype or d_in; packed data of a newer version.
+      FormatError: wrong dtype or d_in; packed data of a newer version; a backend that cannot run here.
     """
     check_version(packed)
     d_in, d_out = packed.shape
@@ -61,34 +64,49 @@ def matmul(
         raise FormatError(f"x is [..., {d_in}] for {packed!r}; got shape {tuple(x.shape)}")
     if values is not None and packed.scale is not None:
         raise FormatError(f"{packed!r} has quantised values, which cannot be trained: pack without values=")
+    way = Way(backend, interpret)
+    backends.load(backend, interpret=interpret)
     rows = jnp.asarray(x).reshape(-1, d_in)
     if rows.shape[0] == 0:
         return jnp.zeros((*x.shape[:-1], d_out), x.dtype)
-    return _matmul(interpret, rows, values, packed).reshape(*x.shape[:-1], d_out)
+    return _matmul(way, rows, values, packed).reshape(*x.shape[:-1], d_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """Whose kernels run, and whether on a GPU or in their interpreter."""
+
+    backend: str
+    interpret: bool
+
+    @property
+    def kernels(self):
+        """The backend's module."""
+        return backends.load(self.backend, interpret=self.interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(interpret, x, values, packed):
+def _differentiable(way, x, values, packed):
     if values is not None:
         packed = with_values(packed, values)
-    return _multiplier(interpret)(x, packed)
+    return _multiplier(way)(x, packed)
 
 
-def _matmul_forward(interpret, x, values, packed):
+def _matmul_forward(way, x, values, packed):
     if values is not None:
         packed = with_values(packed, values)
-    y = _multiplier(interpret)(x, packed)
+    y = _multiplier(way)(x, packed)
     return y, (x, values is not None, packed, y if packed.scale is not None else None)
 
 
-def _matmul_backward(interpret, residuals, dy):
+def _matmul_backward(way, residuals, dy):
     x, trained, packed, y = residuals
     scaled = dy.astype(jnp.float32)
     if packed.scale is not None:
         scaled = scaled * packed.scale[None, :]
-    dtype = _operand_dtype(packed, x.dtype)
+    dtype = tiles.dot_dtype(packed, x.dtype)
     dx = jnp.zeros(x.shape, jnp.float32)
-    for first, last, dense in _dense_chunks(packed, dtype, interpret):
+    for first, last, dense in _dense_chunks(packed, dtype, way):
         part = scaled[:, first:last].astype(dtype)
         dx += _dot(part, dense[: last - first, : x.shape[1]], 1, 0)
     dvalues = None
@@ -105,11 +123,6 @@ def _matmul_backward(interpret, residuals, dy):
     return dx.astype(x.dtype), dvalues, dpacked
 
 
-def _operand_dtype(packed, x_dtype):
-    dtype = _triton.tile_dtype(packed, x_dtype)
-    return dtype if dtype == x_dtype else jnp.dtype(jnp.float32)
-
-
 def _dot(a, b, a_axis, b_axis):
     return lax.dot_general(
         a,
@@ -121,14 +134,14 @@ def _dot(a, b, a_axis, b_axis):
 
 
 @functools.cache
-def _multiplier(interpret: bool):
+def _multiplier(way: Way):
     """x `[n, d_in]`, packed -> y `[n, d_out]`, with a batching rule: rows of x are rows of x, whoever batches them."""
 
     @jax.custom_batching.custom_vmap
     def multiply(x, packed):
         if isinstance(packed, TiledCSL) or x.shape[0] > tiles.decode_above():
-            return _multiply_dense(x, packed, interpret)
-        return _multiply_packed(x, packed, interpret)
+            return _multiply_dense(x, packed, way)
+        return _multiply_packed(x, packed, way)
 
     @multiply.def_vmap
     def rule(size, batched, x, packed):
@@ -147,16 +160,16 @@ def _multiplier(interpret: bool):
     return multiply
 
 
-def _multiply_packed(x, packed, interpret):
-    tile = tiles.choose_tile(packed, x.shape[0])
+def _multiply_packed(x, packed, way):
+    tile = tiles.choose_tile(packed, x.shape[0], way.backend)
 
     def on_gpu(x, packed):
-        return _finish(_triton.multiply(x, packed, tile, interpret=interpret), packed, x.dtype)
+        return _finish(way.kernels.multiply(x, packed, tile, interpret=way.interpret), packed, x.dtype)
 
     def elsewhere(x, packed):
-        return _finish(reference.multiply(x, packed, _operand_dtype(packed, x.dtype)), packed, x.dtype)
+        return _finish(reference.multiply(x, packed, tiles.dot_dtype(packed, x.dtype)), packed, x.dtype)
 
-    if interpret:
+    if way.interpret:
         return on_gpu(x, packed)
     return lax.platform_dependent(x, packed, cuda=on_gpu, default=elsewhere)
 
@@ -169,7 +182,7 @@ def _finish(partial, packed, dtype):
     return y.astype(dtype)
 
 
-def _dense_chunks(packed, dtype, interpret):
+def _dense_chunks(packed, dtype, way):
     """(first output, last, `[outputs, d_in padded]`) of chunks of the transposed kernel's stored values."""
     rows, columns = packed.tile[0], packed.grid[1] * packed.tile[1]
     many = packed.grid[0]
@@ -177,30 +190,30 @@ def _dense_chunks(packed, dtype, interpret):
         many = max(1, DENSE_BYTES // (rows * columns * jnp.dtype(dtype).itemsize))
     for start in range(0, packed.grid[0], many):
         stop = min(start + many, packed.grid[0])
-        yield start * rows, min(stop * rows, packed.shape[1]), _dense_rows(packed, start, stop, dtype, interpret)
+        yield start * rows, min(stop * rows, packed.shape[1]), _dense_rows(packed, start, stop, dtype, way)
 
 
-def _dense_rows(packed, start, stop, dtype, interpret):
-    stored = _triton.tile_dtype(packed, dtype)
+def _dense_rows(packed, start, stop, dtype, way):
+    stored = tiles.tile_dtype(packed, dtype)
 
     def on_gpu(packed):
-        tile = dataclasses.replace(tiles.choose_tile(packed, 1), split=1)
-        return _triton.dense_rows(packed, start, stop, tile, stored, interpret=interpret).astype(dtype)
+        tile = dataclasses.replace(tiles.choose_tile(packed, 1, way.backend), split=1)
+        return way.kernels.dense_rows(packed, start, stop, tile, stored, interpret=way.interpret).astype(dtype)
 
     def elsewhere(packed):
         return reference.dense_rows(packed, start, stop, dtype)
 
     if isinstance(packed, TiledCSL):
         return elsewhere(packed)
-    if interpret:
+    if way.interpret:
         return on_gpu(packed)
     return lax.platform_dependent(packed, cuda=on_gpu, default=elsewhere)
 
 
-def _multiply_dense(x, packed, interpret):
-    dtype = _operand_dtype(packed, x.dtype)
+def _multiply_dense(x, packed, way):
+    dtype = tiles.dot_dtype(packed, x.dtype)
     parts = []
-    for first, last, dense in _dense_chunks(packed, dtype, interpret):
+    for first, last, dense in _dense_chunks(packed, dtype, way):
         part = _dot(x.astype(dtype), dense[: last - first, : x.shape[1]], 1, 1)
         if packed.scale is not None:
             part = part * packed.scale[None, first:last]

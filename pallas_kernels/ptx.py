@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import instructions
 from pallas_kernels.words import const as const
 from pallas_kernels.words import high_half as high_half
 from pallas_kernels.words import low_half as low_half
@@ -26,26 +27,20 @@ def permute(low, high, selector):
     """As `words.permute`."""
     if isinstance(selector, int):
         return _one(f"prmt.b32 $0, $1, $2, {selector:#x};", low, high)
-    return _one("prmt.b32 $0, $1, $2, $3;", low, high, selector)
+    return _one(instructions.PERMUTE, low, high, selector)
 
 
 def funnel_right(low, high, amount):
     """As `words.funnel_right`."""
-    return _one("shf.r.wrap.b32 $0, $1, $2, $3;", low, high, amount)
+    return _one(instructions.FUNNEL_RIGHT, low, high, amount)
 
 
 def subtract_pairs(a, b, dtype):
-    """As `words.subtract_pairs`; as a fused a - 1 * b in bfloat16, which has no plain difference before sm_90."""
-    if dtype == jnp.float16:
-        return _one("sub.rn.f16x2 $0, $1, $2;", a, b)
-    return _one("{ .reg .b32 m; mov.b32 m, 0xbf80bf80; fma.rn.bf16x2 $0, $2, m, $1; }", a, b)
+    """As `words.subtract_pairs`."""
+    float16 = dtype == jnp.float16
+    return _one(instructions.SUBTRACT_FLOAT16 if float16 else instructions.SUBTRACT_BFLOAT16, a, b)
 
 
 def scale_pairs(a, power, dtype):
-    """As `words.scale_pairs`; subnormal numbers are not flushed without .ftz."""
-    if dtype == jnp.float16:
-        factor, kind = (power + 15) << 10, "f16x2"
-    else:
-        factor, kind = (power + 127) << 7, "bf16x2"
-    word = factor << 16 | factor
-    return _one(f"{{ .reg .b32 m, z; mov.b32 m, {word:#x}; mov.b32 z, 0x80008000; fma.rn.{kind} $0, $1, m, z; }}", a)
+    """As `words.scale_pairs`."""
+    return _one(instructions.scale(power, float16=dtype == jnp.float16), a)

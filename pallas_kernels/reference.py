@@ -15,7 +15,7 @@ from pallas_kernels.formats import Bitmap, Capped, Packed
 
 
 def multiply(x: Float[Array, "n d_in"], packed: Packed, dtype) -> Float[Array, "1 n d_out"]:
-    """x @ stored values (not scaled), float32; as `_triton.multiply`, with one share and no padding.
+    """x @ stored values (not scaled), float32; as `_pallas.multiply`, with one share and no padding.
 
     Args:
       x: rows to multiply.
@@ -34,7 +34,7 @@ def multiply(x: Float[Array, "n d_in"], packed: Packed, dtype) -> Float[Array, "
 
 
 def dense_rows(packed: Packed, first: int, last: int, dtype) -> Float[Array, "outputs d_in_padded"]:
-    """As `_triton.dense_rows`."""
+    """As `_pallas.dense_rows`."""
     if isinstance(packed, Capped):
         planes = tuple(p[first:last] for p in packed.planes)
         packed = dataclasses.replace(packed, bits=packed.bits[first:last], planes=planes)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels._shapes import Array, Shaped
 from pallas_kernels.arrays import namespace
+from pallas_kernels.backends import Backend
 from pallas_kernels.errors import FormatError
 from pallas_kernels.formats import Bitmap, Packed, TiledCSL
 from pallas_kernels.matmul import matmul
@@ -61,7 +62,13 @@ def _padded(part: Packed, parts) -> Packed:
 
 
 def matmul_shards(
-    x: Shaped[Array, "... d_in"], packed: Packed, mesh: Mesh, axis: str, *, interpret: bool = False
+    x: Shaped[Array, "... d_in"],
+    packed: Packed,
+    mesh: Mesh,
+    axis: str,
+    *,
+    backend: Backend = "pallas",
+    interpret: bool = False,
 ) -> Shaped[Array, "... d_out"]:
     """x @ kernel of a `pack_shards` kernel: x whole on every device, the result cut along its outputs.
 
@@ -70,6 +77,7 @@ def matmul_shards(
       packed: of as many shards as the mesh axis has devices.
       mesh: devices.
       axis: the mesh axis that the shards lie along.
+      backend: see `matmul`.
       interpret: see `matmul`.
     """
     shards = jax.tree.leaves(packed)[0].shape[0]
@@ -77,7 +85,7 @@ def matmul_shards(
         raise FormatError(f"{shards} shards on the {mesh.shape[axis]} devices of mesh axis {axis!r}; pack_shards again")
 
     def local(x, packed):
-        return matmul(x, jax.tree.map(lambda leaf: leaf[0], packed), interpret=interpret)
+        return matmul(x, jax.tree.map(lambda leaf: leaf[0], packed), backend=backend, interpret=interpret)
 
     out = PartitionSpec(*[None] * (x.ndim - 1), axis)
     # Pallas does not tell shard_map which axes its results vary over.

@@ -1,8 +1,8 @@
 """How a kernel is cut for a GPU: a table by device kind and shape class, with defaults that no GPU has measured yet.
 
 `table.json` holds what `scripts/tune_kernels.py` measured: of each device kind, the best configuration of each class
-of calls, with its time and the dense matmul's in the same run. What is not in it gets the defaults below, which come
-from counting registers and instructions (`scripts/kernel_code.py`), and no time.
+of calls and backend, with its time and the dense matmul's in the same run. What is not in it gets the defaults below,
+which come from counting registers and instructions (`scripts/kernel_code.py`), and no time.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.errors import FormatError
-from pallas_kernels.formats import Packed
+from pallas_kernels.formats import Packed, dtype_of
 
 DECODE_ABOVE = 128
 """Batches above this decode to dense first, where the table does not say otherwise. Estimated: decoding again for each
@@ -47,19 +47,33 @@ class Tile:
                 raise FormatError(f"Tile.{name} is {value}; expected at least 1, and a power of 2 for rows and warps")
 
 
+def tile_dtype(packed: Packed, x_dtype) -> Any:
+    """What a tile is decoded to: the stored dtype, or for 8-bit values x's where it has 16 bits, else bfloat16."""
+    if packed.itemsize > 1:
+        return dtype_of(packed.values)
+    return jnp.dtype(x_dtype if jnp.dtype(x_dtype).itemsize == 2 else jnp.bfloat16)
+
+
+def dot_dtype(packed: Packed, x_dtype) -> Any:
+    """What weights and x are multiplied in: the tile's dtype if it is x's, else float32."""
+    dtype = tile_dtype(packed, x_dtype)
+    return dtype if dtype == x_dtype else jnp.dtype(jnp.float32)
+
+
 def block_of(n: int) -> int:
     """Rows of x that a program multiplies, of a batch of n: 16, 32 or 64."""
     return min(64, max(16, 1 << (n - 1).bit_length()))
 
 
-def shape_class(packed: Packed, n: int) -> str:
-    """What calls share a configuration: format, values, rows of x, and whether the kernel outgrows the cache."""
-    return class_name(packed.format, packed.values, packed.shape[0] * packed.shape[1], n)
+def shape_class(packed: Packed, n: int, backend: str = "pallas") -> str:
+    """What calls share a configuration: format, values, rows of x, whether the kernel outgrows the cache; backend."""
+    return class_name(packed.format, packed.values, packed.shape[0] * packed.shape[1], n, backend)
 
 
-def class_name(format: str, values: str, weights: int, n: int) -> str:
+def class_name(format: str, values: str, weights: int, n: int, backend: str = "pallas") -> str:
     """The same, of a kernel that is not packed yet."""
-    return f"{format} {values} n={block_of(n)} {'large' if weights > _LARGE else 'small'}"
+    size = "large" if weights > _LARGE else "small"
+    return f"{format} {values} n={block_of(n)} {size}" + ("" if backend == "pallas" else f" {backend}")
 
 
 @functools.cache
@@ -81,10 +95,10 @@ def decode_above() -> int:
     return table().get(device()[0], {}).get("decode_above", DECODE_ABOVE)
 
 
-def choose_tile(packed: Packed, n: int) -> Tile:
+def choose_tile(packed: Packed, n: int, backend: str = "pallas") -> Tile:
     """The configuration for a batch of n rows, from the table or by default."""
     kind, cores = device()
-    entry = table().get(kind, {}).get("classes", {}).get(shape_class(packed, n), {})
+    entry = table().get(kind, {}).get("classes", {}).get(shape_class(packed, n, backend), {})
     # Float32 products do without tensor cores and need twice the registers.
     rows = min(entry.get("rows", 64 if packed.values == "float32" else 128), packed.tile[0])
     resident = entry.get("resident", 4)

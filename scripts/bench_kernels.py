@@ -1,10 +1,12 @@
 """Times the packed kernels against the dense bf16 matmul of the same run, on the GPU that is here.
 
-    python scripts/bench_kernels.py [--seconds 300] [--out docs/results] [--plot docs/images] [--tiny --interpret]
+    python scripts/bench_kernels.py [--backend pallas|triton] [--seconds 300] [--out docs/results]
+                                    [--plot docs/images] [--tiny --interpret]
 
 Every number is the median of many runs of one program that multiplies several times, each time by another copy of the
 kernel, so that no copy is left in the second-level cache. Work is done in order of interest until the seconds are used
-up; what was not reached is listed in the result. Random data throughout. Needs jax and numpy.
+up; what was not reached is listed in the result. Random data throughout. Needs jax and numpy, for the backend "triton"
+jax-triton too; its result has its name.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from kernel_report import plot, table
 from machine import describe
 
 import pallas_kernels as pk
-from pallas_kernels import formats, sweep
+from pallas_kernels import backends, formats, sweep
 
 # (d_in, d_out) of the layers, the most interesting first.
 SHAPES = {
@@ -128,8 +130,8 @@ def seconds_of(compiled, arguments, calls: int, repeats: int) -> float:
 class Bench:
     """Times dense and packed kernels, and remembers the dense ones."""
 
-    def __init__(self, *, interpret: bool, tiny: bool):
-        self.interpret, self.tiny = interpret, tiny
+    def __init__(self, *, interpret: bool, tiny: bool, backend: str = "pallas"):
+        self.interpret, self.tiny, self.backend = interpret, tiny, backend
         self.calls, self.repeats = (1, 1) if tiny else (CALLS, 15)
         self.dense: dict = {}
         self.pool = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))
@@ -170,7 +172,7 @@ class Bench:
         dense = self.dense_times(shape, task.batches)
 
         def multiply(x, packed):
-            return pk.matmul(x, packed, interpret=self.interpret)
+            return pk.matmul(x, packed, backend=self.backend, interpret=self.interpret)
 
         packed_times = self.times(multiply, packed, packed.nbytes, task.batches, shape[0])
         return [
@@ -229,8 +231,15 @@ def driver() -> str | None:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
+def result_name(kind: str, backend: str) -> str:
+    """Of a file, by what was measured on which GPU; the default backend has no name in it."""
+    device = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
+    return f"{kind}_{device}" + ("" if backend == "pallas" else f"_{backend}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=backends.NAMES, default="pallas")
     parser.add_argument("--seconds", type=float, default=300, help="stop beginning new work after so long")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder for kernels_DEVICE.json")
     parser.add_argument("--plot", type=Path, help="folder for kernels_DEVICE.svg")
@@ -243,6 +252,7 @@ def main() -> None:
     result: dict = {
         "machine": {**describe(), "driver": driver()},
         "device": device.device_kind,
+        "backend": args.backend,
         "interpret": args.interpret,
         "tiny": args.tiny,
         "format_version": formats.VERSION,
@@ -250,7 +260,7 @@ def main() -> None:
         "rows": [],
         "not_reached": [],
     }
-    bench = Bench(interpret=args.interpret, tiny=args.tiny)
+    bench = Bench(interpret=args.interpret, tiny=args.tiny, backend=args.backend)
     for task in TINY_TASKS if args.tiny else tasks(shapes):
         if time.perf_counter() - start > args.seconds:
             result["not_reached"].append([task.shape, task.format, task.sparsity, list(task.batches)])
@@ -264,9 +274,10 @@ def main() -> None:
                 f"of at most {row['byte_limit']:.2f}x",
                 flush=True,
             )
-    result["sweep"] = bench_sweep(interpret=args.interpret, tiny=args.tiny)
+    if args.backend == "pallas":  # which alone has it
+        result["sweep"] = bench_sweep(interpret=args.interpret, tiny=args.tiny)
     result["seconds"] = time.perf_counter() - start
-    name = "kernels_" + re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower()).strip("-")
+    name = result_name("kernels", args.backend)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     if args.plot:

@@ -1,9 +1,10 @@
 """Checks every kernel against the dense product on the GPU that is here (or, with --interpret, in the interpreter).
 
-    python scripts/check_kernels.py [--interpret --tiny]
+    python scripts/check_kernels.py [--backend pallas|triton] [--interpret --tiny]
 
 Random data, odd sizes, every format, dtype and batch size; relative error ||y - y_ref|| / ||y_ref|| with the reference
-in float64 by NumPy, and the same bits when run twice. Ends with exit code 1 if anything is off. Needs jax and numpy.
+in float64 by NumPy, and the same bits when run twice. Ends with exit code 1 if anything is off. Needs jax and numpy,
+for the backend "triton" jax-triton too (interpreted: triton, and TRITON_INTERPRET=1).
 """
 
 import argparse
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as pk
-from pallas_kernels import sweep
+from pallas_kernels import backends, sweep
 
 FORMATS = ("capped:1", "capped:2", "capped:3", "capped:4", "bitmap")
 DTYPES = (
@@ -47,15 +48,15 @@ def error(found, expected) -> float:
     return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30))
 
 
-def check_matmul(rng, shape, format, dtype, values, batches, interpret):
+def check_matmul(rng, shape, format, dtype, values, batches, **options):
     packed = jax.tree.map(jnp.asarray, pk.pack(make(rng, shape, format, dtype), format, values=values))
     exact = np.asarray(pk.unpack(packed)).astype(np.float64)
     tolerance = max(TOLERANCE[dtype], 5e-3 if values else 0)  # unpacking rounds quantised values to the kernel's dtype
     for n in batches:
         x = jnp.asarray(rng.standard_normal((n, shape[0])), jnp.dtype(dtype))
-        y = pk.matmul(x, packed, interpret=interpret)
+        y = pk.matmul(x, packed, **options)
         wrong = error(y, np.asarray(x).astype(np.float64) @ exact)
-        again = np.asarray(pk.matmul(x, packed, interpret=interpret)).view(np.uint8)
+        again = np.asarray(pk.matmul(x, packed, **options)).view(np.uint8)
         same = np.array_equal(np.asarray(y).view(np.uint8), again)
         good = wrong < tolerance and same
         yield f"{format} {dtype} {values or ''} {shape} n={n}", wrong, good
@@ -76,6 +77,7 @@ def check_sweep(rng, block, d_out, interpret):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=backends.NAMES, default="pallas")
     parser.add_argument("--interpret", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="one small shape and batch of each")
     args = parser.parse_args()
@@ -83,7 +85,7 @@ def main() -> None:
     device = jax.devices()[0]
     if device.platform != "gpu" and not args.interpret:
         sys.exit(f"the kernels run on a GPU; JAX has {device.platform} here (see --interpret)")
-    print(f"{device.device_kind}, jax {jax.__version__}")
+    print(f"{device.device_kind}, jax {jax.__version__}, backend {args.backend}")
     shapes = [(200, 150)] if args.tiny else [(1000, 700), (4096, 1024)]
     batches = (7,) if args.tiny else (1, 7, 8, 16, 33, 64, 100, 200)
     checks = []
@@ -91,8 +93,10 @@ def main() -> None:
         for dtype, values in DTYPES[:2] if args.tiny else DTYPES:
             # One dtype in every batch size; the others in two, which is a kernel with one block and with several.
             some = batches if values is None and dtype == "bfloat16" else batches[:1] + batches[4:5]
-            checks.append(check_matmul(rng, shape, format, dtype, values, some, args.interpret))
-    checks.append(check_sweep(rng, 16 if args.tiny else 128, 40 if args.tiny else 4000, args.interpret))
+            options = {"backend": args.backend, "interpret": args.interpret}
+            checks.append(check_matmul(rng, shape, format, dtype, values, some, **options))
+    if args.backend == "pallas":  # which alone has it
+        checks.append(check_sweep(rng, 16 if args.tiny else 128, 40 if args.tiny else 4000, args.interpret))
     count, failures = 0, []
     for name, wrong, good in itertools.chain.from_iterable(checks):
         count += 1

@@ -2,10 +2,11 @@
 
     python scripts/kernel_code.py [--arch sm_80 sm_90] [--only capped:4] [--dump FOLDER] [--record FILE]
 
-JAX lowers a kernel to Triton's language for a GPU that is not there; the `triton` package, which carries NVIDIA's
-assembler and disassembler, does the rest. Instructions a weight are those of the main loop over the weights that one
-step of it multiplies. The Triton inside XLA is another revision of the same compiler, so what runs may differ a little.
-`--record` writes the numbers as the ceilings that tests/arrays/pallas_kernels/test_compiled.py holds a change to.
+JAX lowers a Pallas kernel to Triton's language for a GPU that is not there; the `triton` package, which carries
+NVIDIA's assembler and disassembler, does the rest, and all of it for the kernels of the backend "triton". Instructions
+a weight are those of the main loop over the weights that one step of it multiplies. The Triton inside XLA is another
+revision of the same compiler, so what runs may differ a little. `--record` writes the numbers as the ceilings that
+tests/arrays/pallas_kernels/test_compiled.py holds a change to; what was not measured keeps its own.
 """
 
 import argparse
@@ -22,8 +23,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _triton, formats, sweep, tiles
-from pallas_kernels.tiles import Tile
+from pallas_kernels import backends, formats, sweep, tiles
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
 KERNEL = (8192, 28672)
@@ -58,34 +58,45 @@ class Case:
 
     name: str
     function: Callable
+    """Calls the kernel, or for the backend "triton" says how it is called: a `Launch`."""
     arguments: tuple
     weights: int
     """That a step of the main loop multiplies; 0 where that is not what the kernel does."""
+    backend: str = "pallas"
 
 
-def multiply_case(format: str, values: str, x_dtype: str, n: int, tile: Tile | None = None) -> Case:
+def kernels(backend: str):
+    """A backend's module, whether or not it could run here."""
+    return backends.load(backend, interpret=True)
+
+
+def multiply_case(format: str, values: str, x_dtype: str, n: int, backend: str = "pallas") -> Case:
     """The matmul kernel of a format, with the tile that the table has for it."""
     dtype = values if values in formats.FLOATS else x_dtype
     packed = abstract_packed(format, values, dtype)
-    tile = tile or tiles.choose_tile(packed, n)
+    tile = tiles.choose_tile(packed, n, backend)
     x = jax.ShapeDtypeStruct((n, KERNEL[0]), x_dtype)
 
     def function(x, packed):
-        return _triton.multiply(x, packed, tile)
+        if backend == "triton":
+            return kernels(backend).launch_multiply(x, packed, tile)
+        return kernels(backend).multiply(x, packed, tile)
 
-    name = f"{format} {values} x {x_dtype} n={n}"
-    return Case(name, function, (x, packed), tile.rows * packed.tile[1])
+    name = f"{format} {values} x {x_dtype} n={n}" + " triton" * (backend == "triton")
+    return Case(name, function, (x, packed), tile.rows * packed.tile[1], backend)
 
 
-def dense_case(format: str, values: str, dtype: str) -> Case:
+def dense_case(format: str, values: str, dtype: str, backend: str = "pallas") -> Case:
     """The decode-to-dense kernel of a format."""
     packed = abstract_packed(format, values, dtype)
-    tile = tiles.choose_tile(packed, 1)
+    tile = tiles.choose_tile(packed, 1, backend)
 
     def function(packed):
-        return _triton.dense_rows(packed, 0, packed.grid[0], tile, dtype)
+        if backend == "triton":
+            return kernels(backend).launch_dense(packed, 0, packed.grid[0], tile, dtype)
+        return kernels(backend).dense_rows(packed, 0, packed.grid[0], tile, dtype)
 
-    return Case(f"{format} {values} dense", function, (packed,), 0)
+    return Case(f"{format} {values} dense" + " triton" * (backend == "triton"), function, (packed,), 0, backend)
 
 
 def sweep_case(nm: tuple[int, int] | None) -> Case:
@@ -102,19 +113,20 @@ def sweep_case(nm: tuple[int, int] | None) -> Case:
 
 def cases() -> Iterator[Case]:
     """Every kernel that is held to a ceiling."""
-    for n in (1, 16, 32, 64):
-        yield multiply_case("capped:4", "bfloat16", "bfloat16", n)
-        yield multiply_case("bitmap", "bfloat16", "bfloat16", n)
-    for capacity in (1, 2, 3):
-        yield multiply_case(f"capped:{capacity}", "bfloat16", "bfloat16", 16)
-    for format in ("capped:4", "bitmap"):
-        yield multiply_case(format, "float16", "float16", 16)
-        yield multiply_case(format, "float32", "float32", 16)
-        for values in formats.QUANTISED:
-            yield multiply_case(format, values, "bfloat16", 16)
-            yield multiply_case(format, values, "float16", 16)
-        yield dense_case(format, "bfloat16", "bfloat16")
-    yield multiply_case("capped:3", "int8", "bfloat16", 16)
+    for backend in backends.NAMES:
+        for n in (1, 16, 32, 64):
+            yield multiply_case("capped:4", "bfloat16", "bfloat16", n, backend)
+            yield multiply_case("bitmap", "bfloat16", "bfloat16", n, backend)
+        for capacity in (1, 2, 3):
+            yield multiply_case(f"capped:{capacity}", "bfloat16", "bfloat16", 16, backend)
+        for format in ("capped:4", "bitmap"):
+            yield multiply_case(format, "float16", "float16", 16, backend)
+            yield multiply_case(format, "float32", "float32", 16, backend)
+            for values in formats.QUANTISED:
+                yield multiply_case(format, values, "bfloat16", 16, backend)
+                yield multiply_case(format, values, "float16", 16, backend)
+            yield dense_case(format, "bfloat16", "bfloat16", backend)
+        yield multiply_case("capped:3", "int8", "bfloat16", 16, backend)
     yield sweep_case(None)
     yield sweep_case((2, 4))
 
@@ -184,8 +196,21 @@ class Code:
     """How often each instruction stands in the loop."""
 
 
-def compile_call(ir_text: str, warps: int, stages: int, arch: str, weights: int, dump: Path | None = None) -> Code:
-    """Compiles Triton IR with the triton package and reads what came out."""
+def language_source(launch):
+    """What the triton package compiles, of a kernel in its language: pointers to whole and aligned arrays."""
+    from triton.compiler import ASTSource
+
+    letters = {"int": "i", "float": "fp", "bfloat": "bf"}
+    types = [re.sub(r"[a-z]+", lambda m: letters[m[0]], jnp.dtype(a.dtype).name) for a in (*launch.arrays, launch.out)]
+    names = launch.kernel.arg_names
+    signature = {name: f"*{kind}" for name, kind in zip(names, types)} | dict.fromkeys(names[len(types) :], "constexpr")
+    constants = {(names.index(name),): value for name, value in launch.constants.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
+    return ASTSource(launch.kernel, signature, constants, aligned)
+
+
+def compile_call(source, warps: int, stages: int, arch: str, weights: int, dump: Path | None = None) -> Code:
+    """Compiles Triton IR (as text) or a kernel in Triton's language and reads what came out."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -193,13 +218,15 @@ def compile_call(ir_text: str, warps: int, stages: int, arch: str, weights: int,
     with tempfile.TemporaryDirectory() as temporary:
         folder = dump or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        source = folder / "kernel.ttir"
-        # A cache hint whose spelling differs between Triton revisions; it changes no instruction count.
-        source.write_text(re.sub(r" evictionPolicy = \d+ : i32,?", "", ir_text))
         options = {"num_warps": warps, "num_stages": stages}
         target = GPUTarget("cuda", ARCHITECTURES[arch], 32)
-        _simplify(source, target, options)
-        compiled = triton.compile(str(source), target=target, options=options)
+        if isinstance(source, str):
+            path = folder / "kernel.ttir"
+            # A cache hint whose spelling differs between Triton revisions; it changes no instruction count.
+            path.write_text(re.sub(r" evictionPolicy = \d+ : i32,?", "", source))
+            _simplify(path, target, options)
+            source = str(path)
+        compiled = triton.compile(source, target=target, options=options)
         cubin = folder / f"kernel.{arch}.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         if dump:
@@ -253,6 +280,9 @@ def _longest_loop(disassembly: str) -> list[str]:
 
 def measure(case: Case, arch: str, dump: Path | None = None) -> Code:
     """Lowers and compiles the one kernel of a case."""
+    if case.backend == "triton":
+        launch = case.function(*case.arguments)
+        return compile_call(language_source(launch), launch.warps, launch.stages, arch, case.weights, dump)
     (call,) = triton_calls(case.function, case.arguments)
     return compile_call(*call, arch, case.weights, dump)
 
@@ -261,18 +291,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--only", default="", help="kernels whose name begins so")
+    parser.add_argument("--backend", nargs="+", choices=backends.NAMES, default=list(backends.NAMES))
     parser.add_argument("--dump", type=Path, help="folder for the code: Triton IR, PTX, the loop's instructions")
     parser.add_argument("--record", type=Path, help="JSON of ceilings to write")
     args = parser.parse_args()
     ceilings: dict = {}
-    print(f"{'kernel':40} {'arch':6} {'registers':>9} {'spilled':>8} {'shared':>7} {'loop':>6} {'a weight':>9}")
+    print(f"{'kernel':45} {'arch':6} {'registers':>9} {'spilled':>8} {'shared':>7} {'loop':>6} {'a weight':>9}")
     for case in cases():
-        if not case.name.startswith(args.only):
+        if not case.name.startswith(args.only) or case.backend not in args.backend:
             continue
         for arch in args.arch:
             code = measure(case, arch, args.dump and args.dump / re.sub(r"[ :=]", "_", case.name))
             print(
-                f"{case.name:40} {arch:6} {code.registers:9} {code.spilled:8} {code.shared:7} {code.loop:6} "
+                f"{case.name:45} {arch:6} {code.registers:9} {code.spilled:8} {code.shared:7} {code.loop:6} "
                 f"{code.per_weight:9.2f}",
                 flush=True,
             )
@@ -286,6 +317,9 @@ def main() -> None:
         import triton
 
         versions = {"jax": jax.__version__, "triton": triton.__version__}
+        before = json.loads(args.record.read_text()) if args.record.exists() else {}
+        if before.get("versions") == versions:  # what was not measured stays
+            ceilings = before["kernels"] | ceilings
         args.record.write_text(json.dumps({"versions": versions, "kernels": ceilings}, indent=1) + "\n")
 
 

@@ -15,7 +15,7 @@ def table(result: dict) -> str:
     rows = result["rows"]
     batches = sorted({row["batch"] for row in rows})
     lines = [
-        f"{result['device']}; speed-up over the dense bf16 matmul of the same run"
+        f"{result['device']}, backend {result['backend']}; speed-up over the dense bf16 matmul of the same run"
         + (" (INTERPRETED OR TINY: these times mean nothing)" if result["interpret"] or result["tiny"] else ""),
         "",
         "| layer | format | sparsity | byte limit | " + " | ".join(f"n = {n}" for n in batches) + " |",

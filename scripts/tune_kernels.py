@@ -1,9 +1,9 @@
 """Finds the fastest configuration of the kernels on the GPU that is here and writes it into the package's table.
 
-    python scripts/tune_kernels.py [--formats capped:4 bitmap] [--values bfloat16] [--batches 16 64] [--seconds 400]
-                                   [--table pallas_kernels/table.json] [--tiny --interpret]
+    python scripts/tune_kernels.py [--backend pallas|triton] [--formats capped:4 bitmap] [--values bfloat16]
+        [--batches 16 64] [--seconds 400] [--table pallas_kernels/table.json] [--tiny --interpret]
 
-For every class of calls (format, values, rows of x, large or small kernel) all candidates are timed as by
+For every class of calls (format, values, rows of x, large or small kernel; backend) all candidates are timed as by
 bench_kernels.py; the best goes into the table with its time and that of the dense matmul in the same run.
 """
 
@@ -17,7 +17,7 @@ import jax
 from bench_kernels import Bench, random_kernel
 
 import pallas_kernels as pk
-from pallas_kernels import _triton, formats, tiles
+from pallas_kernels import backends, formats, tiles
 
 SHAPES = {"large": (8192, 28672), "small": (4096, 4096)}
 CANDIDATES = [
@@ -26,22 +26,23 @@ CANDIDATES = [
 ]
 
 
-def multiply_with(packed, entry: dict, n: int, interpret: bool):
+def multiply_with(packed, entry: dict, n: int, bench: Bench):
     """The matmul with one configuration, and the configuration."""
     kind, cores = tiles.device()
     del kind
     rows = min(entry["rows"], packed.tile[0])
     split = tiles.split_of(packed, n, rows, entry["resident"] * cores)
     tile = tiles.Tile(rows=rows, warps=entry["warps"], stages=entry["stages"], split=split)
+    kernels = backends.load(bench.backend, interpret=bench.interpret)
 
     def multiply(x, packed):
-        y = _triton.multiply(x, packed, tile, interpret=interpret).sum(0)[:, : packed.shape[1]]
+        y = kernels.multiply(x, packed, tile, interpret=bench.interpret).sum(0)[:, : packed.shape[1]]
         return (y if packed.scale is None else y * packed.scale).astype(x.dtype)
 
     return multiply, tile
 
 
-def tune(bench: Bench, format: str, values: str, shape, n: int, candidates, interpret: bool) -> dict:
+def tune(bench: Bench, format: str, values: str, shape, n: int, candidates) -> dict:
     """The best candidate with its times; those that do not compile or run are left out."""
     sparsity = 0.5 if format == "bitmap" else 1 - int(format[-1]) / 8
     kernel = random_kernel(jax.random.key(1), shape, format, sparsity)
@@ -49,7 +50,7 @@ def tune(bench: Bench, format: str, values: str, shape, n: int, candidates, inte
     dense = bench.dense_times(shape, (n,))[n]
     found, seen = [], set()
     for entry in candidates:
-        multiply, tile = multiply_with(packed, entry, n, interpret)
+        multiply, tile = multiply_with(packed, entry, n, bench)
         if tile in seen:
             continue
         seen.add(tile)
@@ -68,6 +69,7 @@ def tune(bench: Bench, format: str, values: str, shape, n: int, candidates, inte
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=backends.NAMES, default="pallas")
     parser.add_argument("--formats", nargs="+", default=["capped:4", "bitmap", "capped:2", "capped:3"])
     parser.add_argument("--values", nargs="+", default=["bfloat16"])
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 64, 32])
@@ -77,7 +79,7 @@ def main() -> None:
     parser.add_argument("--interpret", action="store_true")
     args = parser.parse_args()
     start = time.perf_counter()
-    bench = Bench(interpret=args.interpret, tiny=args.tiny)
+    bench = Bench(interpret=args.interpret, tiny=args.tiny, backend=args.backend)
     shapes = {"small": (256, 256)} if args.tiny else SHAPES
     candidates = CANDIDATES[:2] if args.tiny else CANDIDATES
     table = json.loads(args.table.read_text())
@@ -87,9 +89,9 @@ def main() -> None:
             print(f"time is up before {format} {values} n={n} {size}")
             break
         print(f"{format} {values} n={n} {size}")
-        best = tune(bench, format, values, shape, n, candidates, args.interpret)
+        best = tune(bench, format, values, shape, n, candidates)
         if best:
-            classes[tiles.class_name(format, values, shape[0] * shape[1], n)] = best
+            classes[tiles.class_name(format, values, shape[0] * shape[1], n, args.backend)] = best
             args.table.write_text(json.dumps(table, indent=1) + "\n")
 
 

@@ -1,12 +1,19 @@
 """What compilers make of the kernels, without a GPU: every one lowers for CUDA, and none grows unnoticed.
 
+Through `jax_triton` too, where it and JAX's plugin for CUDA are installed, which loads without a GPU or its driver.
+
 Ceilings are in `ceilings.json`: registers and instructions of the main loop for sm_80 and sm_90. A change may lower
 them, and then writes them anew with `python scripts/kernel_code.py --record FILE`; one that raises them has to say why.
 They belong to one version of the `triton` package; under another only the issue's own limits are checked. Without the
 package only the lowering is.
 """
 
+import builtins
+import functools
+import importlib.util
 import json
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -38,7 +45,7 @@ def test_every_kernel_has_a_ceiling():
         assert limit is None or entry["sm_90"]["per_weight"] <= limit, name
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.backend == "pallas"])
 def test_lowers_for_cuda(name):
     case = CASES[name]
     (call,) = kernel_code.triton_calls(case.function, case.arguments)
@@ -70,6 +77,50 @@ def test_whole_functions_lower_for_cuda():
     inverse = jax.ShapeDtypeStruct((128, 128), jnp.float32)
     keep = jax.ShapeDtypeStruct((128, 100), jnp.bool_)
     assert len(kernel_code.triton_calls(pk.sparsegpt_sweep, (block, inverse, keep))) == 1
+
+
+@pytest.mark.parametrize(("format", "values"), [("capped:3", "bfloat16"), ("bitmap", "int8")])
+def test_jax_triton_lowers_for_cuda(monkeypatch, format, values):
+    """All but the launch: the call is traced, the kernel compiled for an H100 and put into the program."""
+    pytest.importorskip("jax_triton", reason="needs jax-triton and a JAX for GPUs", exc_type=ImportError)
+    library = pytest.importorskip("jaxlib.gpu_triton")
+    if not hasattr(library, "TritonKernel"):
+        pytest.skip("needs JAX's plugin for CUDA")
+    monkeypatch.setattr(library, "get_compute_capability", lambda device: 90, raising=False)
+    packed = kernel_code.abstract_packed(format, values, "bfloat16", (1000, 700))
+    for n, products in ((3, 0), (500, 1)):  # decoded in the kernel; decoded to dense, which XLA multiplies
+        x = jax.ShapeDtypeStruct((n, 1000), jnp.bfloat16)
+        with kernel_code.pretend_gpu():
+            traced = jax.jit(functools.partial(pk.matmul, backend="triton")).trace(x, packed)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("custom_call @triton_kernel_call") == 1
+        assert text.count("dot_general") == products
+
+
+def test_what_the_second_backend_needs_is_said(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(pk.FormatError, match=r"triton and jax-triton, which are not installed: pip install"):
+        pk.matmul(jnp.ones((1, 8)), pk.pack(jnp.eye(8), "bitmap"), backend="triton")
+
+
+@pytest.mark.parametrize(("jax_version", "reason"), [((0, 12, 0), "does not work with jax"), (None, "No GPU; see the")])
+def test_versions_that_do_not_go_together(monkeypatch, jax_version, reason):
+    pytest.importorskip("triton")
+    if jax_version is None:
+
+        def broken(name, *args, real=builtins.__import__, **options):
+            if name == "jax_triton":
+                raise ImportError("No GPU; see the\ninstallation page")
+            return real(name, *args, **options)
+
+        monkeypatch.setattr(builtins, "__import__", broken)
+    else:
+        fake = types.SimpleNamespace(__version__="0.4.1", __version_info__=(0, 4, 1))
+        monkeypatch.setitem(sys.modules, "jax_triton", fake)
+        monkeypatch.setattr(jax, "__version_info__", jax_version)
+    with pytest.raises(pk.FormatError, match=reason) as caught:
+        pk.matmul(jnp.ones((1, 8)), pk.pack(jnp.eye(8), "bitmap"), backend="triton")
+    assert "\n" not in str(caught.value)
 
 
 # All for the newer architecture, and every other one for the older: two to six seconds each.

@@ -1,8 +1,12 @@
-"""matmul: the kernels in Pallas' interpreter and the reference, against dense products in float64."""
+"""matmul: the kernels in their interpreter and the reference, against dense products in float64.
+
+Pallas' kernels and interpreter; those of the backend "triton" where TRITON_INTERPRET=1 is set, and `triton` is there.
+"""
 
 import dataclasses
 import importlib
 import itertools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +15,19 @@ import pytest
 from sparse_kernels import random_kernel, random_mask
 
 import pallas_kernels as pk
-from pallas_kernels import _triton, tiles
+from pallas_kernels import backends, tiles
 from pallas_kernels.tiles import Tile
 
+BACKEND = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "pallas"
+kernels = backends.load(BACKEND, interpret=True)
 module = importlib.import_module("pallas_kernels.matmul")  # the package has a function of this name
 
 TOLERANCE = {"float32": 1e-6, "bfloat16": 6e-3, "float16": 8e-4}  # half a unit of the result's last place, and sums
+
+
+def matmul(x, packed, *, interpret=True, **options):
+    """`pk.matmul`, interpreted if not said otherwise."""
+    return pk.matmul(x, packed, backend=BACKEND if interpret else "pallas", interpret=interpret, **options)
 
 
 def dense_product(x, packed) -> np.ndarray:
@@ -59,7 +70,7 @@ def test_kernel_against_dense(rng, format, dtype, values):
     kernel[::7] = 0
     packed = pk.pack(kernel, format, mask=mask, values=values)
     x = jnp.asarray(rng.standard_normal((7, 200)).astype(kernel.dtype))
-    partial = _triton.multiply(x, packed, Tile(rows=64, split=2), interpret=True)
+    partial = kernels.multiply(x, packed, Tile(rows=64, split=2), interpret=True)
     assert partial.shape == (2, 7, 256)
     expected = dense_product(x, packed)
     y = np.asarray(partial).sum(0)[:, :150] * (1 if values is None else packed.scale)
@@ -75,7 +86,8 @@ def test_no_share_reads_beyond_the_last_tile(rng, monkeypatch, format, split):
     steps = packed.grid[1]
     assert (steps, split) in [(2, 3), (3, 4)]
     seen = []
-    for reader, method in itertools.product((_triton._CappedReader, _triton._BitmapReader), ("ahead", "read")):
+    readers = [kernels._CappedReader, kernels._BitmapReader] if BACKEND == "pallas" else []
+    for reader, method in itertools.product(readers, ("ahead", "read")):
         original = getattr(reader, method)
 
         def noting(self, k, *ahead, original=original):
@@ -84,10 +96,27 @@ def test_no_share_reads_beyond_the_last_tile(rng, monkeypatch, format, split):
 
         monkeypatch.setattr(reader, method, noting)
     x = jnp.asarray(rng.standard_normal((3, 150)), jnp.bfloat16)
-    partial = _triton.multiply(x, packed, Tile(split=split), interpret=True)
+    partial = kernels.multiply(x, packed, Tile(split=split), interpret=True)
     assert_close(np.asarray(partial).sum(0)[:, :40], dense_product(x, packed))
     jax.effects_barrier()
-    assert set(seen) == set(range(steps))
+    # Triton's interpreter is made to look at addresses itself.
+    assert set(seen) == set(range(steps)) or BACKEND == "triton"
+
+
+@pytest.mark.skipif(BACKEND == "pallas", reason="of Triton's interpreter: set TRITON_INTERPRET=1")
+def test_the_interpreter_sees_what_lies_outside(rng):
+    from pallas_kernels import interpreter
+
+    packed = pk.pack(random_kernel(rng, random_mask(rng, 150, 40, "bitmap"), "bfloat16"), "bitmap")
+    x = np.ones((3, 192), jnp.bfloat16)
+    launch = kernels.launch_multiply(x, packed, Tile(), asm=False)
+    assert interpreter.run(launch, *launch.arrays).shape == (1, 3, 128)
+    for wrong in ({"STEPS": 4}, {"N": 4}, {"ROWS": 64}):  # tiles and rows of x that there are not; half of the outputs
+        bad = dataclasses.replace(launch, constants={**launch.constants, **wrong})
+        if wrong == {"ROWS": 64}:  # twice as many programs
+            bad = dataclasses.replace(bad, grid=(4, 1, 1))
+        with pytest.raises(Exception, match="outside of its arrays"):
+            interpreter.run(bad, *bad.arrays)
 
 
 @pytest.mark.parametrize("n", [1, 8, 16, 33, 64])
@@ -96,7 +125,7 @@ def test_batches(rng, format, n):
     mask = random_mask(rng, 130, 40, format)
     packed = pk.pack(random_kernel(rng, mask, "bfloat16"), format)
     x = jnp.asarray(rng.standard_normal((n, 130)), jnp.bfloat16)
-    y = pk.matmul(x, packed, interpret=True)
+    y = matmul(x, packed)
     assert y.dtype == jnp.bfloat16
     assert_close(y, dense_product(x, packed), "bfloat16")
 
@@ -106,9 +135,9 @@ def test_large_batches_decode_to_dense(rng, monkeypatch, format):
     monkeypatch.setattr(module, "DENSE_BYTES", 1)  # chunks of one row of tiles
     packed = pk.pack(random_kernel(rng, random_mask(rng, 130, 300, format), "bfloat16"), format)
     x = jnp.asarray(rng.standard_normal((200, 130)), jnp.bfloat16)
-    monkeypatch.setattr(_triton, "multiply", None)  # not for this batch
+    monkeypatch.setattr(kernels, "multiply", None)  # not for this batch
     for interpret in (False, True):
-        assert_close(pk.matmul(x, packed, interpret=interpret), dense_product(x, packed), "bfloat16")
+        assert_close(matmul(x, packed, interpret=interpret), dense_product(x, packed), "bfloat16")
     jax.clear_caches()
 
 
@@ -116,27 +145,27 @@ def test_between_one_block_and_the_threshold(rng):
     packed = pk.pack(random_kernel(rng, random_mask(rng, 64, 40, "capped:2"), "float32"), "capped:2")
     x = jnp.asarray(rng.standard_normal((100, 64)), jnp.float32)
     assert 64 < 100 <= tiles.decode_above()
-    assert_close(pk.matmul(x, packed, interpret=True), dense_product(x, packed))
+    assert_close(matmul(x, packed), dense_product(x, packed))
 
 
 @pytest.mark.parametrize("format", ["capped:4", "bitmap"])
 def test_empty_and_full_tiles(rng, format):
     kernel = np.zeros((256, 128), np.float32)
     x = jnp.asarray(rng.standard_normal((3, 256)), jnp.float32)
-    assert np.all(np.asarray(pk.matmul(x, pk.pack(kernel, format), interpret=True)) == 0)
+    assert np.all(np.asarray(matmul(x, pk.pack(kernel, format))) == 0)
     full = rng.standard_normal(kernel.shape).astype(np.float32)
     full[128:] = 0
     if format == "capped:4":
         full.reshape(-1, 8, 128)[:, 4:] = 0
     packed = pk.pack(full, format)
-    assert_close(pk.matmul(x, packed, interpret=True), dense_product(x, packed))
+    assert_close(matmul(x, packed), dense_product(x, packed))
 
 
 def test_mixed_dtypes_multiply_in_float32(rng):
     packed = pk.pack(random_kernel(rng, random_mask(rng, 72, 40, "bitmap"), "bfloat16"), "bitmap")
     x = jnp.asarray(rng.standard_normal((3, 72)), jnp.float32)
     for interpret in (False, True):
-        y = pk.matmul(x, packed, interpret=interpret)
+        y = matmul(x, packed, interpret=interpret)
         assert y.dtype == jnp.float32
         assert_close(y, dense_product(x, packed))
 
@@ -159,7 +188,7 @@ def test_gradients(rng, format, interpret):
     x = jnp.asarray(rng.standard_normal((3, 72)), jnp.float32)
 
     def ours(x, values):
-        return jnp.sum(jnp.sin(pk.matmul(x, packed, values=values, interpret=interpret)))
+        return jnp.sum(jnp.sin(matmul(x, packed, values=values, interpret=interpret)))
 
     def dense(x, kernel):
         return jnp.sum(jnp.sin(jnp.matmul(x, kernel, precision="highest")))
@@ -198,7 +227,7 @@ def test_vmap(rng):
     x = jnp.asarray(rng.standard_normal((4, 3, 72)), jnp.float32)
     expected = dense_product(x.reshape(12, 72), packed).reshape(4, 3, 40)
     for interpret in (False, True):
-        assert_close(jax.vmap(lambda x: pk.matmul(x, packed, interpret=interpret))(x), expected)  # noqa: B023
+        assert_close(jax.vmap(lambda x: matmul(x, packed, interpret=interpret))(x), expected)  # noqa: B023
     # Of x's gradient, and over packed kernels.
     dx = jax.vmap(jax.grad(lambda x: pk.matmul(x, packed).sum()))(x)
     np.testing.assert_allclose(dx, np.broadcast_to(kernel.sum(1), x.shape), rtol=1e-4, atol=1e-5)
@@ -216,7 +245,8 @@ def test_shards_on_four_devices(rng, format):
     assert shards.shape == (72, 10)
     mesh = jax.make_mesh((4,), ("model",))
     x = jnp.asarray(rng.standard_normal((2, 3, 72)), jnp.float16)
-    y = pk.matmul_shards(x, shards, mesh, "model", interpret=format == "bitmap")
+    options = {"interpret": True, "backend": BACKEND} if format == "bitmap" else {}
+    y = pk.matmul_shards(x, shards, mesh, "model", **options)
     assert y.sharding.spec == jax.sharding.PartitionSpec(None, None, "model")
     expected = np.asarray(x).astype(np.float64).reshape(6, 72) @ kernel.astype(np.float64)
     assert_close(np.asarray(y).reshape(6, 40), expected, "float16")
@@ -239,8 +269,8 @@ def test_donated_buffers(rng):
 def test_same_bits_every_time(rng):
     packed = pk.pack(random_kernel(rng, random_mask(rng, 640, 40, "bitmap"), "float32"), "bitmap")
     x = jnp.asarray(rng.standard_normal((5, 640)), jnp.float32)
-    first = pk.matmul(x, packed, interpret=True)
-    np.testing.assert_array_equal(first, pk.matmul(x, packed, interpret=True))
+    first = matmul(x, packed)
+    np.testing.assert_array_equal(first, matmul(x, packed))
 
 
 def test_bad_arguments(rng):
@@ -251,6 +281,8 @@ def test_bad_arguments(rng):
         pk.matmul(np.zeros((2, 16), np.int32), packed)
     with pytest.raises(pk.FormatError, match="version 2, newer than 1"):
         pk.matmul(np.zeros((2, 16), np.float32), dataclasses.replace(packed, version=2))
+    with pytest.raises(pk.FormatError, match="pallas or triton; got 'mosaic'"):
+        pk.matmul(np.zeros((2, 16), np.float32), packed, backend="mosaic")
     quantised = pk.pack(np.eye(16, 8, dtype=np.float32), "bitmap", values="int8")
     with pytest.raises(pk.FormatError, match="cannot be trained"):
         pk.matmul(np.zeros((2, 16), np.float32), quantised, values=jnp.zeros(3))

@@ -19,8 +19,16 @@ def run(*command, cwd=ROOT, **environment):
 
 
 def test_gpu_check(tmp_path):
-    printed = run("bash", "scripts/gpu_check.sh", str(tmp_path), TINY="1", SECONDS_OF_BENCH="600")
+    printed = run("bash", "scripts/gpu_check.sh", str(tmp_path), TINY="1", SECONDS_OF_BENCH="600", BACKENDS="pallas")
     assert ", 0 wrong" in printed
+    decoded = json.loads((tmp_path / "decode_cpu.json").read_text())
+    dense, *packed = decoded["rows"]
+    assert [row["way"] for row in packed] == ["capped:4", "bitmap int8"]
+    assert all(row["speedup"] == dense["milliseconds_a_step"] / row["milliseconds_a_step"] for row in packed)
+    # Of the same weights: sums in another order; int8 rounds each of them.
+    assert all(row["difference_of_logits"] < (0.05 if "int8" in row["way"] else 0.01) for row in packed)
+    assert all(row["difference_of_logits"] > 0.001 for row in packed if "int8" in row["way"])
+    assert dense["weight_bytes"] == 2 * (4 * 64 * 64 + 3 * 64 * 88)
     result = json.loads((tmp_path / "kernels_cpu.json").read_text())
     assert result["interpret"]
     assert result["tiny"]
