@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 COMMANDS = Methods(
     {
         "eval perplexity": "jprune.cli.evaluate:EvalPerplexity",
+        "eval tasks": "jprune.cli.tasks:EvalTasks",
         "compare": "jprune.cli.compare:Compare",
         "generate": "jprune.cli.generate:Generate",
         "convert": "jprune.cli.convert:Convert",

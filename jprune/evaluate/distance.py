@@ -12,7 +12,6 @@ whole model. The heads see few enough tokens at a time that the logits of both f
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,7 @@ from jprune import devices
 from jprune.annotations import Array, Bool, Float, Float64, Int, Integer
 from jprune.errors import JpruneError
 from jprune.evaluate.passing import Passed, check_finite, through_blocks
+from jprune.evaluate.rows import over_rows
 from jprune.models.weights import Weights
 
 LOGITS_BYTES = 2**26
@@ -114,29 +114,17 @@ def _distance(
     tokens: Int[Array, "batch length"],
 ) -> tuple[Float[Array, "batch predicted"], Float[Array, "batch predicted"], Bool[Array, "batch predicted"]]:
     """Cross-entropy, divergence and agreement of every predicted token, the windows in `shares` side by side."""
-    batch, length, _ = x.shape
-    rows = batch // shares * (length - 1)
     vocab = jax.eval_shape(heads[0], own, x).shape[-1]
-    chunks = math.ceil(rows / max(1, LOGITS_BYTES // (2 * 4 * vocab)))
-    size = math.ceil(rows / chunks)
 
-    def cut(values: Array) -> Array:
-        """[batch, length - 1, ...] as [chunks, shares, size, ...]."""
-        values = values.reshape(shares, rows, *values.shape[2:])
-        padded = jnp.pad(values, ((0, 0), (0, chunks * size - rows), *[(0, 0)] * (values.ndim - 2)))
-        return jnp.swapaxes(padded.reshape(shares, chunks, size, *values.shape[2:]), 0, 1)
-
-    def chunk(part: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        p, q = (head(params, h).astype(jnp.float32) for head, params, h in zip(heads, (own, other), part[:2]))
+    def of_rows(x: Array, y: Array, target: Array) -> tuple[Array, Array, Array]:
+        p, q = (head(params, h).astype(jnp.float32) for head, params, h in zip(heads, (own, other), (x, y)))
         agrees = jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)
         p, q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
-        nll = -jnp.take_along_axis(q, part[2][..., None], axis=-1)[..., 0]
+        nll = -jnp.take_along_axis(q, target[..., None], axis=-1)[..., 0]
         return nll, jnp.sum(jnp.exp(p) * (p - q), axis=-1), agrees
 
-    found = jax.lax.map(chunk, (cut(x[:, :-1]), cut(y[:, :-1]), cut(tokens[:, 1:])))
-    nll, divergence, agrees = (
-        jnp.swapaxes(values, 0, 1).reshape(shares, -1)[:, :rows].reshape(batch, length - 1) for values in found
-    )
+    values = (x[:, :-1], y[:, :-1], tokens[:, 1:])
+    nll, divergence, agrees = over_rows(of_rows, values, shares=shares, most=LOGITS_BYTES // (2 * 4 * vocab))
     return nll, divergence, agrees
 
 

@@ -7,7 +7,7 @@ one micro-batch's intermediates are in memory, and equal blocks compile once.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,12 +27,12 @@ from jprune.trace import matmuls
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Passed:
-    """The windows before the head, in micro-batches of one shape."""
+    """Windows before the head, in micro-batches."""
 
-    windows: list[Int[Array, "batch length"]]
-    """Their tokens."""
-    hidden: list[Float[Array, "batch length d_model"]]
-    """What the last block gives."""
+    windows: list[Int[Array, "_ _"]]
+    """Their tokens, [batch, length]."""
+    hidden: list[Float[Array, "_ _ _"]]
+    """What the last block gives, [batch, length, d_model]."""
     head: Callable[..., Any]
     params: dict[str, Any]
     """Of the head."""
@@ -66,6 +66,29 @@ def through_blocks(
         JpruneError: windows of fewer than two tokens, or ids outside the vocabulary.
     """
     _check(tokens, weights.config.vocab)
+    batches = _micro_batches(tokens, batch, mesh)
+    return dataclasses.replace(
+        pass_blocks(weights, batches, dtype=dtype, mesh=mesh, progress=progress), count=len(tokens)
+    )
+
+
+def pass_blocks(
+    weights: Weights,
+    batches: Sequence[Int[Array, "_ _"]],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh,
+    progress: Callable[[int, int], None] | None = None,
+) -> Passed:
+    """Micro-batches of tokens passed through a model up to its head; arguments are those of `through_blocks`.
+
+    Args:
+        weights: the model.
+        batches: token ids of the vocabulary, on the devices; of as many shapes as programs are to be compiled for.
+        dtype: of parameters and hidden states.
+        mesh: the devices.
+        progress: called with (done, total) after each block.
+    """
     config = weights.config
 
     def placed(tree: Any, function: Callable | None = None) -> Any:
@@ -75,18 +98,15 @@ def through_blocks(
         where = _shardings(function, shapes, config.d_model, mesh)
         return trees.unflatten({p: devices.place(params.pop(p), where[p]).astype(dtype) for p in list(params)})
 
-    batches = _micro_batches(tokens, batch, mesh)
     params = placed({"embed": weights.params("embed")})
-    windows_lie = batches[0].sharding
-    embed = _jit(decoder.embed(config), windows_lie)
-    hidden = [embed(params, windows) for windows in batches]
+    embed = decoder.embed(config)
+    hidden = [_jit(embed, windows.sharding)(params, windows) for windows in batches]
     del params  # here and below: else it would stay while the next part is read
     for index in range(config.layers):
         function = decoder.block(config, index)
         params = placed(weights.params(f"blocks/{index}"), function)
-        block = _jit_in_place(function, windows_lie)
         for i, x in enumerate(hidden):
-            hidden[i] = block(params, x)
+            hidden[i] = _jit_in_place(function, batches[i].sharding)(params, x)
         # Computation is asynchronous: without waiting, parameters of blocks still to be computed would pile up.
         jax.block_until_ready(hidden)
         del params
@@ -94,7 +114,7 @@ def through_blocks(
             progress(index + 1, config.layers + 1)
     head = decoder.head(config)
     params = placed({name: weights.params(name) for name in decoder.head_parts(config)}, head)
-    return Passed(windows=batches, hidden=hidden, head=head, params=params, count=len(tokens))
+    return Passed(windows=list(batches), hidden=hidden, head=head, params=params, count=sum(map(len, batches)))
 
 
 def check_finite(nll: Float[np.ndarray, " n"], dtype: DTypeLike) -> None:

@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from jprune import devices
 from jprune.annotations import Array, Float, Float64, Int, Integer
 from jprune.evaluate.passing import check_finite, through_blocks
+from jprune.evaluate.rows import over_rows
 from jprune.models import decoder
 from jprune.models.weights import Weights
 
@@ -112,20 +113,11 @@ def _nll(
 
     `width` is how many tokens of the vocabulary are taken at a time, None for all of them.
     """
-    batch, length, d_model = x.shape
-    rows = batch // shares * (length - 1)
     vocab = jax.eval_shape(head, params, x).shape[-1]
     tiles = 1 if width is None else math.ceil(vocab / width)
     width = math.ceil(vocab / tiles)
-    chunks = math.ceil(rows / max(1, LOGITS_BYTES // (4 * width)))
-    size = math.ceil(rows / chunks)
-    fill = (0, 0), (0, chunks * size - rows)
-    inputs = jnp.pad(x[:, :-1].reshape(shares, rows, d_model), (*fill, (0, 0)))
-    targets = jnp.pad(tokens[:, 1:].reshape(shares, rows), fill)
 
-    def chunk(part: tuple[Array, Array]) -> Array:
-        h, target = part
-
+    def of_rows(h: Array, target: Array) -> tuple[Array]:
         def tile(state: tuple[Array, Array, Array], number: Array) -> tuple[tuple[Array, Array, Array], None]:
             most, total, hit = state
             first = jnp.minimum(number * width, vocab - width)  # the last one begins within the one before it
@@ -141,12 +133,10 @@ def _nll(
 
         zero = jnp.zeros(target.shape, jnp.float32)
         (most, total, hit), _ = jax.lax.scan(tile, (zero - jnp.inf, zero, zero), jnp.arange(tiles))
-        return most + jnp.log(total) - hit
+        return (most + jnp.log(total) - hit,)
 
-    parts = (inputs.reshape(shares, chunks, size, d_model), targets.reshape(shares, chunks, size))
-    nll = jax.lax.map(chunk, jax.tree.map(lambda part: jnp.swapaxes(part, 0, 1), parts))
-    nll = jnp.swapaxes(nll, 0, 1).reshape(shares, chunks * size)[:, :rows]
-    return nll.reshape(batch, length - 1).mean(axis=1)
+    (nll,) = over_rows(of_rows, (x[:, :-1], tokens[:, 1:]), shares=shares, most=LOGITS_BYTES // (4 * width))
+    return nll.mean(axis=1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,0 +1,218 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, on models that need not fit into memory.
+
+The harness makes the prompts, and of the answers the metrics; here are the three things that it asks of a model. What
+it asks is the same as of its own backend for transformers, and so are the numbers: texts are tokenised as there, long
+ones lose their beginning, and a text without a context begins with the token that begins texts, or ends them.
+Log-likelihoods are computed for all requests together, block by block; texts are generated one after the other, with
+the whole model in memory.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from jprune import texts
+from jprune.checkpoints import Checkpoint
+from jprune.errors import JpruneError
+from jprune.evaluate.scoring import scores
+from jprune.models.generate import stream
+
+
+class Model(TemplateLM):
+    """A checkpoint with the face of a model of the harness.
+
+    Args:
+        checkpoint: the model, with its tokenizer.
+        dtype: of parameters and hidden states in the computation.
+        mesh: the devices, see `jprune.devices`.
+        progress: called with (done, total) after each block.
+
+    Raises:
+        JpruneError: there is no tokenizer, or it does not say how texts end.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        mesh: Mesh | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        super().__init__()
+        if checkpoint.tokenizer is None:
+            raise JpruneError(f"{checkpoint.source} has no tokenizer; put its tokenizer.json beside the weights")
+        self._checkpoint, self._tokenizer = checkpoint, checkpoint.tokenizer
+        self._options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "progress": progress}
+        self._ends = _special(checkpoint, "eos_token", checkpoint.eos_token_ids[:1])
+        self._begins = _special(checkpoint, "bos_token", ())
+        self._begins = self._ends if self._begins is None else self._begins
+        if self._ends is None:
+            raise JpruneError(
+                f"{checkpoint.source}: expected a token that ends texts, and neither tokenizer_config.json nor the "
+                "config names one; tasks need it where a text has no context"
+            )
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends texts."""
+        assert self._ends is not None
+        return self._ends
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context."""
+        assert self._begins is not None
+        return self._begins
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model's context holds."""
+        return self._checkpoint.config.context
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness names the tokenizer by, where it keeps requests."""
+        return self._checkpoint.fingerprint()
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids, with a BOS where the tokenizer adds one and the text has none yet."""
+        if add_special_tokens is None:
+            begins = self._tokenizer.decode([self.prefix_token_id], skip_special_tokens=False)
+            add_special_tokens = not (begins and string.startswith(begins))
+        return list(self._tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        whole = [[*context, *continuation][-(self.max_length + 1) :] for _, context, continuation in requests]
+        counts = [len(continuation) for *_, continuation in requests]
+        sums, likeliest = scores(self._checkpoint, whole, counts, **self._options)
+        found = [(float(x), bool(top)) for x, top in zip(sums, likeliest, strict=True)]
+        for (asked, *_), own in zip(requests, found, strict=True):
+            if asked is not None:
+                self.cache_hook.add_partial("loglikelihood", asked, own)
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihoods of whole texts, each in as few windows as the context allows."""
+        del disable_tqdm
+        pieces: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
+        for index, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            own = [(None, *make_disjoint_window(window)) for window in windows]
+            pieces += own
+            owners += [index] * len(own)
+        sums = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(pieces), strict=True):
+            sums[owner] += value
+        return sums
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What follows each text, up to the first of the strings that it is to stop at."""
+        del disable_tqdm
+        params = self._checkpoint.params() if requests else {}
+        found = []
+        for request in requests:
+            context, options = request.args
+            options = normalize_gen_kwargs(options, 256)
+            most = options["max_gen_toks"]
+            if most >= self.max_length:
+                raise JpruneError(f"expected fewer tokens to generate than the context's {self.max_length}, got {most}")
+            until = [term for term in options.get("until") or [] if term]
+            given = self.tok_encode(context)[-(self.max_length - most) :]
+            ids: list[int] = []
+            text = ""
+            for token in stream(
+                self._checkpoint.config,
+                params,
+                given,
+                max_tokens=most,
+                temperature=options.get("temperature", 0.0),
+                top_p=options.get("top_p", 1.0),
+                eos_id=self._checkpoint.eos_token_ids or self.eot_token_id,
+            ):
+                ids.append(token)
+                text = self._tokenizer.decode(ids)
+                if any(term in text for term in until):
+                    break
+            found.append(postprocess_generated_text(text, until, None))
+            self.cache_hook.add_partial("generate_until", request.args, found[-1])
+        return found
+
+
+def evaluate(
+    model: Model,
+    tasks: Sequence[str],
+    *,
+    fewshot: int | None = None,
+    limit: int | None = None,
+    include: str | None = None,
+    seed: int = 0,
+) -> Mapping[str, Any]:
+    """What the harness finds: by task, its metrics and their standard errors.
+
+    Args:
+        model: what answers.
+        tasks: names of the harness', or of those below `include`.
+        fewshot: examples before each question; by default what the task says.
+        limit: of the items of each task, so many from the beginning.
+        include: a folder with more tasks, as the harness writes them (YAML).
+        seed: of the examples that are drawn.
+
+    Raises:
+        JpruneError: there is no such task, or its data cannot be had.
+    """
+    manager = TaskManager(include_path=include)
+    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
+        raise JpruneError(
+            f"expected tasks of lm-evaluation-harness, got {', '.join(unknown)}; `lm-eval ls tasks` lists them, and "
+            "`--include` adds a folder of your own"
+        )
+    try:
+        result = simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            num_fewshot=fewshot,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=1000,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except (ConnectionError, FileNotFoundError, OSError) as error:
+        words = (str(error).strip().splitlines() or [""])[0]
+        raise JpruneError(
+            f"the data of {', '.join(tasks)} cannot be had ({type(error).__name__}: {words}); fetch it where there is "
+            "a network (HF_HOME says where it is kept), or use tasks of local files with `--include`"
+        ) from error
+    assert result is not None
+    return {name: result[name] for name in ("results", "n-shot", "n-samples", "versions", "higher_is_better")}
+
+
+def _special(checkpoint: Checkpoint, name: str, otherwise: Sequence[int]) -> int | None:
+    """The id of a special token as the tokenizer's files name it; where there are none, as the config does."""
+    files = checkpoint.side_files
+    if "tokenizer_config.json" not in files:
+        known = checkpoint.hf_config.get(f"{name}_id")
+        known = known[0] if isinstance(known, list) and known else known
+        return known if isinstance(known, int) else next(iter(otherwise), None)
+    token = texts.beside(files, "tokenizer_config.json").get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    ids = checkpoint.tokenizer.encode(token, add_special_tokens=False) if token and checkpoint.tokenizer else []
+    return int(ids[0]) if len(ids) == 1 else next(iter(otherwise), None)
