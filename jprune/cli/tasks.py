@@ -35,7 +35,7 @@ class EvalTasks(OnDevices):
             raise JpruneError("tasks need lm-evaluation-harness, which is not installed; `pip install 'jprune[eval]'`")
         from jprune.checkpoints import load
         from jprune.checkpoints.dtypes import activation_dtype
-        from jprune.evaluate.tasks import Model, evaluate
+        from jprune.pipeline.tasks import Model, evaluate
         from jprune.runs.report import Progress
 
         names = [name.strip() for name in self.tasks.split(",") if name.strip()]
