@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -9,6 +10,7 @@ import jprune
 from jprune import trees
 from jprune.anatomy.units import units_of_blocks
 from jprune.models import decoder, stacked
+from jprune.pipeline.training import loraprune_model
 from jprune.structured import shrink
 from jprune.structured.units import positions
 from jprune.train import lora
@@ -104,3 +106,20 @@ def test_masked_weights_are_zeros(tiny_model, learnable, rng):
     kernel = params["blocks/1/mlp/up/kernel"]
     bits = np.unpackbits(state["keep"]["blocks"]["0-2"]["mlp"]["up"]["kernel"][1], axis=-1)[:, :56]
     np.testing.assert_array_equal(kernel == 0, bits == 0)
+
+
+def test_a_sparse_run(tiny_model, learnable, tmp_path):
+    """Exact counts of each output, in the dtype of the checkpoint, though the base was int8."""
+    folder = tiny_model(dtype=ml_dtypes.bfloat16, torch_dtype="bfloat16")
+    method = LoRAPrune(**SHORT, sparsity=0.4, base_dtype="int8")
+    report = loraprune_model(folder, tmp_path / "out", method=method, data=learnable)
+    after = jprune.load(tmp_path / "out")
+    for path in (p for p in after.shapes if p.startswith("blocks") and p.endswith("kernel")):
+        kernel = after.read(path)
+        assert kernel.dtype == ml_dtypes.bfloat16
+        axes = (0, 1) if "/o/" in path else (0,)
+        d_in = int(np.prod([kernel.shape[axis] for axis in axes]))
+        assert (np.count_nonzero(kernel == 0, axis=axes) == int(0.4 * d_in)).all(), path
+    assert report.parameters == report.parameters_after
+    assert report.pruned[0] == 3 * (12 * (32 + 16 + 16 + 32 + 56 + 56) + 22 * 32)
+    assert after.config == jprune.load(folder).config

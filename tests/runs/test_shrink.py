@@ -11,7 +11,6 @@ import pages
 import pytest
 
 from jprune import trees
-from jprune.anatomy.units import model_groups
 from jprune.checkpoints import load
 from jprune.errors import JpruneError
 from jprune.models import decoder
@@ -147,33 +146,6 @@ def test_every_importance_reaches_the_target(checkpoint, tmp_path, importance):
     assert 0.7 * before < after <= 0.8 * before
     assert report.after is not None
     assert np.isfinite(report.after.value)
-
-
-def test_hidden_dimensions(checkpoint, tmp_path):
-    """The result is the masked model, whose norms divide by the kept length."""
-    report = shrink_model(
-        checkpoint, tmp_path / "out", method=LLMPruner(mode="channel"), target=Target(units=0.25), calibration=TOKENS
-    )
-    smaller = load(tmp_path / "out")
-    assert smaller.config.d_model == 24
-    assert {s["d_model"] for s in report.sizes} == {24}
-    whole, part = (np.asarray(c.read("final_norm/scale")) for c in (checkpoint, smaller))
-    embedding, left = (np.asarray(c.read("embed/embedding")) for c in (checkpoint, smaller))
-    keep = np.array([any(np.array_equal(embedding[:, i], left[:, j]) for j in range(24)) for i in range(32)])
-    assert keep.sum() == 24
-    np.testing.assert_array_equal(whole[keep], part)
-    groups = model_groups(checkpoint)
-    (hidden,) = [g for g in groups.prunable if g.renormalised]
-    params = jax.tree.map(jnp.asarray, checkpoint.params())
-    np.testing.assert_allclose(logits(smaller), groups_logits(checkpoint, hidden.name, keep, params), atol=1e-4)
-
-
-def groups_logits(checkpoint, name, keep, params):
-    """Logits of the masked model, window by window (it is traced for eight tokens)."""
-    from jprune.trace import coupled_axes
-
-    f = lambda p, t: decoder.apply(checkpoint.config, p, t)  # noqa: E731
-    return coupled_axes(f, params, jnp.asarray(TOKENS)).masked({name: keep})(params, jnp.asarray(TOKENS))
 
 
 def test_steps_reach_the_same_size(checkpoint, tmp_path):

@@ -48,25 +48,6 @@ def test_a_run(tiny_model, learnable, tmp_path):
     assert np.linalg.matrix_rank(added, tol=1e-4) <= 2
 
 
-def test_a_sparse_run(tiny_model, learnable, tmp_path):
-    """Exact counts of each output, in the dtype of the checkpoint, though the base was int8."""
-    import ml_dtypes
-
-    folder = tiny_model(dtype=ml_dtypes.bfloat16, torch_dtype="bfloat16")
-    method = LoRAPrune(**SHORT, sparsity=0.4, base_dtype="int8")
-    report = loraprune_model(folder, tmp_path / "out", method=method, data=learnable)
-    after = jprune.load(tmp_path / "out")
-    for path in (p for p in after.shapes if p.startswith("blocks") and p.endswith("kernel")):
-        kernel = after.read(path)
-        assert kernel.dtype == ml_dtypes.bfloat16
-        axes = (0, 1) if "/o/" in path else (0,)
-        d_in = int(np.prod([kernel.shape[axis] for axis in axes]))
-        assert (np.count_nonzero(kernel == 0, axis=axes) == int(0.4 * d_in)).all(), path
-    assert report.parameters == report.parameters_after
-    assert report.pruned[0] == 3 * (12 * (32 + 16 + 16 + 32 + 56 + 56) + 22 * 32)
-    assert after.config == jprune.load(folder).config
-
-
 def test_divergence_keeps_the_last_good_state(tiny_model, learnable, tmp_path):
     method = LoRAPrune(**SHORT | {"learning_rate": 1e38}, ratio=0.5)
     with pytest.raises(JpruneError, match=r"at step 2 the loss is .* before it, after 1 steps, are kept"):
