@@ -7,7 +7,8 @@ private functions of JAX, so another version may need other words here; `tests/f
 XLA's own cost analysis counts the body of a loop once. Here it counts as often as the loop runs, which the HLO says of
 most. Of the others: one with a matmul in it is a triangular one within a loop (half of that one's rounds), one with a
 factorisation ends with the first that succeeds, and all others are searches for a threshold (`SEARCH` rounds). Of the
-branches of a condition the cheapest counts: conditions here are for ties.
+two branches of a condition the cheaper counts: conditions here are for ties. Of several each is taken as often as the
+others: these are matmuls of different lengths.
 """
 
 import contextlib
@@ -86,7 +87,11 @@ class Program:
             elif op == "conditional":
                 branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
                 called = re.findall(r"[\w.\-]+", branches[1]) if branches else called
-                total += min((self._of(each, 1) for each in called), key=lambda work: sum(work.flops.values()))
+                works = [self._of(each, 1) for each in called]
+                if len(works) > 2:
+                    total += functools.reduce(Work.__add__, works).times(1 / len(works))
+                else:
+                    total += min(works, key=lambda work: sum(work.flops.values()))
             elif op in ("fusion", "call"):
                 total += functools.reduce(Work.__add__, (self._of(each, rounds) for each in called))
             else:

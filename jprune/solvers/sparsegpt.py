@@ -38,7 +38,8 @@ from jprune import devices, evidence, masks
 from jprune.annotations import Array, Bool, Float, Int, Shaped
 from jprune.errors import JpruneError
 from jprune.patterns import Pattern, known
-from jprune.solvers._sweep import Factor, Kind, block_count, pruning_scores, sweep_blocks
+from jprune.solvers._eliminate import Kind, pruning_scores
+from jprune.solvers._sweep import Factor, block_count, sweep_blocks
 from jprune.solvers.damped import live
 from jprune.solvers.pruned import Pruned
 from jprune.statistics import Gram

@@ -1,5 +1,6 @@
 """The scripts behind the scaling and forecast tables of docs/large-models.md."""
 
+import functools
 import importlib
 import json
 import pathlib
@@ -43,6 +44,17 @@ def test_counted_by_hand(script):
     assert dict(work.sent) == {"all-reduce": 16 * 16 * 4}  # 2 (n - 1) / n of it
     assert seen.puts == {"through the host": 2 * 8 * 16 * 4}  # all of it to each device; `moved` needs no host
     assert sum(work.sent["all-gather"] for _, work, _, _ in programs) == 4 * 16 * 4
+
+
+def test_branches_by_hand(script):
+    """Products of three lengths, as often one as the other."""
+
+    def f(i, a, b):
+        lengths = [functools.partial(lambda n, a, b: a[:n].T @ b[:n], n) for n in (8, 16, 24)]
+        return jax.lax.switch(i, lengths, a, b)
+
+    text = jax.jit(f).lower(jnp.int32(0), jnp.ones((32, 16)), jnp.ones((32, 40))).compile().as_text()
+    assert script("counted").Program(text).work.flops["matmul"] == 2 * 16 * 16 * 40
 
 
 def test_a_run_over_two_devices(script, monkeypatch, tmp_path):
