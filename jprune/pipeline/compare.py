@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jprune import paths, trees
 from jprune.anatomy.kernels import prunable
 from jprune.checkpoints import Checkpoint, load, record
+from jprune.checkpoints.packed.layout import weight_files
 from jprune.data.for_model import evaluation_windows
 from jprune.errors import JpruneError
 from jprune.evaluate import intervals
@@ -35,7 +36,7 @@ class Compared:
         sparsity: zeros of its prunable kernels, and parameters.
         kernels: of each of them the path, zeros and elements.
         layers: the sizes of every layer by name.
-        nbytes: of its parameters, in the dtypes in which they are stored.
+        nbytes: of its parameters, in the dtypes in which they are stored; of a packed folder, of its files.
         perplexity: exp of the mean cross-entropy, with its interval over windows.
         change: of the mean cross-entropy from the reference's, in nats, by windows in pairs; its `exp` is the ratio of
             the perplexities. Zero for the reference.
@@ -187,13 +188,19 @@ def _compared(name: str, checkpoint: Checkpoint, distance: Distance, first: Dist
         sparsity=sparsity,
         kernels=tuple(kernels),
         layers=checkpoint.sizes,
-        nbytes=checkpoint.nbytes,
+        nbytes=_nbytes(name, checkpoint),
         perplexity=_exp(intervals.mean(distance.nll)),
         change=intervals.mean(distance.nll - first.nll),
         divergence=intervals.mean(distance.divergence.mean(axis=1)),
         tail=float(np.percentile(distance.divergence, TAIL)),
         agreement=intervals.mean(distance.agrees.mean(axis=1)),
     )
+
+
+def _nbytes(name: str, checkpoint: Checkpoint) -> int:
+    if not checkpoint.is_packed:
+        return checkpoint.nbytes
+    return sum(file.stat().st_size for file in weight_files(paths.real(name)))
 
 
 def _exp(interval: Interval) -> Interval:

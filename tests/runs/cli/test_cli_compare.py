@@ -26,7 +26,8 @@ def test_models_against_the_first(said, tiny_model, token_file, tmp_path):
     """Numbers are those of `eval perplexity`; a copy is not distinguishable, and a pruned model is."""
     dense, tokens = tiny_model(), token_file()
     jprune.prune_model(dense, tmp_path / "pruned", method=jprune.Magnitude(), pattern=jprune.Unstructured(0.75))
-    models = (dense, dense, tmp_path / "pruned")
+    jprune.pack(dense, tmp_path / "packed")
+    models = (dense, tmp_path / "packed", tmp_path / "pruned")
     status, out, _ = said("compare", *models, "--text", tokens, "--json")
     result = json.loads(out)
     assert status == 0
@@ -36,6 +37,8 @@ def test_models_against_the_first(said, tiny_model, token_file, tmp_path):
         assert own["perplexity"]["value"] == pytest.approx(measured["perplexity"], rel=1e-6)
         assert measured["sha256"] == result["sha256"]
         assert own["perplexity"]["low"] < own["perplexity"]["value"] < own["perplexity"]["high"]
+    files = (tmp_path / "packed").glob("*.safetensors")
+    assert copy["nbytes"] == sum(file.stat().st_size for file in files) != first["nbytes"]
     assert copy["divergence"] == {"value": 0, "low": 0, "high": 0}
     assert copy["agreement"]["value"] == 1
     assert pruned["divergence"]["low"] > 0
