@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.errors import FormatError
 from pallas_kernels.formats import Packed, dtype_of
@@ -113,17 +112,21 @@ def choose_tile(packed: Packed, n: int, backend: str = "pallas") -> Tile:
 def share_of(index, steps: int, split: int):
     """First tile and number of tiles of one of `split` shares of `steps` tiles; `index` may be traced.
 
-    Shares differ by one tile at most. Where there are more shares than tiles some are empty, and their first tile is
-    one of the `steps` all the same: a kernel reads ahead before it knows how much it has to do.
+    All shares are as long but the last ones. Of an empty one the first tile is one of the `steps` all the same: a
+    kernel reads ahead before it knows how much it has to do.
     """
-    if steps % split == 0:
-        return index * (steps // split), steps // split
-    begin, end = index * steps, (index + 1) * steps
-    if isinstance(index, int):
-        begin, end = begin // split, end // split
-    else:  # of numbers that are not negative
-        begin, end = lax.div(begin, jnp.int32(split)), lax.div(end, jnp.int32(split))
-    return begin, end - begin
+    least, most = (min, max) if isinstance(index, int) else (jnp.minimum, jnp.maximum)
+    each = -(-steps // split)
+    begin = index * each
+    count = each if steps % split == 0 else least(each, steps - begin)
+    if some_are_empty(steps, split):
+        return least(begin, steps - 1), most(count, 0)
+    return begin, count
+
+
+def some_are_empty(steps: int, split: int) -> bool:
+    """Whether the last of `split` shares has nothing left of `steps` tiles."""
+    return -(-steps // split) * (split - 1) >= steps
 
 
 def split_of(packed: Packed, n: int, rows: int, places: int) -> int:
@@ -141,4 +144,5 @@ def split_of(packed: Packed, n: int, rows: int, places: int) -> int:
         # Half of a partial sum's bytes: they mostly stay in the cache.
         return waves * places / (programs * split) + partial * split / 2
 
-    return min(range(1, max(1, min(16, steps // 4)) + 1), key=cost)
+    splits = range(1, max(1, min(16, steps // 4)) + 1)
+    return min((split for split in splits if not some_are_empty(steps, split)), key=cost)

@@ -121,7 +121,11 @@ def _product(
 
 @triton.jit
 def _share_of(STEPS: tl.constexpr, SPLIT: tl.constexpr):
-    """As `tiles.share_of`."""
+    """First tile and number of tiles of this program's share.
+
+    Shares differ by one tile at most, and even an empty one begins within. Those of `tiles.share_of` cost 128 registers
+    instead of 96 in `bitmap_multiply`.
+    """
     share = tl.program_id(1)
     begin = share * STEPS // SPLIT
     return begin, (share + 1) * STEPS // SPLIT - begin

@@ -1,9 +1,11 @@
 """`choose`: the formats that hold a mask, and the bytes that packing then takes; how kernels are cut for a GPU."""
 
 import itertools
+import math
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sparse_kernels import load_script, random_kernel, random_mask
@@ -105,22 +107,26 @@ def test_shares_are_the_tiles(monkeypatch, cores):
         steps = packed.grid[1]
         for n in (1, 16, 17, 64, 128):
             split = tiles.choose_tile(packed, n).split
-            assert_shares(steps, split)
-            assert split <= steps  # none is empty
+            assert min(count for _, count in shares(steps, split)) > 0
 
 
-def assert_shares(steps, split):
-    shares = [tiles.share_of(i, steps, split) for i in range(split)]
-    assert [k for begin, count in shares for k in range(begin, begin + count)] == list(range(steps))
-    assert all(0 <= begin < steps for begin, _ in shares)
-    counts = [count for _, count in shares]
-    assert max(counts) - min(counts) <= 1
+def shares(steps, split):
+    """(first tile, tiles) of every share, which are checked."""
+    found = [tiles.share_of(i, steps, split) for i in range(split)]
+    assert [k for begin, count in found for k in range(begin, begin + count)] == list(range(steps))
+    assert all(0 <= begin < steps for begin, _ in found)
+    assert max(count for _, count in found) == math.ceil(steps / split)
+    return found
 
 
 def test_shares_of_any_number():
     for steps in (1, 2, 5, 63, 64, 65):
         for split in range(1, 20):
-            assert_shares(steps, split)
+            found = shares(steps, split)
+            assert tiles.some_are_empty(steps, split) == (found[-1][1] == 0)
+    index = jnp.arange(15)
+    begin, count = tiles.share_of(index, 64, 15)  # 13 of 5 tiles at most, and two of none
+    assert list(zip(begin.tolist(), count.tolist())) == shares(64, 15)
 
 
 @pytest.mark.parametrize("wrong", [{"rows": 96}, {"warps": 0}, {"split": 0}])
