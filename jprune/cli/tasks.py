@@ -23,6 +23,8 @@ class EvalTasks(OnDevices):
     """Items of each task, from the beginning. By default all."""
     include: Path | None = None
     """Folder with tasks of your own, as the harness writes them (YAML)."""
+    chat: bool = False
+    """Put the questions to the model in its chat template, as instruction models expect them."""
     seed: int = 0
     """Seed of the examples."""
     dtype: str | None = None
@@ -53,6 +55,7 @@ class EvalTasks(OnDevices):
                 fewshot=self.fewshot,
                 limit=self.limit,
                 include=None if self.include is None else str(self.include),
+                chat=self.chat,
                 seed=self.seed,
             )
         return Told({"model": self.model, **_plain(found)}, show=functools.partial(_show, found))

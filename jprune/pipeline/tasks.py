@@ -21,6 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from jprune import texts
 from jprune.checkpoints import Checkpoint
+from jprune.data import chat as chats
 from jprune.errors import JpruneError
 from jprune.evaluate.scoring import scores
 from jprune.models.generate import stream
@@ -51,6 +52,7 @@ class Model(TemplateLM):
         if checkpoint.tokenizer is None:
             raise JpruneError(f"{checkpoint.source} has no tokenizer; put its tokenizer.json beside the weights")
         self._checkpoint, self._tokenizer = checkpoint, checkpoint.tokenizer
+        self._template = chats.template(checkpoint.side_files)
         self._options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "progress": progress}
         self._ends = _special(checkpoint, "eos_token", checkpoint.eos_token_ids[:1])
         self._begins = _special(checkpoint, "bos_token", ())
@@ -82,6 +84,20 @@ class Model(TemplateLM):
     def tokenizer_name(self) -> str:
         """What the harness names the tokenizer by, where it keeps requests."""
         return self._checkpoint.fingerprint()
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """What the harness notes of the template that messages are put into."""
+        return f"that of {self._checkpoint.source}" if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation in the model's template; if its last message is to be gone on with, up to that one's end."""
+        if self._template is None:
+            raise JpruneError(f"{self._checkpoint.source} has no chat template; leave --chat out")
+        text = self._template.render(chat_history, add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].strip()
+        return text[: text.rindex(last) + len(last)]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids, with a BOS where the tokenizer adds one and the text has none yet."""
@@ -160,6 +176,7 @@ def evaluate(
     fewshot: int | None = None,
     limit: int | None = None,
     include: str | None = None,
+    chat: bool = False,
     seed: int = 0,
 ) -> Mapping[str, Any]:
     """What the harness finds: by task, its metrics and their standard errors.
@@ -170,7 +187,8 @@ def evaluate(
         fewshot: examples before each question; by default what the task says.
         limit: of the items of each task, so many from the beginning.
         include: a folder with more tasks, as the harness writes them (YAML).
-        seed: of the examples that are drawn.
+        chat: whether questions are put to the model in its chat template, examples as earlier turns.
+      seed: of the examples that are drawn.
 
     Raises:
         JpruneError: there is no such task, or its data cannot be had.
@@ -188,6 +206,7 @@ def evaluate(
             num_fewshot=fewshot,
             limit=limit,
             task_manager=manager,
+            apply_chat_template=chat,
             log_samples=False,
             bootstrap_iters=1000,
             random_seed=seed,

@@ -54,6 +54,7 @@ metric_list:
   - metric: acc
 """,
 }
+CHAT = "{% for m in messages %}w5 {{ m['content'] }} w6 {% endfor %}{% if add_generation_prompt %}w7 {% endif %}"
 
 
 @pytest.fixture
@@ -67,7 +68,12 @@ def folders(tiny_model, tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<0>", "<3>"])
     tokenizer.save(str(model / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<3>", "unk_token": "<0>"}
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<3>",
+        "unk_token": "<0>",
+        "chat_template": CHAT,
+    }
     (model / "tokenizer_config.json").write_text(json.dumps(about))
     jprune.prune_model(model, tmp_path / "pruned", method=jprune.Magnitude(), pattern=jprune.Unstructured(0.5))
     rng = np.random.default_rng(0)
@@ -101,16 +107,17 @@ def test_the_harness_finds_the_same(folders, capsys):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    *models, tasks = folders
-    names = [f"jprune_{name}" for name in TASKS]
-    for model in models:
+    dense, pruned, tasks = folders
+    every = [f"jprune_{name}" for name in TASKS]
+    for model, names, chat in ((dense, every, False), (pruned, every, False), (pruned, every[:1] + every[2:], True)):
         words = ["eval", "tasks", str(model), "--tasks", ",".join(names), "--include", str(tasks), "--json"]
-        assert main(words) == 0
+        assert main([*words, *["--chat"] * chat]) == 0
         ours = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["results"]
         theirs = lm_eval.simple_evaluate(
             model=HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=2, max_length=64),
             tasks=names,
             task_manager=TaskManager(include_path=str(tasks)),
+            apply_chat_template=chat,
             log_samples=False,
             random_seed=0,
             numpy_random_seed=0,
