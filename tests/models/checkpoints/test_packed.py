@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -50,11 +51,25 @@ def packed(folder, checkpoint, params, **options):
     return load(folder), writer.reports
 
 
-@pytest.fixture
-def model(tiny, tmp_path):
+@pytest.fixture(scope="module")
+def model(tiny, tmp_path_factory):
     """A Llama whose kernels are large enough to be worth packing."""
     config = tiny.config() | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
-    return load(tiny.write(tmp_path / "model", config, tiny.tensors(config)))
+    return load(tiny.write(tmp_path_factory.mktemp("packed") / "model", config, tiny.tensors(config)))
+
+
+@pytest.fixture(scope="module")
+def kept(model, tmp_path_factory):
+    """That model packed, which stays as it is."""
+    out = tmp_path_factory.mktemp("kept") / "packed"
+    packed(out, model, params_of(model, np.random.default_rng(0)))
+    return out
+
+
+@pytest.fixture
+def out(kept, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(kept, tmp_path / "packed")
 
 
 @pytest.fixture
@@ -65,7 +80,7 @@ def experts(tmp_path, tiny):
     return load(tmp_path / "experts", weights=False)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_comes_back_to_the_bit(model, tmp_path, rng, dtype, monkeypatch):
     monkeypatch.setattr(write, "PART_BYTES", 2**16)
     params = params_of(model, rng, dtype)
@@ -200,9 +215,7 @@ KERNEL = "blocks/0/mlp/up/kernel"
         ("header", lambda header: header[:-9], "header is not JSON"),
     ],
 )
-def test_damaged_kernels(model, tmp_path, rng, name, change, said):
-    out = tmp_path / "packed"
-    packed(out, model, params_of(model, rng))
+def test_damaged_kernels(out, name, change, said):
     damaged(out, f"{KERNEL}/{name}", change)
     checkpoint = load(out)
     with pytest.raises(JpruneError, match=f"packed-00001.safetensors: {KERNEL}: .*({said}).*pack the model again$"):
@@ -225,9 +238,7 @@ def test_damaged_capped_and_quantised_kernels(model, tmp_path, rng):
             load(tmp_path / name).read(KERNEL)
 
 
-def test_damaged_folders(model, tmp_path, rng):
-    out = tmp_path / "packed"
-    packed(out, model, params_of(model, rng))
+def test_damaged_folders(out):
     index = json.loads((out / "packed.json").read_text())
     file = out / "packed-00001.safetensors"
     content = file.read_bytes()
@@ -272,11 +283,9 @@ def test_a_parameter_that_was_never_written(model, tmp_path):
         writer.write(KERNEL, np.zeros(3, np.float32))
 
 
-def test_half_of_a_packed_model_is_removed(model, tmp_path, rng):
+def test_half_of_a_packed_model_is_removed(model, out):
     """What a killed process left beside the weights that a run writes on the way."""
-    out = tmp_path / "packed"
-    packed(out, model, params_of(model, rng))
-    for file in (tmp_path / "model").iterdir():
+    for file in Path(model.source).iterdir():
         shutil.copy(file, out)
     assert load(out).is_packed
     formats.discard(out)
