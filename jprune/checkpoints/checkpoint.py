@@ -192,6 +192,13 @@ class Checkpoint:
         return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in self.shapes.values())
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of all parameters as they are stored: those of packed kernels without their zeros."""
+        packed = {path: tensor.packed_bytes for path, tensor in self._tensors.items() if tensor.packed}
+        dense = [leaf for path, leaf in self.shapes.items() if path not in packed]
+        return sum(packed.values()) + sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in dense)
+
+    @property
     def sizes(self) -> tuple[dict[str, int], ...]:
         """The sizes of every layer by name: d_model, heads, kv_heads, d_ff."""
         config = self.config

@@ -36,6 +36,7 @@ class StoredTensor:
     read_rows: Callable[[int, int], np.ndarray] | None = None  # some rows, where that takes less than all
     problem: str | None = None  # why it cannot be read
     packed: Callable[[], Kernel] | None = None  # where it is a packed kernel: how to read it as that
+    packed_bytes: int = 0  # and what it takes there
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Some rows of it."""

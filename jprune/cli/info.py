@@ -69,6 +69,8 @@ class Info(Command):
             "kernels": rows,
             "account": [dataclasses.asdict(entry) for entry in account(checkpoint)],
         }
+        if checkpoint.is_packed:
+            result["packed"] = {"bytes": checkpoint.stored_bytes, "unpacked_bytes": checkpoint.nbytes}
         return Told(result, show=functools.partial(_show, result, sparsity))
 
 
@@ -93,7 +95,10 @@ def _show(result: dict[str, Any], sparsity: "Sparsity") -> None:
             here = f"layers {first} to {last}" if last > first else f"layer {first}"
             print(f"{here}: {', '.join(f'{name} {value}' for name, value in layer.items())}")
     print(f"{sparsity.total_parameters:,} parameters, {sparsity.prunable_parameters:,} prunable")
-    print(f"zeros: {sparsity}\n")
+    print(f"zeros: {sparsity}")
+    if packed := result.get("packed"):
+        print(f"packed: {packed['bytes'] / 1e6:.1f} MB, unpacked {packed['unpacked_bytes'] / 1e6:.1f} MB")
+    print()
     kinds = collections.defaultdict(list)
     for row in result["kernels"]:
         kinds[row["path"].split("/", 2)[2], row["shape"]].append(row)

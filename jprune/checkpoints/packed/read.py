@@ -1,6 +1,7 @@
 """Reads packed folders; a kernel is read packed, or unpacked where somebody wants the array."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -52,6 +53,7 @@ def open_source(folder: Path) -> Source:
             where=line.file,
             read=functools.partial(_dense, read),
             packed=read,
+            packed_bytes=sum(_bytes(array) for kernel in arrays[path] for array in kernel.values()),
         )
     return Source(
         config=config,
@@ -96,6 +98,10 @@ def _arrays(
             raise JpruneError(f"{folder / line.file}: no arrays {begin}*, which {INDEX} names; pack the model again")
         found.append(arrays)
     return found
+
+
+def _bytes(array: StoredTensor) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize
 
 
 def _words(arrays: Mapping[str, StoredTensor]) -> int:

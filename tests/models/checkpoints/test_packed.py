@@ -100,6 +100,8 @@ def test_comes_back_to_the_bit(model, tmp_path, rng, dtype, monkeypatch):
             assert got.dtype == want.dtype
             np.testing.assert_array_equal(np.ascontiguousarray(got).view(np.uint8), want.view(np.uint8))
     assert again.fingerprint() != model.fingerprint()
+    files = sum(file.stat().st_size for file in (tmp_path / "packed").glob("*.safetensors"))
+    assert 0.9 * files < again.stored_bytes < files
 
 
 def test_each_kernel_in_the_smallest_format(model, tmp_path, rng):
