@@ -4,8 +4,11 @@
 
 PRUNED is what `jprune.load` takes. It is packed into a folder beside --out by `jprune pack`, in a process of its own,
 whose peak memory is noted. The perplexity is measured three times: of the model as it came, of the packed folder as
-`jprune eval` reads it, and by the decoder multiplying by the packed kernels. --no-evaluate leaves it out, for models of
-random weights.
+`jprune eval` reads it, and by the decoder multiplying by the packed kernels.
+
+    python scripts/bench_packed.py --random llama-7b --layers 2 --out packed_7b_cpu.json
+
+takes random weights in the shape of a model instead (`make_checkpoint.py`), half of them zero, and no perplexity.
 """
 
 import argparse
@@ -19,11 +22,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import make_checkpoint
 import numpy as np
 from machine import describe
 
 import jprune
-from jprune.checkpoints import Checkpoint
+from jprune.checkpoints import Checkpoint, huggingface
 from jprune.data.for_model import evaluation_windows
 from jprune.models import decoder
 
@@ -38,6 +42,21 @@ def pack(source: str, out: Path, values: str) -> dict[str, Any]:
     return {
         key: value for key, value in json.loads(done.stdout.splitlines()[-1]).items() if key not in ("kernels", "out")
     }
+
+
+def half_of_random(folder: Path, shape: str, layers: int) -> Path:
+    """Writes random weights of which half of every block's are zero."""
+    config = make_checkpoint.hf_config("llama", shape) | {"num_hidden_layers": layers}
+    checkpoint = make_checkpoint.random_checkpoint(config)
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    with huggingface.Writer(folder, checkpoint) as writer:
+        for path in checkpoint.shapes:
+            values = checkpoint.read(path)
+            if path.startswith("blocks/") and path.endswith("kernel"):
+                values = np.where(rng.random(values.shape, np.float32) < 0.5, values, values.dtype.type(0))
+            writer.write(path, values)
+    return folder
 
 
 def files(folder: Path) -> int:
@@ -62,16 +81,21 @@ def by_packed_kernels(checkpoint: Checkpoint, tokens: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--random", choices=make_checkpoint.WIDTHS, help="random weights in this shape instead")
+    parser.add_argument("--layers", type=int, default=2, help="of random weights")
     parser.add_argument("--values", nargs="+", default=["none", "int8"])
     parser.add_argument("--text", default="pydoc")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--no-evaluate", action="store_true")
     parser.add_argument("--out", type=Path, required=True, help="file for the JSON")
     parser.add_argument("--keep", type=Path, help="folder for the packed models; otherwise they are removed")
     args = parser.parse_args()
-    checkpoint = jprune.load(args.model)
+    if (args.model is None) == (args.random is None):
+        parser.error("expected a model, or --random with a shape")
+    folder = args.keep or Path(tempfile.mkdtemp(dir=args.out.parent))
+    source = args.model or str(half_of_random(folder / "random", args.random, args.layers))
+    checkpoint = jprune.load(source)
     result: dict[str, Any] = {
         "machine": describe(),
         "sizes": {"layers": checkpoint.config.layers, "d_model": checkpoint.config.d_model},
@@ -80,16 +104,15 @@ def main() -> None:
         "packed": {},
     }
     windows = None
-    if not args.no_evaluate:
+    if args.model is not None:
         from jprune.evaluate.perplexity import perplexity
 
         windows = evaluation_windows(checkpoint, args.text, length=args.length, count=args.windows).tokens
         result["text"] = {"source": args.text, "windows": args.windows, "length": args.length}
         result["perplexity"] = perplexity(checkpoint, windows).value
-    folder = args.keep or Path(tempfile.mkdtemp(dir=args.out.parent))
     for values in args.values:
         out = folder / f"packed-{values}"
-        row = pack(args.model, out, values)
+        row = pack(source, out, values)
         row["file_bytes"] = files(out)
         row["share_of_dense"] = row["file_bytes"] / checkpoint.nbytes
         row["kernels_share_of_dense"] = row["kernel_bytes"] / row["kernel_bytes_before"]
