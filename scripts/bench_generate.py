@@ -42,7 +42,7 @@ def worker(source: str, options: dict[str, Any], pipe: Connection) -> None:
     from jprune.models.kernels import Kernel
     from jprune.runs.stopwatch import peak_device_memory_bytes, peak_memory_bytes
 
-    path, _, unpack = source.partition(UNPACK)
+    path, unpack, _ = source.partition(UNPACK)
     checkpoint = jprune.load(path)
     dtype = jnp.dtype(activation_dtype(checkpoint, options["dtype"]))
     jax.block_until_ready(jnp.zeros(8) + 1)  # what JAX itself takes
