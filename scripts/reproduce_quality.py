@@ -150,17 +150,25 @@ def table(result: Row) -> str:
     lines = [f"| | {names} | divergence | processor seconds | GB | seeds |"]
     lines.append("| --- " * (len(texts) + 5) + "|")
     lines.append("| dense | " + " | ".join(f"{result['dense'][text]:.2f}" for text in texts) + " | 0 | - | - | - |")
-    found = by_method(result)
-    for (pattern, method), row in found.items():
-        base = found.get((pattern, "sparsegpt"))
-        cells = []
-        for text in texts:
-            beside = f" ({100 * (row[text][0] / base[text][0] - 1):+.1f} %)" if base and base is not row else ""
-            cells.append(spread(row[text], 2) + beside)
+    for (pattern, method), row in by_method(result).items():
+        cells = [spread(row[text], 2) + of_sparsegpt(result["rows"], method, pattern, text) for text in texts]
         cells += [spread(row["divergence"], 3), f"{row['processor_seconds'][0]:.0f}"]
         cells += [f"{row['peak_memory_bytes'][0] / 1e9:.2f}", str(row["seeds"])]
         lines.append(f"| {pattern}, {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def of_sparsegpt(rows: list[Row], method: str, pattern: str, text: str) -> str:
+    """How far the mean is from SparseGPT's, in percent, over the seeds that both have; nothing where there is none."""
+    of_pattern = [row for row in rows if row["pattern"] == pattern]
+    ours = {row["seed"]: row["perplexity"][text] for row in of_pattern if row["method"] == method}
+    base = {row["seed"]: row["perplexity"][text] for row in of_pattern if row["method"] == "sparsegpt"}
+    shared = ours.keys() & base.keys()
+    if method == "sparsegpt" or not shared:
+        return ""
+    share = sum(ours[seed] for seed in shared) / sum(base[seed] for seed in shared)
+    seeds = "" if len(shared) == len(ours) else f", {len(shared)} of the seeds"
+    return f" ({100 * (share - 1):+.1f} %{seeds})"
 
 
 def spread(found: tuple[float, float], digits: int) -> str:
