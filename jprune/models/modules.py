@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jprune.annotations import Array, Bool, Float, Int
+from jprune.annotations import Array, Float, Int
 from jprune.errors import JpruneError
+from jprune.models import routing
 from jprune.models.attention import Cache, alibi_slopes, attend
 from jprune.models.config import DecoderConfig
 from jprune.models.kernels import multiply, multiply_each
@@ -218,23 +219,19 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T d_model"]) -> Float[Array, "B T d_model"]:
         """Each position by itself."""
-        weights, sent = self._route(x)  # [B, T, experts]
-        inputs = jnp.where(jnp.moveaxis(sent, -1, 0)[..., None], x, jnp.zeros((), x.dtype))  # [experts, B, T, d_model]
-        act = ACTIVATIONS[self.options.activation]
+        options = self.options
+        logits = self.router(x)
+        count = logits.shape[-1]
+        routes = routing.route(logits, options.experts_per_token, normalise=options.normalise_routing)
+        weights = routing.spread(routes, count).astype(x.dtype)  # [B, T, experts]
+        sent = jnp.moveaxis(routing.sent(routes, count), -1, 0)
+        inputs = jnp.where(sent[..., None], x, jnp.zeros((), x.dtype))  # [experts, B, T, d_model]
+        act = ACTIVATIONS[options.activation]
         hidden = act(multiply_each(inputs, self.gate.get_value())) * multiply_each(inputs, self.up.get_value())
         y = jnp.einsum("ebtd,bte->btd", multiply_each(hidden, self.down.get_value()), weights)
         if self.shared is not None and self.shared_gate is not None:
             y = y + jax.nn.sigmoid(self.shared_gate(x))[..., None] * self.shared(x)
         return y
-
-    def _route(self, x: Float[Array, "B T d_model"]) -> tuple[Float[Array, "B T E"], Bool[Array, "B T E"]]:
-        """The weight of every expert for every token, and whether it is sent there."""
-        odds = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
-        best, which = jax.lax.top_k(odds, min(self.options.experts_per_token, odds.shape[-1]))
-        if self.options.normalise_routing:
-            best = best / jnp.sum(best, axis=-1, keepdims=True)
-        chosen = jax.nn.one_hot(which, odds.shape[-1], dtype=jnp.float32)  # [B, T, k, experts]
-        return jnp.sum(chosen * best[..., None], axis=-2).astype(x.dtype), jnp.any(chosen > 0, axis=-2)
 
 
 class Block(nnx.Module):
