@@ -80,7 +80,10 @@ def test_every_statistic_prunes_it(name, saved, tmp_path):
                 np.testing.assert_array_equal(after, before, err_msg=path)
 
 
-REFUSED = {"Bloom-0": "ALiBi|constant array", **dict.fromkeys(("Mixtral-0", "Qwen2Moe-0", "Qwen3Moe-0"), "d_expert")}
+REFUSED = {
+    "Bloom-0": "ALiBi|constant array",
+    **dict.fromkeys(("Mixtral-0", "Qwen2Moe-0", "Qwen3Moe-0", "GraniteMoe-0"), "d_expert"),
+}
 """By what their message says: heads whose slopes go by number, and the channels of experts."""
 
 

@@ -228,6 +228,11 @@ def test_nulls_and_names_as_transformers_takes_them(hf, same):
         ({"model_type": "llama", "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial rotary"),
         ({"model_type": "qwen3", "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "per layer type"),
         ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]}, "32 layers"),
+        ({"model_type": "olmo3", "layer_types": ["chunked_attention"] * 32}, "layer_types names 'chunked_attention'"),
+        (
+            {"model_type": "smollm3", "layer_types": ["sliding_attention"] * 36, "sliding_window": 8},
+            "use_sliding_window is false",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(hf, message):

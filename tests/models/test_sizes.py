@@ -123,6 +123,16 @@ def test_windows_of_the_layers_that_are_left(given):
     assert families.config(left).windows == (5, 5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "interval"), [("smollm3", "no_rope_layer_interval"), ("cohere2", "sliding_window_pattern")]
+)
+def test_layers_that_are_not_turned_stay_so_when_others_go(kind, interval):
+    hf = BASE | {"model_type": kind, "architectures": None, interval: 2, "num_hidden_layers": 4}
+    assert [rope is None for rope in families.config(hf).ropes] == [False, True, False, True]
+    left = families.resized(hf, d_model=24, head_dim=8, layers=(1, 2, 3), sizes=SIZES[:1] * 3)
+    assert [rope is None for rope in families.config(left).ropes] == [True, False, True]
+
+
 def test_a_default_number_of_layers_without_window_is_written_down():
     hf = BASE | {"model_type": "qwen2", "use_sliding_window": True, "num_hidden_layers": 30}
     left = families.resized(hf, d_model=24, head_dim=8, layers=(0, 29), sizes=SIZES[:1] * 2)

@@ -12,18 +12,25 @@ from jprune.models.config import DecoderConfig, parameters
 from jprune.models.families import (
     bloom,
     cohere,
+    cohere2,
+    ernie4_5,
     falcon,
     gemma,
     gemma2,
     gemma3,
+    glm,
+    glm4,
     gpt2,
     gpt_neox,
     gptj,
     granite,
+    granite_moe,
     llama,
+    ministral,
     mistral,
     mixtral,
     olmo2,
+    olmo3,
     opt,
     phi,
     phi3,
@@ -31,7 +38,9 @@ from jprune.models.families import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    seed_oss,
     sizes,
+    smollm3,
     stablelm,
     values,
 )
@@ -57,9 +66,18 @@ FAMILIES: tuple[Family, ...] = (
     cohere.FAMILY,
     stablelm.FAMILY,
     granite.FAMILY,
+    smollm3.FAMILY,
+    olmo3.FAMILY,
+    seed_oss.FAMILY,
+    glm.FAMILY,
+    glm4.FAMILY,
+    ernie4_5.FAMILY,
+    cohere2.FAMILY,
+    ministral.FAMILY,
     mixtral.FAMILY,
     qwen2_moe.FAMILY,
     qwen3_moe.FAMILY,
+    granite_moe.FAMILY,
 )
 ARCHITECTURES: dict[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
@@ -159,6 +177,9 @@ def _with_layers_named(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
     named: dict[str, Any] = {}
     if "layer_types" in known and not hf_config.get("layer_types") and any(windows := config(hf_config).windows):
         named["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    if "no_rope_layers" in known:
+        of = config(hf_config)
+        named["no_rope_layers"] = [int(of.rope_of(i) is not None) for i in range(of.layers)]
     if "mlp_only_layers" in known and (dense := config(hf_config).dense_layers):
         named |= {"mlp_only_layers": list(dense), "decoder_sparse_step": 1}
     return {**hf_config, **named}

@@ -13,21 +13,25 @@ BLOCK = llama.BLOCK | {
 }
 
 
-def _config(architecture: str, hf: Mapping[str, Any]) -> DecoderConfig:
+def config(architecture: str, hf: Mapping[str, Any], **options: Any) -> DecoderConfig:
+    """What both generations share; `options` are the fields in which they differ."""
     bias = bool(hf["attention_bias"])
     return shared.config(
         architecture,
         hf,
-        rope=shared.rope(hf, interleaved=True),
         norm="layer",
         parallel=True,
         shared_norm=True,
-        qk_norm=bool(hf["use_qk_norm"]),
-        qk_norm_kind="own",
         qkv_bias=bias,
         o_bias=bias,
         logit_scale=float(hf["logit_scale"]),
+        **options,
     )
+
+
+def _config(architecture: str, hf: Mapping[str, Any]) -> DecoderConfig:
+    rope = shared.rope(hf, interleaved=True)
+    return config(architecture, hf, rope=rope, qk_norm=bool(hf["use_qk_norm"]), qk_norm_kind="own")
 
 
 FAMILY = Family(

@@ -16,13 +16,10 @@ BLOCK = llama.BLOCK | {
 
 def config(architecture: str, hf: Mapping[str, Any], *, pattern: int, **options: Any) -> DecoderConfig:
     """What Gemma 2 and 3 share; without `layer_types` every layer has a window but each `pattern`-th."""
-    kinds = hf["layer_types"] or [
-        "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(hf["num_hidden_layers"])
-    ]
     return gemma.config(
         architecture,
         hf,
-        windows=shared.windows({**hf, "layer_types": kinds}),
+        windows=shared.windows(hf, pattern=pattern),
         post_norm=True,
         score_scale=hf["query_pre_attn_scalar"] ** -0.5,
         score_cap=hf["attn_logit_softcapping"],

@@ -6,20 +6,10 @@ from typing import Any
 from jprune.models.config import DecoderConfig
 from jprune.models.families import gemma2, llama, shared
 from jprune.models.families.table import Family
-from jprune.models.rope import Rope
-
-
-def _ropes(hf: Mapping[str, Any]) -> tuple[Rope, Rope]:
-    """The ropes of layers that see everything and of those with a window: nested in newer files, else two bases."""
-    given = hf.get("rope_parameters") or {}
-    whole = {"rope_theta": hf["rope_theta"]} | (given.get("full_attention") or {}) | (hf.get("rope_scaling") or {})
-    local = {"rope_theta": hf["rope_local_base_freq"]} | (given.get("sliding_attention") or {})
-    sizes = {key: hf[key] for key in ("max_position_embeddings", "head_dim")}
-    return shared.rope(sizes | {"rope_parameters": whole}), shared.rope(sizes | {"rope_parameters": local})
 
 
 def _config(architecture: str, hf: Mapping[str, Any]) -> DecoderConfig:
-    whole, local = _ropes(hf)
+    whole, local = shared.ropes(hf, local_theta=hf["rope_local_base_freq"])
     plain = gemma2.config(architecture, hf, pattern=hf["sliding_window_pattern"], rope=whole)
     ropes = tuple(whole if window is None else local for window in plain.windows)
     return gemma2.config(architecture, hf, pattern=hf["sliding_window_pattern"], rope=whole, ropes=ropes, qk_norm=True)

@@ -8,7 +8,8 @@ from jprune.models.families import llama, shared
 from jprune.models.families.table import Family
 
 
-def _config(architecture: str, hf: Mapping[str, Any]) -> DecoderConfig:
+def config(architecture: str, hf: Mapping[str, Any], **options: Any) -> DecoderConfig:
+    """What Granite and its mixture of experts share; `options` are the fields in which they differ."""
     bias = bool(hf["attention_bias"])
     return shared.config(
         architecture,
@@ -19,8 +20,12 @@ def _config(architecture: str, hf: Mapping[str, Any]) -> DecoderConfig:
         logit_scale=1.0 / hf["logits_scaling"],
         qkv_bias=bias,
         o_bias=bias,
-        mlp_bias=bool(hf["mlp_bias"]),
+        **options,
     )
+
+
+def _config(architecture: str, hf: Mapping[str, Any]) -> DecoderConfig:
+    return config(architecture, hf, mlp_bias=bool(hf["mlp_bias"]))
 
 
 FAMILY = Family(

@@ -15,7 +15,8 @@ BLOCK = llama.BLOCK | {
 }
 
 
-def _config(architecture: str, hf: Mapping[str, Any]) -> DecoderConfig:
+def config(architecture: str, hf: Mapping[str, Any], **options: Any) -> DecoderConfig:
+    """What OLMo 2 and 3 share; `options` are the fields in which the latter differs."""
     bias = bool(hf["attention_bias"])
     return shared.config(
         architecture,
@@ -26,6 +27,7 @@ def _config(architecture: str, hf: Mapping[str, Any]) -> DecoderConfig:
         qk_norm_kind="joint",
         qkv_bias=bias,
         o_bias=bias,
+        **options,
     )
 
 
@@ -33,7 +35,7 @@ FAMILY = Family(
     architectures=("Olmo2ForCausalLM",),
     model_type="olmo2",
     defaults=llama.DEFAULTS | {"vocab_size": 50304, "rms_norm_eps": 1e-5, "attention_bias": False},
-    config=_config,
+    config=config,
     model=llama.MODEL,
     block=BLOCK,
     variants=({}, {"attention_bias": True}),

@@ -18,6 +18,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 NORM_EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+KINDS = ("sliding_attention", "full_attention")
 ACTIVATION = ("hidden_act", "hidden_activation", "activation_function", "activation")
 
 
@@ -98,6 +99,18 @@ def rope(hf: Mapping[str, Any], *, partial: float | None = None, **options: Any)
     return Rope(kind=kind, context=context, truncate=bool(given.get("truncate", True)), **fields, **options)
 
 
+def ropes(hf: Mapping[str, Any], *, local_theta: float) -> tuple[Rope, Rope]:
+    """The rotary embeddings of layers that see everything and of those with a window.
+
+    They are nested in newer files; in older ones a scaling is of the former alone, and the latter has `local_theta`.
+    """
+    given = hf.get("rope_parameters") or {}
+    whole = {"rope_theta": hf["rope_theta"]} | (given.get("full_attention") or {}) | (hf.get("rope_scaling") or {})
+    local = {"rope_theta": local_theta} | (given.get("sliding_attention") or {})
+    sizes = {"max_position_embeddings": hf["max_position_embeddings"], "head_dim": head_dim(hf)}
+    return rope(sizes | {"rope_parameters": whole}), rope(sizes | {"rope_parameters": local})
+
+
 def _yarn(given: Mapping[str, Any], implied_factor: float) -> dict[str, float]:
     """YaRN's numbers; its attention factor is 0.1 ln(factor) + 1 unless given (arXiv:2309.00071, equation 22)."""
     factor = float(given["factor"] or implied_factor)
@@ -142,7 +155,15 @@ def experts(hf: Mapping[str, Any], count: int) -> dict[str, Any]:
     }
 
 
-def windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """The sliding window of each layer, where `layer_types` names the layers that have one."""
-    kinds = hf["layer_types"]
-    return tuple(hf["sliding_window"] if kind == "sliding_attention" else None for kind in kinds)
+def kinds(hf: Mapping[str, Any], *, pattern: int) -> tuple[str, ...]:
+    """What each layer sees, by its name in `layer_types`; without those, every `pattern`-th layer sees everything."""
+    layers = range(hf["num_hidden_layers"])
+    named = hf["layer_types"] or ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in layers]
+    if unknown := sorted(set(named) - set(KINDS)):
+        raise JpruneError(f"config.json: layer_types names {unknown[0]!r}; supported: {', '.join(KINDS)}")
+    return tuple(named)
+
+
+def windows(hf: Mapping[str, Any], *, pattern: int = 1) -> tuple[int | None, ...]:
+    """The sliding window of each layer, where it has one; see `kinds`."""
+    return tuple(hf["sliding_window"] if kind == "sliding_attention" else None for kind in kinds(hf, pattern=pattern))

@@ -63,9 +63,10 @@ def resized(
     own = {str(i): _difference(layer, common) for i, layer in enumerate(sizes) if layer != common}
     if own:
         hf[KEY] = own
-    # Which layers see a window only: a list of kinds, or the number of the first such layer.
-    if hf.get("layer_types"):
-        hf["layer_types"] = [hf["layer_types"][i] for i in layers]
+    # Which layers see a window only, or are turned: a list, or the number of the first layer with a window.
+    for key in ("layer_types", "no_rope_layers"):
+        if hf.get(key):
+            hf[key] = [hf[key][i] for i in layers]
     if hf.get("max_window_layers") is not None:
         hf["max_window_layers"] = sum(i < hf["max_window_layers"] for i in layers)
     if hf.get("mlp_only_layers"):
