@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -24,6 +24,7 @@ from jprune.checkpoints import Checkpoint
 from jprune.data import chat as chats
 from jprune.errors import JpruneError
 from jprune.evaluate.scoring import scores
+from jprune.models.continuation import Continuation
 from jprune.models.generate import stream
 
 
@@ -147,10 +148,8 @@ class Model(TemplateLM):
             most = options["max_gen_toks"]
             if most >= self.max_length:
                 raise JpruneError(f"expected fewer tokens to generate than the context's {self.max_length}, got {most}")
-            until = [term for term in options.get("until") or [] if term]
+            answer = Continuation(self._tokenizer.decode, options.get("until") or ())
             given = self.tok_encode(context)[-(self.max_length - most) :]
-            ids: list[int] = []
-            text = ""
             for token in stream(
                 self._checkpoint.config,
                 params,
@@ -160,11 +159,10 @@ class Model(TemplateLM):
                 top_p=options.get("top_p", 1.0),
                 eos_id=self._checkpoint.eos_token_ids or self.eot_token_id,
             ):
-                ids.append(token)
-                text = self._tokenizer.decode(ids)
-                if any(term in text for term in until):
+                answer.add(token)
+                if answer.stopped:
                     break
-            found.append(postprocess_generated_text(text, until, None))
+            found.append(answer.text)
             self.cache_hook.add_partial("generate_until", request.args, found[-1])
         return found
 

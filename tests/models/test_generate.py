@@ -9,6 +9,7 @@ from jprune import trees
 from jprune.errors import JpruneError
 from jprune.models import decoder, generate
 from jprune.models.config import DecoderConfig
+from jprune.models.continuation import Continuation
 from jprune.models.rope import Rope
 
 PROMPT = [3, 14, 15, 9, 2, 6]
@@ -70,6 +71,42 @@ def test_layers_of_different_sizes(getkey):
     for name, axis, kept in (("q", 1, 2), ("k", 1, 1), ("v", 1, 1), ("o", 0, 2)):
         attention[name]["kernel"] = jax.lax.slice_in_dim(attention[name]["kernel"], 0, kept, axis=axis)
     assert generate.generate(config, params, PROMPT, max_tokens=8) == without_cache(config, params, PROMPT, 8)
+
+
+@pytest.mark.parametrize("options", [{"windows": (None, 3, 1)}, {"rope": None, "positions": 300}, {"alibi": True}])
+def test_prompts_of_different_lengths_go_together(getkey, options):
+    config = tiny(**options)
+    params = lively(config, getkey())
+    prompts = [PROMPT, [7], [int(i) for i in np.random.default_rng(0).integers(0, 40, 127)]]
+    alone = [generate.generate(config, params, prompt, max_tokens=9) for prompt in prompts]
+    assert alone[1] == without_cache(config, params, prompts[1], 9)
+    together = np.array(list(generate.stream_batch(config, params, prompts, max_tokens=9))).T
+    assert together.tolist() == alone
+
+    # Each ends where it would alone; nothing is computed when all have.
+    end = alone[0][2]
+    ended = np.array(list(generate.stream_batch(config, params, prompts, max_tokens=9, eos_id=end))).T
+    ends = [own.index(end) if end in own else len(own) for own in alone]
+    assert ended.shape[1] == max(ends)
+    for own, row, at in zip(alone, ended.tolist(), ends):
+        assert row == own[:at] + [generate.ENDED] * (max(ends) - at)
+
+
+def test_a_growing_text_stops_and_hides_what_may_be_a_stop():
+    pieces = {0: "one ", 1: "two", 2: "\n", 3: "\nthree", 4: "caf\ufffd"}
+
+    def said(tokens, stop=()):
+        text = Continuation(lambda ids: "".join(pieces[i] for i in ids), stop)
+        return text, [text.add(token) for token in tokens]
+
+    text, shown = said([0, 1, 2, 3], ["\n\n", "", "never"])
+    assert (shown, text.text, text.stopped, text.rest()) == (["one ", "two", "", ""], "one two", True, "")
+    text, shown = said([1, 2, 1], ["\n\n"])
+    assert (shown, text.stopped, text.rest()) == (["two", "", "\ntwo"], False, "")
+    text, shown = said([1, 2], ["\n\n"])
+    assert (shown, text.rest()) == (["two", ""], "\n")
+    text, shown = said([4])
+    assert (shown, text.rest()) == ([""], "caf\ufffd")
 
 
 def test_numpy_bfloat16_parameters(getkey):

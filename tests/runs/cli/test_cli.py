@@ -151,6 +151,15 @@ def test_generate(run, tiny_model, with_tokenizer):
     assert 0 < result["tokens"] <= 6
     status, text, _ = run("generate", folder, "--prompt", "w5 w6 w7", "--max-tokens", 6)
     assert text.strip() == result["text"].strip()
+    words = text.split()
+    term = words[len(set(words)) // 2]
+    stopped = run("generate", folder, "--prompt", "w5 w6 w7", "--max-tokens", 6, "--stop", term, "--stop", "!")[1]
+    assert stopped.strip() == result["text"].partition(term)[0].strip()
+    several = ("--prompt", "w5 w6 w7", "--prompt", "w3", "--max-tokens", 6)
+    both = json.loads(run("generate", folder, *several, "--json")[1])["continuations"]
+    assert [own["prompt"] for own in both] == ["w5 w6 w7", "w3"]
+    assert both[0]["text"].split() == words
+    assert all(f"{own['prompt']}{own['text']}" in run("generate", folder, *several)[1] for own in both)
     sampled = [run("generate", folder, "--prompt", "w5", "--temperature", 2, "--seed", 3)[1] for _ in range(2)]
     assert sampled[0] == sampled[1]
 
