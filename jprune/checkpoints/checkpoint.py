@@ -85,7 +85,8 @@ class Checkpoint:
         source: as it was given to `load`.
         config: what the decoder needs to know.
         hf_config: config.json, as read or as rebuilt from GGUF metadata.
-        shapes: shape and stored dtype of every parameter by path (float32 where the file is quantised).
+        shapes: shape and stored dtype of every parameter by path (where the file is quantised float32 for GGUF, else
+            bfloat16).
     """
 
     def __init__(self, source: str, opened: Source):
@@ -189,14 +190,13 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all parameters in the dtypes of `shapes`."""
-        return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in self.shapes.values())
+        return sum(tensor.nbytes for tensor in self._tensors.values())
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all parameters as they are stored: those of packed kernels without their zeros."""
-        packed = {path: tensor.packed_bytes for path, tensor in self._tensors.items() if tensor.packed}
-        dense = [leaf for path, leaf in self.shapes.items() if path not in packed]
-        return sum(packed.values()) + sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in dense)
+        """Bytes of all parameters as they are stored: packed kernels without their zeros, quantised weights with their
+        scales."""
+        return sum(tensor.nbytes if (own := tensor.stored_bytes) is None else own for tensor in self._tensors.values())
 
     @property
     def sizes(self) -> tuple[dict[str, int], ...]:
@@ -307,9 +307,12 @@ def _by_path(opened: Source, config: DecoderConfig, source: str) -> dict[str, St
 
 
 def _in_our_layout(stored: Sequence[StoredTensor], entry: families.Entry) -> StoredTensor:
+    share = math.prod(entry.path_shape) / sum(math.prod(tensor.shape) for tensor in stored)  # of fused tensors a part
+    quantised = all(tensor.stored_bytes is not None for tensor in stored)
     return StoredTensor(
         shape=entry.path_shape,
         dtype=stored[0].dtype,
         where=stored[0].where,
         read=lambda: entry.read(*(tensor.read() for tensor in stored)),
+        stored_bytes=round(share * sum(tensor.stored_bytes or 0 for tensor in stored)) if quantised else None,
     )

@@ -6,6 +6,7 @@ asked.
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -36,7 +37,12 @@ class StoredTensor:
     read_rows: Callable[[int, int], np.ndarray] | None = None  # some rows, where that takes less than all
     problem: str | None = None  # why it cannot be read
     packed: Callable[[], Kernel] | None = None  # where it is a packed kernel: how to read it as that
-    packed_bytes: int = 0  # and what it takes there
+    stored_bytes: int | None = None  # what it takes in the file, where that is not what its shape and dtype say
+
+    @property
+    def nbytes(self) -> int:
+        """What its values take once they are read."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Some rows of it."""

@@ -71,6 +71,8 @@ class Info(Command):
         }
         if checkpoint.is_packed:
             result["packed"] = {"bytes": checkpoint.stored_bytes, "unpacked_bytes": checkpoint.nbytes}
+        elif checkpoint.stored_bytes != checkpoint.nbytes:
+            result["quantised"] = {"bytes": checkpoint.stored_bytes, "dequantised_bytes": checkpoint.nbytes}
         return Told(result, show=functools.partial(_show, result, sparsity))
 
 
@@ -98,6 +100,8 @@ def _show(result: dict[str, Any], sparsity: "Sparsity") -> None:
     print(f"zeros: {sparsity}")
     if packed := result.get("packed"):
         print(f"packed: {packed['bytes'] / 1e6:.1f} MB, unpacked {packed['unpacked_bytes'] / 1e6:.1f} MB")
+    if quantised := result.get("quantised"):
+        print(f"quantised: {quantised['bytes'] / 1e6:.1f} MB, as read {quantised['dequantised_bytes'] / 1e6:.1f} MB")
     print()
     kinds = collections.defaultdict(list)
     for row in result["kernels"]:

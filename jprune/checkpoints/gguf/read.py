@@ -237,6 +237,7 @@ def _stored(header: gguf_header.Header, tensor: gguf_header.Tensor, heads: dict[
         dtype=PLAIN.get(kind, np.dtype(np.float32)),
         where=header.path.name,
         read=read,
+        stored_bytes=tensor.nbytes,
     )
 
 

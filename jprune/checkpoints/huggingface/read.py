@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jprune.checkpoints import beside, writing
-from jprune.checkpoints.huggingface import decilm
+from jprune.checkpoints.huggingface import decilm, quantised
 from jprune.checkpoints.huggingface.locate import locate
 from jprune.checkpoints.huggingface.names import named
 from jprune.checkpoints.inside import checked
@@ -32,7 +32,8 @@ def open_source(path: Path) -> Source:
     """Opens a folder with config.json and safetensors, or one .safetensors file with config.json beside it.
 
     Raises:
-        JpruneError: no config, quantised or pickled weights, missing or damaged files, an index that leaves the folder.
+        JpruneError: no config, weights that are pickled, or quantised in a way that is not read, missing or damaged
+            files, an index that leaves the folder.
     """
     folder = path.parent if path.is_file() else path
     config = read_config(folder)
@@ -40,13 +41,14 @@ def open_source(path: Path) -> Source:
     stored: dict[str, StoredTensor] = {}
     aliases: dict[str, str] = {}
     for file in dict.fromkeys(where.values()):
-        there, metadata = open_file(file)
+        there, metadata = open_file(file, FLOATS | quantised.DTYPES)
         stored |= {key: t for key, t in there.items() if where.get(key, file) == file}
         aliases |= {key: other for key, other in metadata.items() if other in there}
     if lost := [key for key in where if key not in stored and key != ""]:
         raise JpruneError(
             f"{where[lost[0]]}: tensor {lost[0]!r} is not in the file that the index names for it; download it again"
         )
+    config, stored, dequantised = quantised.plain(config, stored, folder)
     files = sorted(set(where.values()))
     config, tensors, told = named(config, stored, aliases)
     return Source(
@@ -55,7 +57,7 @@ def open_source(path: Path) -> Source:
         layout="hugging_face",
         side_files=functools.partial(beside.read, folder),
         identity=functools.partial(identify, *files),
-        notices=chosen + told,
+        notices=chosen + dequantised + told,
     )
 
 
@@ -65,7 +67,7 @@ def open_config(folder: Path) -> Source:
     Raises:
         JpruneError: no config, or one that is not supported.
     """
-    hf_config = read_config(folder)
+    hf_config, _, _ = quantised.plain(read_config(folder), {}, folder)
     name = str(hf_config.get("dtype") or hf_config.get("torch_dtype")).removeprefix("torch.")
 
     def read() -> np.ndarray:
@@ -89,15 +91,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a folder, as the families read it.
 
     Raises:
-        JpruneError: there is none, it is damaged, or it says that the weights are quantised.
+        JpruneError: there is none, it is damaged, or it says that the weights are quantised in a way that is not read.
     """
     config = writing.read_json(checked(folder / "config.json", folder))
-    # Null or empty it says that they are not; compressed-tensors once had a key of its own.
-    if quantised := config.get("quantization_config") or config.get("compression_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise JpruneError(
-            f"{folder}: the weights are quantised ({method}); give the unquantised model, or a GGUF of it"
-        )
+    quantised.scheme(config, folder)
     config = decilm.plain(config)
     return {**config, "architectures": [families.architecture(config)]}
 

@@ -53,7 +53,7 @@ def open_source(folder: Path) -> Source:
             where=line.file,
             read=functools.partial(_dense, read),
             packed=read,
-            packed_bytes=sum(_bytes(array) for kernel in arrays[path] for array in kernel.values()),
+            stored_bytes=sum(_bytes(array) for kernel in arrays[path] for array in kernel.values()),
         )
     return Source(
         config=config,

@@ -231,5 +231,5 @@ def test_keys_that_are_null(tiny, tmp_path, key):
 
 def test_not_quantised_and_quantised(folder):
     assert load(change(folder, quantization_config={})).shapes
-    refused(change(folder, quantization_config={"quant_method": "fp8"}), "quantised (fp8)")
+    refused(change(folder, quantization_config={"quant_method": "awq"}), "quantised (awq)")
     refused(change(folder, quantization_config=None, compression_config={"format": "x"}), "quantised")
