@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -226,6 +227,8 @@ def compile_call(source, warps: int, stages: int, arch: str, weights: int, dump:
             path.write_text(re.sub(r" evictionPolicy = \d+ : i32,?", "", source))
             _simplify(path, target, options)
             source = str(path)
+        if os.environ.get("TRITON_CACHE_DIR") == "":  # as jax-triton leaves it, for its own calls
+            del os.environ["TRITON_CACHE_DIR"]
         compiled = triton.compile(source, target=target, options=options)
         cubin = folder / f"kernel.{arch}.cubin"
         cubin.write_bytes(compiled.asm["cubin"])

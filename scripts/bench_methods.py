@@ -1,0 +1,136 @@
+"""What methods that solve for weights make of one block, and what they take for it: error, seconds, memory.
+
+    python scripts/bench_methods.py [--shape llama-7b] [--methods sparsegpt alps] [--sparsity 0.6] [--out methods.json]
+
+All prune the same random kernels with the same Gram matrices (lognormal scales plus a low-rank part, so inputs are
+correlated), kernels that read one input together. Each method has a process of its own, which prunes the block once to
+compile and then once more, timed. The error is that of the outputs, ||X (W - W')||^2 over ||X W||^2, from the Gram
+matrix and measured by us for all of them alike. Memory is the most that the process had, less what it had with
+everything loaded and nothing pruned.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import describe
+
+SHAPES: dict[str, list[tuple[int, dict[str, int]]]] = {
+    "tiny": [(48, {"q": 48, "k": 16}), (128, {"down": 48})],
+    "smollm2-135m": [
+        (576, {"q": 576, "k": 192, "v": 192}),
+        (576, {"o": 576}),
+        (576, {"gate": 1536, "up": 1536}),
+        (1536, {"down": 576}),
+    ],
+    "llama-7b": [
+        (4096, {"q": 4096, "k": 4096, "v": 4096}),
+        (4096, {"o": 4096}),
+        (4096, {"gate": 11008, "up": 11008}),
+        (11008, {"down": 4096}),
+    ],
+}
+"""Kernels by the input that they share: (d_in, {kernel: d_out})."""
+METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "sparsegpt": ("SparseGPT", {}),
+    "sparsegpt, refit": ("SparseGPT", {"refit": 10}),
+    "admm": ("Admm", {}),
+    "alps": ("Alps", {}),
+}
+"""Classes of `jprune.methods` and their options, by the name of the row."""
+
+
+def block(shape: str) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """A Gram matrix and kernels for every input of the block."""
+    rng = np.random.default_rng(0)
+    inputs = []
+    for d_in, outputs in SHAPES[shape]:
+        scales = rng.lognormal(0, 1, (d_in, 1)).astype(np.float32)
+        low_rank = rng.standard_normal((d_in, min(256, d_in)), dtype=np.float32) * scales
+        gram = low_rank @ low_rank.T + np.diag(rng.lognormal(3, 1, d_in).astype(np.float32))
+        kernels = {name: rng.standard_normal((d_in, n), dtype=np.float32) * 0.02 for name, n in outputs.items()}
+        inputs.append((gram, kernels))
+    return inputs
+
+
+def measure(method: str, shape: str, sparsity: float, answer: Any) -> None:
+    """Prunes, in a process of its own."""
+    import jax
+    import jax.numpy as jnp
+
+    from jprune import Unstructured, methods
+    from jprune.runs.stopwatch import peak_memory_bytes
+    from jprune.statistics import Gram
+
+    name, options = METHODS[method]
+    prunes = getattr(methods, name)(**options)
+    inputs = [(jnp.asarray(gram), {k: jnp.asarray(x) for k, x in kernels.items()}) for gram, kernels in block(shape)]
+    before = peak_memory_bytes()
+
+    def run() -> list[dict[str, Any]]:
+        found = []
+        for gram, kernels in inputs:
+            patterns = dict.fromkeys(kernels, Unstructured(sparsity))
+            found.append(prunes.together(kernels, Gram(gram, jnp.int32(2048)), patterns, {}))
+        return jax.block_until_ready(found)
+
+    run()
+    start, used = time.perf_counter(), time.process_time()
+    pruned = run()
+    seconds, processor = time.perf_counter() - start, time.process_time() - used
+    peak = peak_memory_bytes()
+    kernels = {}
+    for (gram, dense), made in zip(inputs, pruned, strict=True):
+        gram = np.asarray(gram)
+        for name, kernel in dense.items():
+            whole, lost = np.asarray(kernel), np.asarray(kernel) - np.asarray(made[name].kernel)
+            kernels[name] = {
+                "shape": whole.shape,
+                "error": float(np.vdot(lost, gram @ lost) / np.vdot(whole, gram @ whole)),
+                "zeros": float(np.mean(np.asarray(made[name].kernel) == 0)),
+            }
+    answer.send(
+        {
+            "method": method,
+            "seconds": seconds,
+            "processor_seconds": processor,
+            "memory_bytes": peak - before,
+            "kernels": kernels,
+        }
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--sparsity", type=float, default=0.6)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    result: dict[str, Any] = {"machine": describe(), "shape": args.shape, "sparsity": args.sparsity, "rows": []}
+    context = multiprocessing.get_context("spawn")
+    for method in args.methods:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=measure, args=(method, args.shape, args.sparsity, theirs))
+        process.start()
+        theirs.close()
+        row = ours.recv()  # EOFError, if the process failed, after it said why
+        process.join()
+        result["rows"].append(row)
+        errors = ", ".join(f"{name} {own['error']:.4f}" for name, own in row["kernels"].items())
+        print(
+            f"{method:18} {row['seconds']:8.2f} s, {row['processor_seconds']:8.2f} of processor, "
+            f"{row['memory_bytes'] / 1e9:.2f} GB more; error: {errors}",
+            flush=True,
+        )
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
