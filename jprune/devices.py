@@ -15,11 +15,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jprune.errors import JpruneError
 
 DATA, MODEL = "data", "model"
+BATCH_AXES = (DATA, "fsdp")
+"""Axes along which the rows of a batch are shared out; the second is there in training (`jprune.train.sharding`)."""
 Index = tuple[tuple[int, int], ...]
 """Where a piece begins and ends along every axis."""
 Pieces = dict[Index, np.ndarray]
@@ -71,6 +73,40 @@ def spread(args: Any, mesh: Mesh | None) -> Any:
     if mesh is None:
         return args
     return jax.tree.map(lambda x: jax.device_put(x, batch(mesh, len(x))) if getattr(x, "shape", ()) else x, args)
+
+
+def within(mesh: Mesh | AbstractMesh | None, f: Callable[..., Any]) -> Callable[..., Any]:
+    """f, which is to be jitted, knowing over which devices it runs (`rows_over`). Without a mesh it is f itself."""
+    if mesh is None or mesh.size == 1:
+        return f
+
+    @functools.wraps(f)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return f(*args, **kwargs)
+
+    return inside
+
+
+def rows_over(f: Callable[..., Any], whole: Any, *by_row: Any) -> Any:
+    """``f(whole, *by_row)``, computed by every device for rows of its own where the trace is `within` a mesh.
+
+    XLA's partitioner cuts up single operations. Where rows are sorted, or go through a loop, that is no good.
+
+    Args:
+      f: for each row of its result it reads the same row of `by_row`, and all of `whole`.
+      whole: a pytree of arrays; every device gets all of them.
+      *by_row: pytrees of arrays with equally many rows along their first axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types))
+    axes = tuple(a for a in BATCH_AXES if types.get(a) == AxisType.Auto)
+    rows = len(jax.tree.leaves(by_row)[0])
+    if not axes or rows % math.prod(mesh.shape[a] for a in axes):
+        return f(whole, *by_row)
+    cut = PartitionSpec(axes)
+    specs = PartitionSpec(), *[cut] * len(by_row)
+    return jax.shard_map(f, in_specs=specs, out_specs=cut, check_vma=False)(whole, *by_row)
 
 
 def parts(mesh: Mesh) -> NamedSharding:

@@ -175,10 +175,10 @@ def _micro_batches(tokens: np.ndarray, batch: int | None, mesh: Mesh) -> list[In
 
 @functools.lru_cache(maxsize=64)
 def _jit(function: Callable, sharding: NamedSharding) -> Callable:
-    return jax.jit(function, out_shardings=sharding)
+    return jax.jit(devices.within(sharding.mesh, function), out_shardings=sharding)
 
 
 @functools.lru_cache(maxsize=64)
 def _jit_in_place(function: Callable, sharding: NamedSharding) -> Callable:
     """The output overwrites the hidden states that came in."""
-    return jax.jit(function, donate_argnums=1, out_shardings=sharding)
+    return jax.jit(devices.within(sharding.mesh, function), donate_argnums=1, out_shardings=sharding)

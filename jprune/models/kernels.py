@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jprune import trees
-from jprune.annotations import Array, Float
+from jprune.annotations import Array, Float, Int
 
 
 class Kernel(abc.ABC):
@@ -42,8 +42,8 @@ class Kernel(abc.ABC):
         """The array it stands for: NumPy's if its own are NumPy's, else JAX's."""
 
     @abc.abstractmethod
-    def __getitem__(self, i: int) -> "Kernel":
-        """One kernel of a stack."""
+    def __getitem__(self, i: int | Int[Array, ""]) -> "Kernel":
+        """One kernel of a stack; its number may be known to the compiled program only."""
 
     @abc.abstractmethod
     def stack(self, others: "Sequence[Kernel]") -> "Kernel":

@@ -17,10 +17,10 @@ from flax import nnx
 
 from jprune.annotations import Array, Float, Int
 from jprune.errors import JpruneError
-from jprune.models import routing
+from jprune.models import experts, routing
 from jprune.models.attention import Cache, alibi_slopes, attend
 from jprune.models.config import DecoderConfig
-from jprune.models.kernels import multiply, multiply_each
+from jprune.models.kernels import multiply
 from jprune.models.rope import Rope, rotate, rotations
 
 Params = Mapping[str, Any]  # nested dicts; leaves are arrays
@@ -201,12 +201,7 @@ class MLP(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """A router sends every token to a few of many MLPs and mixes what they give; one more may see every token.
-
-    All experts compute all tokens, with the inputs of those that are not sent to them set to zero: what an expert reads
-    is what it was sent, which is what its kernels are pruned by. That costs experts / experts_per_token times the
-    products that a dispatch would need.
-    """
+    """A router sends every token to a few of many MLPs and mixes what they give; one more may see every token."""
 
     def __init__(self, params: Params, options: Options):
         self.router = Linear(params["router"])
@@ -221,17 +216,23 @@ class Experts(nnx.Module):
         """Each position by itself."""
         options = self.options
         logits = self.router(x)
-        count = logits.shape[-1]
         routes = routing.route(logits, options.experts_per_token, normalise=options.normalise_routing)
-        weights = routing.spread(routes, count).astype(x.dtype)  # [B, T, experts]
-        sent = jnp.moveaxis(routing.sent(routes, count), -1, 0)
-        inputs = jnp.where(sent[..., None], x, jnp.zeros((), x.dtype))  # [experts, B, T, d_model]
-        act = ACTIVATIONS[options.activation]
-        hidden = act(multiply_each(inputs, self.gate.get_value())) * multiply_each(inputs, self.up.get_value())
-        y = jnp.einsum("ebtd,bte->btd", multiply_each(hidden, self.down.get_value()), weights)
+        kernels = {name: getattr(self, name).get_value() for name in ("gate", "up", "down")}
+        y = experts.mix(_expert(options.activation), kernels, x, routes, logits.shape[-1])
         if self.shared is not None and self.shared_gate is not None:
             y = y + jax.nn.sigmoid(self.shared_gate(x))[..., None] * self.shared(x)
         return y
+
+
+@functools.cache
+def _expert(activation: str) -> experts.Expert:
+    """The MLP of an expert, for `experts.mix`."""
+
+    def expert(kernels: Params, x: Array, multiply: experts.Product) -> Array:
+        act = ACTIVATIONS[activation]
+        return multiply(act(multiply(x, kernels["gate"])) * multiply(x, kernels["up"]), kernels["down"])
+
+    return expert
 
 
 class Block(nnx.Module):

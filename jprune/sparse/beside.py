@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jprune import trees
-from jprune.annotations import Array, Float
+from jprune.annotations import Array, Float, Int
 from jprune.errors import JpruneError
 from jprune.models.kernels import Kernel, flatten, multiply
 from jprune.train import lora
@@ -65,7 +65,7 @@ class Adapted(Kernel):
         added = lora.product(self.a, self.b).astype(jnp.float32) * self.scale
         return (kernel.astype(jnp.float32) + added).astype(self.dtype)
 
-    def __getitem__(self, i: int) -> "Adapted":
+    def __getitem__(self, i: int | Int[Array, ""]) -> "Adapted":
         return dataclasses.replace(self, kernel=self.kernel[i], a=self.a[i], b=self.b[i])
 
     def stack(self, others: Sequence[Kernel]) -> "Adapted":

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from jprune.annotations import Array, Float
+from jprune.annotations import Array, Float, Int
 from jprune.models.kernels import Kernel
 from pallas_kernels import Bitmap, Capped
 
@@ -85,7 +85,7 @@ class PackedKernel(Kernel):
         """What is stored, as plain arrays by name, with a header."""
         return pallas_kernels.to_arrays(self.packed)
 
-    def __getitem__(self, i: int) -> "PackedKernel":
+    def __getitem__(self, i: int | Int[Array, ""]) -> "PackedKernel":
         return jax.tree.map(lambda leaf: leaf[i], self)
 
     def stack(self, others: Sequence[Kernel]) -> "PackedKernel":

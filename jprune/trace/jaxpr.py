@@ -21,6 +21,7 @@ from jax.extend import source_info_util
 
 from jprune.errors import JpruneError
 from jprune.trace.leaves import PARAMETERS, is_array, split
+from jprune.trace.reading import reading
 from jprune.trees import path_name
 
 Var = Any  # jex.Var; the type checker does not know that its aval has a shape
@@ -129,10 +130,11 @@ def trace(f: Callable, params: PyTree, *args: PyTree, unroll: bool = False, **kw
         return f(params_tree.fill(params_leaves), *args, **kwargs)
 
     try:
-        if params_tree.others or args_tree.others or kwargs:
-            closed, output = jax.make_jaxpr(call, return_shape=True)(params_leaves, args_leaves)
-        else:  # JAX remembers the traces of f
-            closed, output = jax.make_jaxpr(f, return_shape=True)(params, *args)
+        with reading(True):
+            if params_tree.others or args_tree.others or kwargs:
+                closed, output = jax.make_jaxpr(call, return_shape=True)(params_leaves, args_leaves)
+            else:  # JAX remembers the traces of f
+                closed, output = jax.make_jaxpr(f, return_shape=True)(params, *args)
     except JpruneError:
         raise
     except Exception as error:

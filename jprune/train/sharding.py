@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jprune.devices import BATCH_AXES
 from jprune.errors import JpruneError
 
 PyTree = Any
 
-BATCH_AXES = ("data", "fsdp")
 STATE_AXES = ("fsdp", "model")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from jprune import devices
 from jprune.annotations import Array, Float, Key
 from jprune.train import sharding
 
@@ -62,7 +63,7 @@ class Functions:
                 sharding.state_tree(mesh, jax.eval_shape(optimizer.init, trainable)),
             )
         self.zeros = jax.jit(zeros, out_shardings=totals)
-        self.add = jax.jit(add, out_shardings=totals, donate_argnums=0)
+        self.add = jax.jit(devices.within(mesh, add), out_shardings=totals, donate_argnums=0)
         self.measure = jax.jit(measure)
         self.update = jax.jit(update, out_shardings=states, donate_argnums=(0, 1))
         self.init = jax.jit(optimizer.init, out_shardings=None if states is None else states[1])

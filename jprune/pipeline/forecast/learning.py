@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jprune import trees
+from jprune import devices, trees
 from jprune.annotations import Array, Float
 from jprune.pipeline.forecast.programs import Arrays, Spec
 from jprune.train import locally
@@ -26,7 +26,7 @@ def wanted(spec: Spec) -> Any:
     def wanted(dense: Params, hidden: Arrays) -> Float[Array, "B T d_model"]:
         return spec.function(trees.unflatten(dense), hidden[-1])
 
-    return jax.jit(wanted, out_shardings=spec.sharding)
+    return jax.jit(devices.within(spec.mesh, wanted), out_shardings=spec.sharding)
 
 
 @functools.lru_cache(maxsize=64)
@@ -36,7 +36,7 @@ def error(spec: Spec) -> Any:
     def error(weights: Params, pruned: Params, rest: Params, target: Array, x: Array) -> Float[Array, ""]:
         return _error(spec.function, locally.of_dtypes(weights, pruned) | rest, target, x)
 
-    return jax.jit(error)
+    return jax.jit(devices.within(spec.mesh, error))
 
 
 @functools.lru_cache(maxsize=64)
@@ -51,7 +51,7 @@ def step(spec: Spec) -> Any:
 
         return locally.step(loss, state, pruned, rate)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(devices.within(spec.mesh, step), donate_argnums=0)
 
 
 def _error(function: Callable, params: Params, target: Array, x: Array) -> Float[Array, ""]:

@@ -127,7 +127,7 @@ def _seen(inputs: list[Any], residuals: list[Any]) -> jax.Array:
 @functools.lru_cache(maxsize=64)
 def forward(function: Callable, sharding: NamedSharding) -> Any:
     """A function compiled, and where its output lies; equal parts have one function."""
-    return jax.jit(function, out_shardings=sharding)
+    return jax.jit(devices.within(sharding.mesh, function), out_shardings=sharding)
 
 
 @functools.lru_cache(maxsize=256)

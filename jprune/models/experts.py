@@ -1,0 +1,247 @@
+"""What experts make of the tokens that a router sends them, added up with the router's weights: three ways, one sum.
+
+`routed` sorts the (token, expert) pairs by expert, cuts them into tiles of tokens of one expert, and computes tile by
+tile (the block-sparse products of Gale et al., MegaBlocks, arXiv:2211.15841, without their kernels): an expert computes
+the tokens it was sent, the kernels of experts that were sent none are not read, and beside the result memory holds one
+tile. The backward pass goes through the same tiles, and computes each anew.
+
+`ragged` has the same sums as products of sorted rows (`jax.lax.ragged_dot`), for accelerators, which a loop of small
+products would leave idle. XLA's CPU backend computes all tokens by all experts for it.
+
+`dense` has every expert compute every token, with zeros for those it was not sent. That costs experts / experts per
+token times the products, but what each kernel reads is an array there, and each axis of a kernel meets an axis of its
+input: `jprune.trace` reads this form (`is_read`), and so statistics and groups of coupled axes are
+those of the model that is run.
+
+An expert is any function of its kernels, its input and a product ``multiply(x, kernel)``, which each way has its own.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jprune import devices
+from jprune.annotations import Array, Float, Int
+from jprune.models import routing
+from jprune.models.kernels import Kernel, multiply, multiply_each
+from jprune.models.routing import Routes
+from jprune.trace.reading import is_read
+
+PyTree = Any
+Product = Callable[[Array, Any], Array]
+Expert = Callable[[PyTree, Array, Product], Array]
+
+TILE = 128
+"""Tokens that one product takes at most. From 64 to 128 measured best on a CPU."""
+
+
+def mix(
+    expert: Expert, kernels: PyTree, x: Float[Array, "B T d_in"], routes: Routes, count: int
+) -> Float[Array, "B T d_out"]:
+    """The sum over a token's experts of weight times output, in x's dtype.
+
+    Args:
+      expert: (kernels of one expert, x [..., d_in], multiply) -> [..., d_out].
+      kernels: those of all experts, a pytree of stacks along a first axis.
+      x: tokens.
+      routes: their experts, [B, T, k].
+      count: how many experts there are.
+    """
+    if is_read():
+        return dense(expert, kernels, x, routes, count)
+
+    def rows(kernels: PyTree, x: Array, routes: Routes) -> Array:
+        tokens = x.reshape(-1, x.shape[-1])
+        flat = Routes(*(part.reshape(len(tokens), -1) for part in routes))
+        return _sum(expert, count, kernels, tokens, flat).reshape(*x.shape[:-1], -1)
+
+    return devices.rows_over(rows, kernels, x, routes)
+
+
+def dense(
+    expert: Expert, kernels: PyTree, x: Float[Array, "B T d_in"], routes: Routes, count: int
+) -> Float[Array, "B T d_out"]:
+    """`mix`, with every expert computing every token."""
+    sent = jnp.moveaxis(routing.sent(routes, count), -1, 0)
+    inputs = jnp.where(sent[..., None], x, jnp.zeros((), x.dtype))  # [experts, B, T, d_in]
+    y = expert(kernels, inputs, multiply_each)
+    return jnp.einsum("ebtd,bte->btd", y, routing.spread(routes, count).astype(x.dtype))
+
+
+def ragged(
+    expert: Expert, kernels: PyTree, x: Float[Array, "n d_in"], routes: Routes, count: int
+) -> Float[Array, "n d_out"]:
+    """`mix` of tokens [n, d_in], by products of rows that are sorted by their expert."""
+    order = jnp.argsort(routes.experts.reshape(-1), stable=True)
+    sizes = jnp.bincount(routes.experts.reshape(-1), length=count)
+    token = order // routes.experts.shape[1]
+
+    def product(rows: Array, kernel: Array) -> Array:
+        return jax.lax.ragged_dot(rows, kernel.astype(rows.dtype), sizes)
+
+    y = expert(kernels, x[token], product).astype(jnp.float32)
+    weighted = y * routes.weights.reshape(-1)[order][:, None]
+    return jnp.zeros((len(x), y.shape[-1]), jnp.float32).at[token].add(weighted).astype(x.dtype)
+
+
+class _Tiles(NamedTuple):
+    """(token, expert) pairs in tiles that have one expert each. Pairs are numbered token by token."""
+
+    order: Int[Array, "pairs"]
+    """The pairs, sorted by expert."""
+    expert: Int[Array, "most"]
+    """Of each tile."""
+    start: Int[Array, "most"]
+    """Where in the order a tile begins."""
+    stop: Int[Array, "most"]
+    """Where the pairs of its expert end."""
+    used: Int[Array, ""]
+    """How many tiles there are; the others are empty."""
+
+    @classmethod
+    def of(cls, experts: Int[Array, "n k"], count: int, size: int) -> "_Tiles":
+        flat = experts.reshape(-1)
+        pairs = flat.size
+        most = (pairs + min(count, pairs) * (size - 1)) // size
+        own = jnp.bincount(flat, length=count)
+        ends = jnp.cumsum(own)
+        last = jnp.cumsum(-(-own // size))  # tiles up to and with each expert's
+        number = jnp.arange(most)
+        expert = jnp.minimum(jnp.searchsorted(last, number, side="right"), count - 1)
+        before = last - -(-own // size)
+        start = (ends - own)[expert] + (number - before[expert]) * size
+        return cls(jnp.argsort(flat, stable=True), expert, start, ends[expert], last[-1])
+
+    def pairs(self, i: Int[Array, ""], size: int) -> Int[Array, "size"]:
+        """The pairs of a tile; a number beyond all pairs where it has fewer than others."""
+        at = self.start[i] + jnp.arange(size)
+        return jnp.where(at < self.stop[i], jnp.take(self.order, at, mode="clip"), self.order.size)
+
+
+def routed(
+    expert: Expert, kernels: PyTree, x: Float[Array, "n d_in"], routes: Routes, count: int
+) -> Float[Array, "n d_out"]:
+    """`mix` of tokens [n, d_in], tile by tile."""
+    size = _tile(routes, count)
+    tiles = _Tiles.of(routes.experts, count, size)
+    d_out = jax.eval_shape(lambda own, rows: expert(own, rows, multiply), _one(kernels, 0), x).shape[-1]
+
+    def step(i: Array, total: Array) -> Array:
+        pairs = tiles.pairs(i, size)
+        y = expert(_one(kernels, tiles.expert[i]), _rows(x, routes, pairs), multiply)
+        weighted = y.astype(jnp.float32) * _weights(routes, pairs)
+        return _added(total, routes, pairs, weighted)
+
+    return jax.lax.fori_loop(0, tiles.used, step, jnp.zeros((len(x), d_out), jnp.float32)).astype(x.dtype)
+
+
+def routed_backward(
+    expert: Expert, kernels: PyTree, x: Float[Array, "n d_in"], routes: Routes, dy: Float[Array, "n d_out"], count: int
+) -> tuple[PyTree, Float[Array, "n d_in"], Float[Array, "n k"]]:
+    """The gradients by kernels, tokens and weights of the sum over `routed` times dy, tile by tile."""
+    size = _tile(routes, count)
+    tiles = _Tiles.of(routes.experts, count, size)
+    leaves, tree = jax.tree.flatten(kernels)
+    learns = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]  # not the positions in a packed kernel
+
+    def step(i: Array, sums: Any) -> Any:
+        totals, dx, d_weights = sums
+        e, pairs = tiles.expert[i], tiles.pairs(i, size)
+        own = [leaf[e] for leaf in leaves]
+
+        def run(given: list[Array], rows: Array) -> Array:
+            ahead = iter(given)
+            filled = [next(ahead) if learn else leaf for leaf, learn in zip(own, learns)]
+            return expert(jax.tree.unflatten(tree, filled), rows, multiply)
+
+        y, pull = jax.vjp(run, [leaf for leaf, learn in zip(own, learns) if learn], _rows(x, routes, pairs))
+        pulled = _rows(dy, routes, pairs).astype(jnp.float32)
+        by_kernels, by_rows = pull((pulled * _weights(routes, pairs)).astype(y.dtype))
+        totals = [total.at[e].add(by.astype(jnp.float32)) for total, by in zip(totals, by_kernels)]
+        by_weights = jnp.sum(y.astype(jnp.float32) * pulled, axis=-1)
+        return totals, _added(dx, routes, pairs, by_rows), d_weights.at[pairs].add(by_weights, mode="drop")
+
+    zeros = [jnp.zeros(leaf.shape, jnp.float32) for leaf, learn in zip(leaves, learns) if learn]
+    sums = zeros, jnp.zeros(x.shape, jnp.float32), jnp.zeros(routes.weights.size)
+    totals, dx, d_weights = jax.lax.fori_loop(0, tiles.used, step, sums)
+    ahead = iter(totals)
+    by_kernels = [next(ahead).astype(leaf.dtype) if learn else None for leaf, learn in zip(leaves, learns)]
+    return (
+        jax.tree.unflatten(tree, by_kernels),
+        dx.astype(x.dtype),
+        d_weights.reshape(routes.weights.shape),
+    )
+
+
+def _tile(routes: Routes, count: int) -> int:
+    """Tokens of a tile: as many as an expert gets in the mean, if that is less than `TILE`."""
+    return min(TILE, 1 << max(0, (routes.experts.size // count - 1).bit_length()))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum(expert: Expert, count: int, kernels: PyTree, x: Array, routes: Routes) -> Array:
+    """`mix` of tokens [n, d_in]. Its backward pass begins with these operands: nothing is kept for it."""
+    ways = (functools.partial(way, expert, count=count) for way in (routed, ragged))
+    return _whichever(*ways, kernels, x, routes)
+
+
+def _forward(expert: Expert, count: int, *operands: Any) -> tuple[Array, Any]:
+    return _sum(expert, count, *operands), operands
+
+
+def _backward(expert: Expert, count: int, operands: Any, dy: Array) -> tuple[PyTree, Array, Routes]:
+    def by_tile(kernels: PyTree, x: Array, routes: Routes, dy: Array) -> tuple[PyTree, Array, Array]:
+        return routed_backward(expert, kernels, x, routes, dy, count)
+
+    def by_rows(kernels: PyTree, x: Array, routes: Routes, dy: Array) -> tuple[PyTree, Array, Array]:
+        def run(kernels: PyTree, x: Array, weights: Array) -> Array:
+            return ragged(expert, kernels, x, Routes(routes.experts, weights), count)
+
+        return jax.vjp(run, kernels, x, routes.weights)[1](dy)
+
+    by_kernels, by_tokens, by_weights = _whichever(by_tile, by_rows, *operands, dy)
+    numbers: Any = np.zeros(operands[2].experts.shape, jax.dtypes.float0)  # have no gradient
+    return by_kernels, by_tokens, Routes(numbers, by_weights)
+
+
+_sum.defvjp(_forward, _backward)
+
+
+def _whichever(by_tile: Callable[..., Any], by_rows: Callable[..., Any], kernels: PyTree, *operands: Any) -> Any:
+    """One of two ways: tile by tile on a CPU, and wherever kernels are packed, which only know to multiply alone.
+
+    Under vmap one after the other: sorted together, the tokens of several batches would be one.
+    """
+    if any(_is_kernel(leaf) for leaf in jax.tree.leaves(kernels, is_leaf=_is_kernel)):
+        return jax.custom_batching.sequential_vmap(by_tile)(kernels, *operands)
+
+    def run(*operands: Any) -> Any:
+        return jax.lax.platform_dependent(*operands, cpu=by_tile, default=by_rows)
+
+    return jax.custom_batching.sequential_vmap(run)(kernels, *operands)
+
+
+def _is_kernel(node: Any) -> bool:
+    return isinstance(node, Kernel)
+
+
+def _one(kernels: PyTree, e: Array | int) -> PyTree:
+    """The kernels of one expert."""
+    return jax.tree.map(lambda stack: stack[e], kernels, is_leaf=_is_kernel)
+
+
+def _rows(x: Array, routes: Routes, pairs: Array) -> Array:
+    """The tokens of pairs; zeros beyond the pairs that there are."""
+    return jnp.take(x, pairs // routes.experts.shape[1], axis=0, mode="fill", fill_value=0)
+
+
+def _weights(routes: Routes, pairs: Array) -> Array:
+    return jnp.take(routes.weights.reshape(-1), pairs, mode="fill", fill_value=0)[:, None]
+
+
+def _added(total: Array, routes: Routes, pairs: Array, rows: Array) -> Array:
+    return total.at[pairs // routes.experts.shape[1]].add(rows.astype(total.dtype), mode="drop")
