@@ -34,7 +34,11 @@ def operands(count: int, per_token: int, tokens: int) -> tuple:
     kernels = {name: normal(count, D_MODEL, D_EXPERT) for name in ("gate", "up")}
     kernels["down"] = normal(count, D_EXPERT, D_MODEL)
     logits = jnp.asarray(rng.standard_normal((1, tokens, count), np.float32))
-    return kernels, normal(1, tokens, D_MODEL), routing.route(logits, per_token, normalise=True)
+    return (
+        kernels,
+        normal(1, tokens, D_MODEL),
+        routing.route(logits, routing.Routing(per_token=per_token, normalise=True)),
+    )
 
 
 def compiled(way: str, count: int, gradients: bool, given: tuple) -> jax.stages.Compiled:

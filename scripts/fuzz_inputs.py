@@ -148,7 +148,7 @@ def packed() -> dict[str, bytes]:
     from jprune.checkpoints.packed.write import Writer
     from jprune.checkpoints.source import Source, StoredTensor
     from jprune.models import families
-    from jprune.models.config import shapes
+    from jprune.models.parameters import shapes
     from jprune.sparse import Packing
 
     config = LLAMA | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "head_dim": 64}

@@ -25,7 +25,8 @@ from jprune.checkpoints.inside import checked
 from jprune.checkpoints.source import Source, StoredTensor
 from jprune.errors import JpruneError
 from jprune.models import families
-from jprune.models.config import DecoderConfig, shapes
+from jprune.models.config import DecoderConfig
+from jprune.models.parameters import shapes
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from jprune.checkpoints.model import Readable
 from jprune.checkpoints.source import Source, StoredTensor
 from jprune.errors import JpruneError
 from jprune.models import families
-from jprune.models.config import DecoderConfig, LayerSizes, parameters, shapes
+from jprune.models.config import DecoderConfig, LayerSizes
+from jprune.models.parameters import parameters, shapes
 
 Keep = Mapping[str, Mapping[int, Sequence[int] | np.ndarray]]
 """The positions that stay, by path and axis; other axes stay whole."""

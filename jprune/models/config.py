@@ -5,16 +5,17 @@ here serve to say what a checkpoint must contain, and to build abstract or rando
 heads and feed-forward widths, as structured pruning leaves them.
 """
 
-import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from jprune.errors import JpruneError
 from jprune.models.rope import Rope
+from jprune.models.routing import SCORES, Routing
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 NORMS = ("rms", "layer")
 QK_NORMS = ("shared", "own", "joint")
+CHOICES = {"activation": ACTIVATIONS, "norm": NORMS, "qk_norm_kind": QK_NORMS, "routing_scores": SCORES}
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,13 @@ class DecoderConfig:
     d_expert: int = 0  # width of one of them
     d_shared: int = 0  # width of the expert that sees every token; 0: there is none
     normalise_routing: bool = False  # the weights of a token's experts sum to one
+    routing_scores: str = "softmax"  # or "sigmoid"; this and what follows is in `jprune.models.routing.Routing`
+    routing_scale: float = 1.0
+    routing_correction: bool = False  # a term of each expert that is added to its score where experts are chosen
+    expert_groups: int = 1
+    groups_per_token: int = 1
+    group_best: int = 1
+    shared_gate: bool = True  # what the expert that sees every token gives is multiplied by a sigmoid
     dense_layers: tuple[int, ...] = ()  # layers that have one MLP all the same
 
     # Numbers
@@ -115,12 +123,8 @@ class DecoderConfig:
                 "check num_attention_heads and num_key_value_heads in config.json"
             )
         self._check_sizes()
-        if self.experts and not (1 <= self.experts_per_token <= self.experts and self.d_expert >= 1):
-            raise JpruneError(
-                f"{self.architecture}: {self.experts_per_token} of {self.experts} experts of width {self.d_expert} for "
-                "each token; expected at least one, no more than there are, and a width"
-            )
-        for name, known in (("activation", ACTIVATIONS), ("norm", NORMS), ("qk_norm_kind", QK_NORMS)):
+        self._check_experts()
+        for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise JpruneError(f"{self.architecture}: unsupported {name} {value!r}; supported: {', '.join(known)}")
         if self.ropes and len(self.ropes) != self.layers:
@@ -158,6 +162,36 @@ class DecoderConfig:
                     "key/value heads evenly; every key/value head needs equally many query heads"
                 )
 
+    def _check_experts(self) -> None:
+        if not self.experts:
+            return
+        if not (1 <= self.experts_per_token <= self.experts and self.d_expert >= 1):
+            raise JpruneError(
+                f"{self.architecture}: {self.experts_per_token} of {self.experts} experts of width {self.d_expert} for "
+                "each token; expected at least one, no more than there are, and a width"
+            )
+        groups, most = self.expert_groups, self.groups_per_token
+        if groups < 1 or self.experts % groups or not 1 <= most <= groups:
+            raise JpruneError(f"{self.architecture}: {self.experts} experts in {groups} groups, {most} for each token")
+        if self.experts_per_token > most * self.experts // groups:
+            raise JpruneError(
+                f"{self.architecture}: {self.experts_per_token} experts for each token, but its {most} of {groups} "
+                f"groups have {most * self.experts // groups}"
+            )
+
+    @property
+    def routing(self) -> Routing:
+        """How routers are read."""
+        return Routing(
+            per_token=self.experts_per_token,
+            scores=self.routing_scores,
+            normalise=self.normalise_routing,
+            scale=self.routing_scale,
+            groups=self.expert_groups,
+            groups_per_token=self.groups_per_token,
+            group_best=self.group_best,
+        )
+
     @property
     def uniform(self) -> bool:
         """Whether all layers have the same sizes."""
@@ -192,104 +226,3 @@ def describe(config: DecoderConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "layers": [asdict(config.layer(i)) for i in range(config.layers)],
     }
-
-
-def parameters(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
-    """The path of every parameter of the model and the names of its axes; for their lengths see `shapes`."""
-    block = {
-        **_norm(config, "attn_norm", when=config.pre_norm),
-        "attn/q/kernel": "d_model heads head_dim",
-        "attn/k/kernel": "d_model kv_heads head_dim",
-        "attn/v/kernel": "d_model kv_heads head_dim",
-        "attn/o/kernel": "heads head_dim d_model",
-        **_norm(config, "attn_post_norm", when=config.post_norm),
-        **_norm(config, "mlp_norm", when=config.pre_norm and not config.shared_norm),
-        **_norm(config, "mlp_post_norm", when=config.post_norm),
-    }
-    if config.qkv_bias:
-        block |= {
-            "attn/q/bias": "heads head_dim",
-            "attn/k/bias": "kv_heads head_dim",
-            "attn/v/bias": "kv_heads head_dim",
-        }
-    if config.o_bias:
-        block |= {"attn/o/bias": "d_model"}
-    if config.qk_norm:
-        for name, heads in (("q_norm", "heads"), ("k_norm", "kv_heads")):
-            axes = "head_dim" if config.qk_norm_kind == "shared" else f"{heads} head_dim"
-            block |= {f"attn/{name}/scale": axes}
-            block |= {f"attn/{name}/bias": axes} if config.qk_norm_bias else {}
-    width = "d_model" if config.d_embed is None else "d_embed"
-    model = {"embed/embedding": f"vocab {width}"}
-    if config.d_embed is not None:
-        model |= {"embed/project_in/kernel": "d_embed d_model"}
-    if config.positions:
-        model |= {"embed/positions": "positions d_model"}
-    model |= _norm(config, "embed/norm", when=config.embed_norm)
-    for i in range(config.layers):
-        mlp = _experts(config) if config.has_experts(i) else _mlp(config)
-        model |= {f"blocks/{i}/{path}": names for path, names in (block | mlp).items()}
-    model |= _norm(config, "final_norm", when=config.final_norm)
-    if config.d_embed is not None:
-        model |= {"project_out/kernel": "d_model d_embed"}
-    if not config.tied:
-        model |= {"head/kernel": f"{width} vocab"}
-    if config.head_bias:
-        model |= {"head/bias": "vocab"}
-    return {path: tuple(names.split()) for path, names in model.items()}
-
-
-def _mlp(config: DecoderConfig) -> dict[str, str]:
-    mlp = {
-        "mlp/gate/kernel": "d_model d_ff",
-        "mlp/up/kernel": "d_model d_ff",
-        "mlp/down/kernel": "d_ff d_model",
-    }
-    if config.mlp_bias:
-        mlp |= {"mlp/gate/bias": "d_ff", "mlp/up/bias": "d_ff", "mlp/down/bias": "d_model"}
-    return {path: axes for path, axes in mlp.items() if config.gated or not path.startswith("mlp/gate/")}
-
-
-def _experts(config: DecoderConfig) -> dict[str, str]:
-    mlp = {
-        "mlp/router/kernel": "d_model experts",
-        "mlp/experts/gate/kernel": "experts d_model d_expert",
-        "mlp/experts/up/kernel": "experts d_model d_expert",
-        "mlp/experts/down/kernel": "experts d_expert d_model",
-    }
-    if config.d_shared:
-        mlp |= {
-            "mlp/shared_gate/kernel": "d_model",
-            "mlp/shared/gate/kernel": "d_model d_shared",
-            "mlp/shared/up/kernel": "d_model d_shared",
-            "mlp/shared/down/kernel": "d_shared d_model",
-        }
-    return mlp
-
-
-def _norm(config: DecoderConfig, name: str, *, when: bool = True) -> dict[str, str]:
-    """The parameters of a norm over d_model, or none."""
-    names = ("scale", "bias") if config.norm_bias else ("scale",)
-    return {f"{name}/{kind}": "d_model" for kind in names} if when else {}
-
-
-def shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter, by path."""
-    return {path: tuple(config.size(name, path) for name in names) for path, names in parameters(config).items()}
-
-
-def block_kernels(config: DecoderConfig) -> dict[str, int]:
-    """The kernels of the blocks, by path: how many of a kernel's axes are inputs. Routers and gates are left out.
-
-    Those of experts are stacks, with an axis more in front (`is_stack`).
-    """
-    found = {}
-    for path, axes in parameters(config).items():
-        if path.startswith("blocks/") and path.endswith("/kernel") and not re.search("/(router|shared_gate)/", path):
-            found[path] = 2 if axes[0] == "heads" else 1
-    return found
-
-
-def is_stack(path: str) -> bool:
-    """Whether the parameter at a path is a stack of kernels, of one for each expert."""
-    return "/experts/" in path

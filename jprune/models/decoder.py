@@ -18,8 +18,9 @@ from flax import nnx
 from jprune import trees
 from jprune.annotations import Array, DTypeLike, Float, Int, Key
 from jprune.models.attention import Cache
-from jprune.models.config import DecoderConfig, shapes
+from jprune.models.config import DecoderConfig
 from jprune.models.modules import Block, Embed, Linear, Norm, NormOptions, Options, Params, norm_options
+from jprune.models.parameters import shapes
 
 __all__ = [
     "Decoder",
@@ -218,7 +219,7 @@ def init_params(config: DecoderConfig, key: Key[Array, ""], dtype: DTypeLike = j
     for path, shape in shapes(config).items():
         if path.endswith("/scale"):
             params[path] = jnp.full(shape, 0 if config.norm_offset else 1, dtype)
-        elif path.endswith("/bias"):
+        elif path.endswith(("/bias", "/correction")):
             params[path] = jnp.zeros(shape, dtype)
         else:
             params[path] = jnp.asarray(0.02 * rng.standard_normal(shape, np.float32), dtype)

@@ -57,8 +57,7 @@ class Options:
     score_scale: float | None
     score_cap: float | None
     qk_norm_kind: str
-    experts_per_token: int
-    normalise_routing: bool
+    routing: routing.Routing
 
     @classmethod
     def of(cls, config: DecoderConfig, index: int) -> "Options":
@@ -75,8 +74,7 @@ class Options:
             score_scale=config.score_scale,
             score_cap=config.score_cap,
             qk_norm_kind=config.qk_norm_kind,
-            experts_per_token=config.experts_per_token,
-            normalise_routing=config.normalise_routing,
+            routing=config.routing,
         )
 
 
@@ -205,6 +203,7 @@ class Experts(nnx.Module):
 
     def __init__(self, params: Params, options: Options):
         self.router = Linear(params["router"])
+        self.correction = nnx.Param(params["router"]["correction"]) if "correction" in params["router"] else None
         self.gate, self.up, self.down = (
             nnx.Param(params["experts"][name]["kernel"]) for name in ("gate", "up", "down")
         )
@@ -216,11 +215,13 @@ class Experts(nnx.Module):
         """Each position by itself."""
         options = self.options
         logits = self.router(x)
-        routes = routing.route(logits, options.experts_per_token, normalise=options.normalise_routing)
+        correction = None if self.correction is None else self.correction.get_value()
+        routes = routing.route(logits, options.routing, correction)
         kernels = {name: getattr(self, name).get_value() for name in ("gate", "up", "down")}
         y = experts.mix(_expert(options.activation), kernels, x, routes, logits.shape[-1])
-        if self.shared is not None and self.shared_gate is not None:
-            y = y + jax.nn.sigmoid(self.shared_gate(x))[..., None] * self.shared(x)
+        if self.shared is not None:
+            shared = self.shared(x)
+            y = y + (shared if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x))[..., None] * shared)
         return y
 
 

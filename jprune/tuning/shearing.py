@@ -22,7 +22,8 @@ from jprune import paths, texts
 from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.models import families, stacked
-from jprune.models.config import DecoderConfig, shapes
+from jprune.models.config import DecoderConfig
+from jprune.models.parameters import shapes
 from jprune.structured import shape as target_shape
 from jprune.structured.shape import Shape
 from jprune.train.loop import Batch

@@ -82,7 +82,7 @@ def test_every_statistic_prunes_it(name, saved, tmp_path):
 
 REFUSED = {
     "Bloom-0": "ALiBi|constant array",
-    **dict.fromkeys(("Mixtral-0", "Qwen2Moe-0", "Qwen3Moe-0", "GraniteMoe-0"), "d_expert"),
+    **dict.fromkeys(("Mixtral-0", "Qwen2Moe-0", "Qwen3Moe-0", "GraniteMoe-0", "Olmoe-0", "Glm4Moe-0"), "d_expert"),
 }
 """By what their message says: heads whose slopes go by number, and the channels of experts."""
 

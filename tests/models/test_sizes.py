@@ -13,7 +13,8 @@ from jprune import trees
 from jprune.errors import JpruneError
 from jprune.evaluate import perplexity
 from jprune.models import decoder, families, generate
-from jprune.models.config import DecoderConfig, LayerSizes, describe, shapes
+from jprune.models.config import DecoderConfig, LayerSizes, describe
+from jprune.models.parameters import shapes
 
 BASE = {
     "model_type": "llama",

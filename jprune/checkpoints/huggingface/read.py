@@ -21,7 +21,7 @@ from jprune.checkpoints.inside import checked
 from jprune.checkpoints.source import FLOAT_DTYPES, Source, StoredTensor, identify, reason
 from jprune.errors import JpruneError
 from jprune.models import families
-from jprune.models.config import shapes
+from jprune.models.parameters import shapes
 from jprune.packages import require
 
 FLOATS = {"F32": FLOAT_DTYPES["float32"], "F16": FLOAT_DTYPES["float16"], "BF16": FLOAT_DTYPES["bfloat16"]}

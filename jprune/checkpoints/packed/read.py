@@ -14,7 +14,7 @@ from jprune.checkpoints.packed.layout import DENSE, FORMAT_VERSION, INDEX, Store
 from jprune.checkpoints.source import FLOAT_DTYPES, Source, StoredTensor, identify
 from jprune.errors import JpruneError
 from jprune.models import families
-from jprune.models.config import block_kernels, is_stack
+from jprune.models.parameters import block_kernels, is_stack
 from jprune.sparse import PackedKernel, from_arrays, rooms
 
 _KNOWN = {**FLOATS, "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8)}

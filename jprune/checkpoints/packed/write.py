@@ -16,7 +16,7 @@ from jprune.checkpoints.model import Model
 from jprune.checkpoints.packed.layout import DENSE, FORMAT_VERSION, INDEX, Stored, header, part, prefix
 from jprune.checkpoints.source import FLOAT_DTYPES
 from jprune.errors import JpruneError
-from jprune.models.config import block_kernels, is_stack
+from jprune.models.parameters import block_kernels, is_stack
 from jprune.sparse import Packing, rounding
 
 PART_BYTES = 2**28

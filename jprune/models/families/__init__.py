@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jprune.errors import JpruneError
-from jprune.models.config import DecoderConfig, parameters
+from jprune.models.config import DecoderConfig
 from jprune.models.families import (
     bloom,
     cohere,
@@ -20,6 +20,7 @@ from jprune.models.families import (
     gemma3,
     glm,
     glm4,
+    glm4_moe,
     gpt2,
     gpt_neox,
     gptj,
@@ -31,6 +32,7 @@ from jprune.models.families import (
     mixtral,
     olmo2,
     olmo3,
+    olmoe,
     opt,
     phi,
     phi3,
@@ -45,6 +47,7 @@ from jprune.models.families import (
     values,
 )
 from jprune.models.families.table import Entry, Family, entry
+from jprune.models.parameters import parameters
 
 FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
@@ -78,6 +81,8 @@ FAMILIES: tuple[Family, ...] = (
     qwen2_moe.FAMILY,
     qwen3_moe.FAMILY,
     granite_moe.FAMILY,
+    olmoe.FAMILY,
+    glm4_moe.FAMILY,
 )
 ARCHITECTURES: dict[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
@@ -162,7 +167,7 @@ def resized(hf_config: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     hf_config = _with_layers_named(hf_config)
     defaults = ARCHITECTURES[architecture(hf_config)].defaults
     # A number of layers counted from the first one is no default any more when layers are gone.
-    counted = {key: defaults[key] for key in ("max_window_layers",) if key in defaults}
+    counted = {key: defaults[key] for key in sizes.COUNTED if key in defaults}
     smaller = sizes.resized({**counted, **hf_config}, **options)
     windows = tuple(config(hf_config).windows[i] for i in options["layers"])
     if config(smaller).windows != windows and "layer_types" in defaults:  # a pattern that counts layers

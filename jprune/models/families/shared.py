@@ -155,6 +155,21 @@ def experts(hf: Mapping[str, Any], count: int) -> dict[str, Any]:
     }
 
 
+def grouped_experts(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a mixture as DeepSeek has it: experts in groups, one that sees every token, dense layers first."""
+    return {
+        "experts": hf["n_routed_experts"],
+        "experts_per_token": hf["num_experts_per_tok"],
+        "d_expert": hf["moe_intermediate_size"],
+        "d_shared": hf["moe_intermediate_size"] * (hf["n_shared_experts"] or 0),
+        "shared_gate": False,
+        "routing_scale": float(hf["routed_scaling_factor"]),
+        "expert_groups": hf["n_group"] or 1,
+        "groups_per_token": hf["topk_group"] or 1,
+        "dense_layers": tuple(range(min(hf["first_k_dense_replace"], hf["num_hidden_layers"]))),
+    }
+
+
 def kinds(hf: Mapping[str, Any], *, pattern: int) -> tuple[str, ...]:
     """What each layer sees, by its name in `layer_types`; without those, every `pattern`-th layer sees everything."""
     layers = range(hf["num_hidden_layers"])

@@ -14,6 +14,7 @@ from jprune.errors import JpruneError
 from jprune.models.config import LayerSizes
 
 KEY = "per_layer_config"
+COUNTED = ("max_window_layers", "first_k_dense_replace")  # layers from the first on
 NAMES = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "d_ff": "intermediate_size"}
 
 
@@ -67,8 +68,9 @@ def resized(
     for key in ("layer_types", "no_rope_layers"):
         if hf.get(key):
             hf[key] = [hf[key][i] for i in layers]
-    if hf.get("max_window_layers") is not None:
-        hf["max_window_layers"] = sum(i < hf["max_window_layers"] for i in layers)
+    for key in COUNTED:
+        if hf.get(key) is not None:
+            hf[key] = sum(i < hf[key] for i in layers)
     if hf.get("mlp_only_layers"):
         hf["mlp_only_layers"] = [new for new, old in enumerate(layers) if old in hf["mlp_only_layers"]]
     return hf

@@ -17,8 +17,8 @@ tensors, one for each position along its first axis, which the key then names in
 
     "mlp/experts/up/kernel": ("experts.{experts}.w3.weight", "d_ff d_model")
 
-The order of our own axes is `jprune.models.config.parameters`. Both directions follow from the row: splitting joined
-axes, taking a part and permuting are views, so writing is an assignment through a view of the stored tensor.
+The order of our own axes is `jprune.models.parameters.parameters`. Both directions follow from the row: splitting
+joined axes, taking a part and permuting are views, so writing is an assignment through a view of the stored tensor.
 """
 
 import math

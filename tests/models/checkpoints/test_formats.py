@@ -14,7 +14,7 @@ from jprune.checkpoints.dtypes import cast
 from jprune.checkpoints.huggingface import decilm
 from jprune.errors import JpruneError
 from jprune.models import families
-from jprune.models.config import parameters
+from jprune.models.parameters import parameters
 
 KINDS = ("llama", "llama_bias", "mistral", "qwen2", "qwen3")
 TOKENS = np.random.default_rng(1).integers(0, 96, (1, 24))

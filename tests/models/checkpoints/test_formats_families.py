@@ -11,7 +11,7 @@ from jprune import trees
 from jprune.checkpoints import formats, load
 from jprune.errors import JpruneError
 from jprune.models import decoder, families
-from jprune.models.config import parameters
+from jprune.models.parameters import parameters
 
 pytest.importorskip("torch")
 import hf_families
@@ -24,7 +24,7 @@ REFUSED = {
     "OPTForCausalLM": NO_HEAD_DIM,
     "BloomForCausalLM": NO_HEAD_DIM | {"channels": r"is 4 \* hidden_size = 64 wide", "heads": "ALiBi's slopes"},
     **dict.fromkeys(("GPT2LMHeadModel", "GPTNeoXForCausalLM", "GPTJForCausalLM"), NO_HEAD_DIM),
-    **dict.fromkeys(("FalconForCausalLM", "StableLmForCausalLM"), NO_HEAD_DIM),
+    **dict.fromkeys(("FalconForCausalLM", "StableLmForCausalLM", "OlmoeForCausalLM"), NO_HEAD_DIM),
     **dict.fromkeys(("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"), SCALED),
 }
 

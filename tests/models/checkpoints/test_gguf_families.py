@@ -9,8 +9,8 @@ import pytest
 
 from jprune.checkpoints import load
 from jprune.errors import JpruneError
-from jprune.models import config as config_module
 from jprune.models import families
+from jprune.models.parameters import shapes
 
 SIZES = {
     "vocab_size": 40,
@@ -123,7 +123,7 @@ def test_a_gguf_gives_the_model_it_was_made_of(case, made):
     path, hf, tensors = made(case)
     config, loaded = families.config(hf), load(path)
     assert loaded.config == config
-    assert {path: leaf.shape for path, leaf in loaded.shapes.items()} == config_module.shapes(config)
+    assert {path: leaf.shape for path, leaf in loaded.shapes.items()} == shapes(config)
     for path, e in families.table(config).items():
         expected = e.read(*(tensors[key] for key in e.keys))
         np.testing.assert_allclose(loaded.read(path), expected, atol=1e-6, err_msg=path)

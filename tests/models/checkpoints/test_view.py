@@ -12,7 +12,8 @@ from jprune.checkpoints import huggingface, load, orbax
 from jprune.checkpoints.select import Keep
 from jprune.errors import JpruneError
 from jprune.models import decoder, generate
-from jprune.models.config import LayerSizes, shapes
+from jprune.models.config import LayerSizes
+from jprune.models.parameters import shapes
 
 HEADS = {0: [0, 1, 2, 3], 1: [2, 3]}  # query heads that stay in each layer; two to a key/value head
 KV_HEADS = {0: [0, 1], 1: [1]}
