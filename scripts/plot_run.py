@@ -10,34 +10,16 @@ multipliers of learned masks; the learning rate and the norm of the gradient hav
 import argparse
 import html
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from jprune.train import metrics
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d5a97", "#c17c00", "#4a4a4a", "#00838f", "#ad1457")
-LEFT_OUT = ("step", "tokens_per_second")
-LOSSES = ("loss", "evaluation_loss")
 WIDTH, HEIGHT, COLUMNS = 520, 240, 2
 LEFT, TOP, RIGHT, BOTTOM = 70, 36, 150, 36
 
 Points = list[tuple[int, float]]
-
-
-def panels(lines: list[dict[str, Any]]) -> dict[str, dict[str, Points]]:
-    """(step, value) of every series, by panel and by its name there. What is no finite number is left out."""
-    found: dict[str, dict[str, Points]] = {}
-    for line in lines:
-        for key, value in line.items():
-            if key in LEFT_OUT or not isinstance(value, int | float) or not math.isfinite(value):
-                continue
-            panel, _, name = key.partition("/")
-            if key in LOSSES:
-                panel = "losses"
-            found.setdefault(panel, {}).setdefault(name or key, []).append((line["step"], float(value)))
-    return found
 
 
 def draw(found: dict[str, dict[str, Points]]) -> str:
@@ -86,7 +68,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("run.svg"))
     args = parser.parse_args()
     path = args.run / metrics.NAME if args.run.is_dir() else args.run
-    found = panels(metrics.read(path))
+    found = metrics.panels(metrics.read(path))
     if not found:
         parser.error(f"{path} is no file with metrics")
     args.out.write_text(draw(found), encoding="utf-8")

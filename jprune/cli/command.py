@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,9 @@ from jprune.errors import UsageError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
+
+    from jprune.pipeline.options import Evaluation
+    from jprune.runs.report import RunReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +29,11 @@ class Told:
     """What the user should know, for stderr."""
     show: Callable[[], None] = lambda: None
     """Prints the result for people."""
+
+
+def command_line() -> str:
+    """The words that this process was started with, as a shell takes them."""
+    return shlex.join(["jprune", *sys.argv[1:]])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +108,44 @@ class ByRecipe(Command):
 
     recipe: Path | None = None
     """TOML or JSON file with options, or the jprune.json of an earlier run; the command line counts more."""
+    report: bool = False
+    """Hold the result against the model that it was made from, on the text of `evaluate` or else pydoc, and write
+    OUT/report.html about it."""
+
+    def told(
+        self, result: "RunReport", measured: "Evaluation", show: Callable[[], None], mesh: "Mesh | None" = None
+    ) -> Told:
+        """What there is to say of a run that has ended; and its page, if there is to be one.
+
+        Args:
+          result: what the run says of itself.
+          measured: the text that it was measured on.
+          show: prints it for people.
+          mesh: the devices that it ran on; by default all of them.
+        """
+        if not self.report:
+            return Told(result.json(), result.notices, show)
+        from jprune.cli import display
+        from jprune.pipeline.page import report_of_run
+        from jprune.runs.report import Progress
+
+        with display.progress() as progress:
+            page, notices = report_of_run(
+                self.model,
+                result.out,
+                measured,
+                command=command_line(),
+                mesh=mesh,
+                progress=lambda done, total, model: progress(Progress(float(done), total, model, "report")),
+            )
+
+        def shown() -> None:
+            show()
+            if page is not None:
+                print(f"its report is {page}")
+
+        json = {**result.json(), "report": None if page is None else str(page)}
+        return Told(json, (*result.notices, *notices), shown)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

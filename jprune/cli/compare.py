@@ -3,15 +3,13 @@
 import dataclasses
 import functools
 import math
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
 from jprune.cli import display
-from jprune.cli.command import OnDevices, Told
+from jprune.cli.command import OnDevices, Told, command_line
 from jprune.cli.flags import Repeated
 from jprune.errors import JpruneError, UsageError
 
@@ -45,8 +43,8 @@ class Compare(OnDevices):
         from jprune.checkpoints import load
         from jprune.checkpoints.dtypes import activation_dtype
         from jprune.checkpoints.writing import replace
-        from jprune.evaluate.report import page
-        from jprune.pipeline.compare import compare, records
+        from jprune.pipeline.compare import compare
+        from jprune.pipeline.page import page_of
         from jprune.runs import processes
         from jprune.runs.report import Progress
 
@@ -71,9 +69,7 @@ class Compare(OnDevices):
                 progress=lambda done, total, model: show(Progress(float(done), total, model, "compare")),
             )
         if self.out is not None and processes.is_first():
-            command = shlex.join(["jprune", *sys.argv[1:]])
-            content = page({**result.json(), "records": records(result), "command": command})
-            replace(self.out, content.encode())
+            replace(self.out, page_of(result, command_line()).encode())
         return Told(result.json(), result.notices, functools.partial(_show, result, self.out))
 
 

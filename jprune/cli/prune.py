@@ -61,7 +61,7 @@ class Prune(Planning, OnDevices):
                 run=self.machine.run,
                 progress=progress,
             )
-        return Told(report.json(), report.notices, functools.partial(_print_report, report))
+        return self.told(report, self.evaluation, functools.partial(_print_report, report), options["mesh"])
 
 
 def _print_report(report: "Report") -> None:

@@ -90,7 +90,7 @@ class PruneAndTune(Planning):
                 **options,
                 **keywords(self, "evaluation", "schedule", "result"),
             )
-        return Told(report.json(), report.notices, functools.partial(_print_report, report))
+        return self.told(report, self.evaluation, functools.partial(_print_report, report))
 
 
 def _plan_json(plan: PruneAndTunePlan) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Shrink(Planning):
                 progress=progress,
                 **keywords(self, "calibration", "evaluation", "result", "machine"),
             )
-        return Told(report.json(), report.notices, functools.partial(_print_report, report))
+        return self.told(report, self.evaluation, functools.partial(_print_report, report))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class ShrinkWhileTraining(Training, Planning):
         out = self.destination()
         with display.progress() as progress:
             report = tune_model(self.model, out, method=self.method, progress=progress, **self.options())
-        return Told(report.json(), report.notices, functools.partial(_print_pruned, cast(PrunedReport, report)))
+        return self.told(report, self.evaluation, functools.partial(_print_pruned, cast(PrunedReport, report)))
 
 
 def _print_pruned(report: PrunedReport) -> None:

@@ -62,7 +62,7 @@ class Tune(Training):
         """Tunes."""
         with display.progress() as progress:
             report = tune_model(self.model, self.out, method=self.method, progress=progress, **self.options())
-        return Told(report.json(), report.notices, functools.partial(print_report, report))
+        return self.told(report, self.evaluation, functools.partial(print_report, report))
 
 
 def print_report(report: TuneReport, *own: str) -> None:

@@ -13,9 +13,10 @@ from jax.typing import DTypeLike
 
 from jprune import paths, trees
 from jprune.anatomy.kernels import prunable
-from jprune.checkpoints import Checkpoint, load, record
+from jprune.checkpoints import Checkpoint, load
 from jprune.checkpoints.packed.layout import weight_files
 from jprune.data.for_model import evaluation_windows
+from jprune.data.windows import Windows
 from jprune.errors import JpruneError
 from jprune.evaluate import intervals
 from jprune.evaluate.distance import Distance, Reference
@@ -106,7 +107,7 @@ def compare(
     """
     if len(models) < 2:
         raise JpruneError(f"expected two models or more to compare, got {len(models)}")
-    names = [repr(m) if isinstance(m, Checkpoint) else str(m) for m in models]
+    names = [m.source if isinstance(m, Checkpoint) else str(m) for m in models]
     loaded = [m if isinstance(m, Checkpoint) else load(m) for m in models]
     wanted = {"length": sequence_length, "count": windows}
     tokens = evaluation_windows(loaded[0], text, **wanted)
@@ -118,6 +119,21 @@ def compare(
                 f"expected models that cut {text} into the same tokens, and {name} does not as {names[0]} does: what "
                 "they predict cannot be held against each other; measure each by `jprune eval perplexity`"
             )
+    pairs = list(zip(names, loaded))
+    return held_against(pairs, tokens, prompts=prompts, dtype=dtype, mesh=mesh, progress=progress)
+
+
+def held_against(
+    models: Sequence[tuple[str, Checkpoint]],
+    tokens: Windows,
+    *,
+    prompts: Sequence[str] = (),
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Comparison:
+    """Holds models of one tokenizer, each with what it is called, against the first; the rest is as of `compare`."""
+    names = [name for name, _ in models]
 
     def tell(index: int) -> Callable[[int, int], None]:
         def told(done: int, total: int) -> None:
@@ -126,36 +142,26 @@ def compare(
 
         return told
 
-    reference = Reference(loaded[0], tokens.tokens, dtype=dtype, mesh=mesh, progress=tell(0))
+    reference = Reference(models[0][1], tokens.tokens, dtype=dtype, mesh=mesh, progress=tell(0))
     first = reference.to_itself()
-    found = [_compared(names[0], loaded[0], first, first)]
-    for i, checkpoint in enumerate(loaded[1:], 1):
-        found.append(_compared(names[i], checkpoint, reference.to(checkpoint, progress=tell(i)), first))
+    found = [compared(*models[0], first, first)]
+    for i, (name, checkpoint) in enumerate(models[1:], 1):
+        found.append(compared(name, checkpoint, reference.to(checkpoint, progress=tell(i)), first))
     count, length = tokens.tokens.shape
     return Comparison(
         models=tuple(found),
-        text=text,
+        text=tokens.source,
         windows=count,
         sequence_length=length,
         sha256=tokens.sha256,
-        continuations=_continued(names, loaded, prompts),
+        continuations=_continued(models, prompts),
         notices=tuple(tokens.notices),
     )
 
 
-def records(comparison: Comparison) -> list[dict[str, Any] | None]:
-    """The jprune.json beside each model, without the digests of its files; None where there is none."""
-    found: list[dict[str, Any] | None] = []
-    for own in comparison.models:
-        folder = paths.real(own.model)
-        known = record.read(folder) if (folder / record.NAME).is_file() else None
-        found.append(known and {name: value for name, value in known.items() if name not in ("files", "checksum")})
-    return found
-
-
-def _continued(names: list[str], models: list[Checkpoint], prompts: Sequence[str]) -> tuple[dict[str, Any], ...]:
+def _continued(models: Sequence[tuple[str, Checkpoint]], prompts: Sequence[str]) -> tuple[dict[str, Any], ...]:
     written: list[list[str]] = []
-    for name, model in zip(names, models):
+    for name, model in models:
         if not prompts:
             break
         if model.tokenizer is None:
@@ -168,12 +174,20 @@ def _continued(names: list[str], models: list[Checkpoint], prompts: Sequence[str
             own.append(model.tokenizer.decode(list(stream(model.config, params, given, **options))))
         written.append(own)
     return tuple(
-        {"prompt": prompt, "texts": [{"model": n, "text": own[i]} for n, own in zip(names, written)]}
+        {"prompt": prompt, "texts": [{"model": n, "text": own[i]} for (n, _), own in zip(models, written)]}
         for i, prompt in enumerate(prompts)
     )
 
 
-def _compared(name: str, checkpoint: Checkpoint, distance: Distance, first: Distance) -> Compared:
+def compared(name: str, checkpoint: Checkpoint, distance: Distance, first: Distance) -> Compared:
+    """What is told of a model: what it is, and how far it is from the reference.
+
+    Args:
+        name: what it is called.
+        checkpoint: the model.
+        distance: of it from the reference.
+        first: of the reference from itself.
+    """
     kernels: list[dict[str, Any]] = [
         {"path": path, "zeros": trees.count_zeros(checkpoint.read(path)), "size": checkpoint.count([path])}
         for path in prunable(checkpoint)
@@ -188,7 +202,7 @@ def _compared(name: str, checkpoint: Checkpoint, distance: Distance, first: Dist
         sparsity=sparsity,
         kernels=tuple(kernels),
         layers=checkpoint.sizes,
-        nbytes=_nbytes(name, checkpoint),
+        nbytes=_nbytes(checkpoint),
         perplexity=_exp(intervals.mean(distance.nll)),
         change=intervals.mean(distance.nll - first.nll),
         divergence=intervals.mean(distance.divergence.mean(axis=1)),
@@ -197,10 +211,10 @@ def _compared(name: str, checkpoint: Checkpoint, distance: Distance, first: Dist
     )
 
 
-def _nbytes(name: str, checkpoint: Checkpoint) -> int:
+def _nbytes(checkpoint: Checkpoint) -> int:
     if not checkpoint.is_packed:
         return checkpoint.nbytes
-    return sum(file.stat().st_size for file in weight_files(paths.real(name)))
+    return sum(file.stat().st_size for file in weight_files(paths.real(checkpoint.source)))
 
 
 def _exp(interval: Interval) -> Interval:

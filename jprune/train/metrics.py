@@ -7,11 +7,14 @@ Steps count from 1. A resumed run drops the lines after the step it goes on from
 
 import importlib
 import json
+import math
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 NAME = "metrics.jsonl"
+LOSSES = ("loss", "evaluation_loss")
 
 
 class Metrics:
@@ -49,6 +52,24 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def panels(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """(step, value) of every series, by the panel of a plot that it belongs to, and by its name there.
+
+    Metrics that are called A/B share the panel A, and the losses have one of their own; every other metric has its
+    own. The speed, and what is no finite number, are left out.
+    """
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key in ("step", "tokens_per_second") or not isinstance(value, int | float) or not math.isfinite(value):
+                continue
+            panel, _, name = key.partition("/")
+            if key in LOSSES:
+                panel = "losses"
+            found.setdefault(panel, {}).setdefault(name or key, []).append((line["step"], float(value)))
+    return found
 
 
 def _event_writer(folder: Path) -> Any:

@@ -38,6 +38,7 @@ PIPELINE = {
     "rounds": {"oneshot", "training", "forecast", "recipe"},
     "auto": {"recipe"},
     "compare": set(),
+    "page": {"compare"},
     "tasks": set(),
     "oneshot": {"auto", "forecast", "job", "recipe"},
     "forecast": {"job", "recipe"},

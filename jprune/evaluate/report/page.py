@@ -1,15 +1,12 @@
 """The page of a comparison: every number on it is one of the object that `jprune compare --json` prints."""
 
 import html
-import importlib.resources
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jprune.evaluate.report.document import Json, cell, document, interval, measured, percent, sortable, tells
 from jprune.evaluate.report.drawing import heat_map, number, whiskers
-
-Json = Mapping[str, Any]
+from jprune.evaluate.report.plot import Point, lines
 
 
 def page(comparison: Json) -> str:
@@ -17,41 +14,31 @@ def page(comparison: Json) -> str:
 
     Args:
       comparison: what `jprune.pipeline.compare.Comparison.json` gives; and ``records``, the jprune.json of each model
-        or None, and ``command``, the words that made it.
+        or None; ``curves``, of each the losses of its training (`jprune.pipeline.page.curves`); ``notices``, what is
+        to be known of all of it, one sentence each; and ``command``, the words that made it.
     """
     models = comparison["models"]
     title = f"{models[0]['model']} and {', '.join(own['model'] for own in models[1:])}"
     body = [
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="soft">{html.escape(_about(comparison))}</p>',
+        *(f'<p class="warn">{html.escape(notice)}</p>' for notice in comparison["notices"]),
         "<h2>What they predict</h2>",
-        _wide(_table(comparison)),
+        _table(comparison),
         *_findings(comparison),
         whiskers(
-            [(own["model"], own["perplexity"], _interval(own["perplexity"], ".4g")) for own in models],
+            [(own["model"], own["perplexity"], interval(own["perplexity"], ".4g")) for own in models],
             "perplexity, logarithmic",
         ),
         *_texts(comparison["continuations"]),
+        *_curves(models, comparison["curves"]),
         *_maps(models, comparison["records"]),
-        *_sizes(models),
+        *_sizes(models, comparison["records"]),
         *_recipes(models, comparison["records"]),
         "<h2>Made by</h2>",
         f"<pre>{html.escape(comparison['command'])}</pre>",
     ]
-    asset = importlib.resources.files(__package__)
-    data = json.dumps(comparison).replace("<", "\\u003c")
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{html.escape(title)}</title>",
-            f"<style>\n{asset.joinpath('page.css').read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>",
-            *body,
-            "</main>",
-            f'<script type="application/json" id="data">{data}</script>',
-            f"<script>\n{asset.joinpath('page.js').read_text(encoding='utf-8')}</script>\n</body>\n</html>\n",
-        ]
-    )
+    return document(title, body, comparison)
 
 
 def _about(comparison: Json) -> str:
@@ -69,26 +56,24 @@ def _table(comparison: Json) -> str:
     for i, own in enumerate(comparison["models"]):
         sparsity = own["sparsity"]
         share = 100 * sparsity["zeros"] / max(sparsity["prunable_parameters"], 1)
-        change = {name: _percent(x) for name, x in own["change"].items()}
         cells = [
-            _cell(sparsity["total_parameters"], f"{sparsity['total_parameters']:,}"),
-            _cell(own["nbytes"], f"{own['nbytes'] / 1e6:,.0f}"),
-            _cell(share, f"{share:.2f}"),
-            _measured(own["perplexity"], ".3f"),
-            _measured(change, "+.2f") if i else _cell(0, "-"),
-            _measured(own["divergence"], ".4f") if i else _cell(0, "-"),
-            _cell(own["tail"], number(own["tail"], ".3f") if i else "-"),
-            _measured(own["agreement"], ".2f", 100) if i else _cell(100, "-"),
+            cell(sparsity["total_parameters"], f"{sparsity['total_parameters']:,}"),
+            cell(own["nbytes"], f"{own['nbytes'] / 1e6:,.0f}"),
+            cell(share, f"{share:.2f}"),
+            measured(own["perplexity"], ".3f"),
+            measured(percent(own["change"]), "+.2f") if i else cell(0, "-"),
+            measured(own["divergence"], ".4f") if i else cell(0, "-"),
+            cell(own["tail"], number(own["tail"], ".3f") if i else "-"),
+            measured(own["agreement"], ".2f", 100) if i else cell(100, "-"),
         ]
         rows.append(f'<tr><td class="name">{html.escape(own["model"])}</td>{"".join(cells)}</tr>')
-    return _sortable(columns, rows)
+    return sortable(columns, rows)
 
 
 def _findings(comparison: Json) -> Iterable[str]:
     first, *others = comparison["models"]
     for own in others:
-        low, high = own["change"]["low"], own["change"]["high"]
-        if low is None or low <= 0 <= high:
+        if not tells(own["change"]):
             yield (
                 f'<p class="warn">The perplexity of {html.escape(own["model"])} is not distinguishable from that of '
                 f"{html.escape(first['model'])} on this text.</p>"
@@ -131,19 +116,50 @@ def _maps(models: Sequence[Json], records: Sequence[Json | None]) -> Iterable[st
         yield f'<div class="maps">{"".join(drawn)}</div>'
 
 
-def _sizes(models: Sequence[Json]) -> Iterable[str]:
+def _curves(models: Sequence[Json], curves: Sequence[Json]) -> Iterable[str]:
+    """The losses of models that were trained."""
+    if any(curves):
+        yield "<h2>How training went</h2>"
+    for own, panels in zip(models, curves, strict=True):
+        for panel, series in panels.items():
+            about = f"{own['model']}: {panel} by training step"
+            points = {name: [Point(x=x, y=y, said=said) for x, y, said in found] for name, found in series.items()}
+            yield f"<h3>{html.escape(own['model'])}</h3>{lines(points, about=about, x='step', y=panel)}"
+
+
+def _sizes(models: Sequence[Json], records: Sequence[Json | None]) -> Iterable[str]:
     """The widths of the layers, where some model has others than the first."""
     layers = [own["layers"] for own in models]
     if all(own == layers[0] for own in layers):
         return
     yield "<h2>What is left of each layer</h2>"
-    for own in models:
+    for own, record in zip(models, records, strict=True):
         names = list(own["layers"][0])
         rows = [
-            f"<tr><td>{i}</td>{''.join(_cell(layer[n], f'{layer[n]:,}') for n in names)}</tr>"
+            f"<tr><td>{i}</td>{''.join(cell(layer[n], f'{layer[n]:,}') for n in names)}</tr>"
             for i, layer in enumerate(own["layers"])
         ]
-        yield f"<h3>{html.escape(own['model'])}</h3>{_wide(_sortable(['layer', *names], rows))}"
+        kept = _kept(own["layers"], layers[0], (record or {}).get("layers") or range(len(own["layers"])))
+        about = f"{own['model']}: share of each size that is left, by layer of {models[0]['model']}"
+        drawn = lines(kept, about=about, x="layer", y="left, %")
+        yield f"<h3>{html.escape(own['model'])}</h3>{drawn}{sortable(['layer', *names], rows)}"
+
+
+def _kept(layers: Sequence[Json], first: Sequence[Json], places: Sequence[int]) -> dict[str, list[Point]]:
+    """Percent of each size of the layers that is left, of sizes that some layer has less of.
+
+    Args:
+      layers: the sizes of what is left.
+      first: those of all layers before.
+      places: which of these are left.
+    """
+    found: dict[str, list[Point]] = {}
+    for place, own in zip(places, layers):
+        for name, size in own.items():
+            if place < len(first) and first[place].get(name):
+                y = 100 * size / first[place][name]
+                found.setdefault(name, []).append(Point(x=place, y=y, said=f"{size} of {first[place][name]}"))
+    return {name: points for name, points in found.items() if any(p.y != 100 for p in points)}
 
 
 def _recipes(models: Sequence[Json], records: Sequence[Json | None]) -> Iterable[str]:
@@ -175,33 +191,3 @@ def _said(value: Any) -> str:
         given = ((k, v) for k, v in value.items() if v not in (None, [], {}, False))
         return ", ".join(f"{k} {_said(v)}" for k, v in given)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _sortable(columns: Sequence[str], rows: Sequence[str]) -> str:
-    heads = "".join(f"<th scope=col><button>{html.escape(name)}</button></th>" for name in columns)
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-def _wide(table: str) -> str:
-    return f'<div class="wide" tabindex=0>{table}</div>'
-
-
-def _cell(value: float | None, text: str) -> str:
-    return f'<td data-value="{"" if value is None else value}">{text}</td>'
-
-
-def _measured(own: Json, form: str, scale: float = 1) -> str:
-    value = own["value"]
-    ends = [own["low"], own["high"]]
-    known = "" if None in ends else f"<small>[{', '.join(format(scale * x, form) for x in ends)}]</small>"
-    shown = "-" if value is None else format(scale * value, form)
-    return f'<td data-value="{"" if value is None else value}">{shown}{known}</td>'
-
-
-def _interval(own: Json, form: str) -> str:
-    ends = "" if own["low"] is None else f" [{own['low']:{form}}, {own['high']:{form}}]"
-    return f"{number(own['value'], form)}{ends}"
-
-
-def _percent(x: float | None) -> float | None:
-    return None if x is None else 100 * math.expm1(min(x, 700.0))

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from jprune.evaluate.report import page
+from jprune.evaluate.report import page, thinned
 
 VOID = {"meta", "br"}
 
@@ -62,6 +62,7 @@ RECORD = {
     "seconds": {"total": 12.5},
     "peak_memory_bytes": 950_000_000,
 }
+LOSSES = {"loss": [[1, 4.5, ""], [2, 2.25, "mean of 3"]], "evaluation_loss": [[2, 3.125, ""]]}
 COMPARISON = {
     "models": [DENSE, PRUNED, UNKNOWN],
     "text": "pydoc",
@@ -72,6 +73,8 @@ COMPARISON = {
         {"prompt": "<b>Once", "texts": [{"model": m["model"], "text": "</div> upon"} for m in (DENSE, PRUNED, UNKNOWN)]}
     ],
     "records": [None, RECORD, None],
+    "curves": [{}, {"losses": LOSSES}, {}],
+    "notices": ["9 % of <the windows>"],
     "command": "jprune compare dense 'a b' --out report.html",
 }
 
@@ -81,20 +84,23 @@ class Reader(html.parser.HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.text, self.scripts, self.titles, self.cells = [], [], [], [], []
+        self.open, self.text, self.scripts, self.titles, self.cells, self.drawn = [], [], [], [], [], []
 
     def handle_starttag(self, tag, attrs):
         if tag not in VOID:
             self.open.append(tag)
         given = dict(attrs)
         self.titles += [given["title"]] if "title" in given else []
+        self.drawn += [given] if tag in ("circle", "polyline") else []
         self.cells += [given["data-value"]] if "data-value" in given else []
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, tag
 
     def handle_data(self, data):
-        (self.scripts if self.open and self.open[-1] in ("script", "style") else self.text).append(data)
+        inside = self.open[-1] if self.open else ""
+        places = {"script": self.scripts, "style": self.scripts, "title": self.titles}
+        places.get(inside, self.text).append(data)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +135,29 @@ def test_the_numbers_are_those_of_the_object(read):
     assert text.count("is not distinguishable from") == 1, "the one whose interval is not known"
     assert "method sparsegpt, damping 0.01" in text
     assert "keep_zeros" not in text
+
+
+def test_plots(read):
+    """Losses and sizes by layer: where the points lie, what each says, and all of it as a table too."""
+    assert {"loss, step 1: 4.5", "loss, step 2: 2.25 (mean of 3)", "evaluation_loss, step 2: 3.125"} <= set(read.titles)
+    assert "d_ff, layer 2: 75 (12 of 16)" in read.titles
+    assert not [t for t in read.titles if t.startswith("d_model")], "it is what it was"
+    high, low, between = ((float(own["cx"]), float(own["cy"])) for own in read.drawn[1:5] if "cx" in own)
+    assert high[0] < low[0] == between[0]
+    # 4.5, 2.25 and 3.125, upwards.
+    assert (low[1] - between[1]) / (low[1] - high[1]) == pytest.approx((3.125 - 2.25) / (4.5 - 2.25), abs=0.01)
+    assert len([own for own in read.drawn if "points" in own]) == 4, "two losses, and d_ff of two models"
+    text = " ".join(read.text)
+    assert "losses: all values" in text
+    assert "9 % of <the windows>" in text
+
+
+def test_a_long_line_is_thinned():
+    points = [(step, float(step)) for step in range(1, 1002)]
+    found = thinned(points, most=100)
+    assert len(found) == 91
+    assert (found[0].x, found[0].y, found[0].said) == (11, 6.0, "mean of 11")
+    assert sum(p.y * (11 if p.said else 1) for p in found[:-1]) + found[-1].y * 11 == pytest.approx(sum(range(1, 1002)))
 
 
 def test_what_is_of_others_is_text(read):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -67,3 +68,31 @@ def test_what_cannot_be_compared(said, tiny_model, token_file):
     status, _, err = said("compare", dense, tiny_model(name="other", vocab_size=97), "--text", tokens)
     assert status == 1
     assert "one vocabulary, got 96 tokens and 97" in err
+
+
+def test_the_report_of_a_run(said, tiny_model, token_file, tmp_path):
+    """Its numbers are those of the run and of `compare`; where it fails, the result is there all the same."""
+    dense, tokens, out = tiny_model(), token_file(), tmp_path / "pruned"
+    words = ("prune", "magnitude", dense, "--sparsity", "0.75", "--evaluate", tokens)
+    status, told, err = said(*words, "--out", out, "--report", "--json")
+    assert status == 0
+    assert "has no tokenizer: the report has no text" in err
+    result = json.loads(told)
+    assert result["report"] == str(out / "report.html")
+    page = (out / "report.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    measured = result["perplexity"]
+    assert [own["perplexity"]["value"] for own in data["models"]] == pytest.approx(
+        [measured["before"], measured["after"]], rel=1e-6
+    )
+    assert (data["windows"], data["sequence_length"]) == (measured["windows"], measured["sequence_length"])
+    assert data["records"][1]["recipe"]["method"] == "magnitude"
+    assert said("info", out, "--verify")[0] == 0
+    # A model that `load` refuses: the failure is the report's alone.
+    status, told, err = said(*words, "--out", tmp_path / "other", "--report", "--evaluate", "pydoc", "--json")
+    assert status == 1, "pydoc is text, and the model has no tokenizer: the run itself needs one"
+    status, told, err = said(*words[:5], "--out", tmp_path / "other", "--report", "--json")
+    assert status == 0
+    assert json.loads(told)["report"] is None
+    assert "but its report could not be made: pydoc is text" in err
+    assert jprune.load(tmp_path / "other").config == jprune.load(out).config
