@@ -39,15 +39,21 @@ The last column is measured by `scripts/make_family_table.py`: random models of 
 that the family's test tries, tied and untied heads, 2 x 40 tokens, float32 on a CPU; the logits are of the order of 1.
 It was run with jax {jax}, transformers {transformers} and torch {torch}.
 
-What is not supported is refused with the reason: Falcon with ALiBi (Falcon-RW), GPT-2 with cross-attention, OPT
-without scales in its norms, encoders such as EmbeddingGemma, and every architecture that is not in the table.
-DeepSeek-V2 and V3 are not in it: their attention has kernels of its own (low-rank queries, keys and values, part of
-each key shared by all heads), which the decoder's attention cannot express.
+What is not supported is refused with the reason: Falcon with ALiBi (Falcon-RW), GPT-2 with cross-attention, OPT without
+scales in its norms, OLMoE with clipped queries, DeepSeek-V2 whose experts' weights are normalised, encoders such as
+EmbeddingGemma, and every architecture that is not in the table.
 
-Mixtures of experts compute every expert on every token, with zeros where a token is not sent: exact, and simple to
-prune by what each expert saw, but as slow as all experts together. `prune layers` shortens them; `prune llm-pruner`
-refuses them, since the channels of experts cannot be made fewer yet. Of BLOOM it can remove no heads, whose ALiBi
-slopes follow from their numbers.
+Latent attention (DeepSeek) keeps in its cache the narrow vectors that keys and values are made of. `prune llm-pruner`
+refuses it: the widths of those vectors cannot be made fewer yet. Layers that predict the token after next
+(`num_nextn_predict_layers`) are left out, as in transformers, with a line that says how much they are.
+
+In mixtures of experts each expert computes the tokens that it was sent, and no other: they are sorted by expert and go
+through it in tiles of at most 128 ([how fast](results.md#experts-that-compute-what-they-are-sent)); for a single token
+only the kernels of its experts are read. What is read instead of run (`observe`, `stages`, and so the calibration of
+one-shot pruning) is the same sum with every expert on every token and zeros where a token is not sent, which costs
+`experts / experts_per_token` times as much. `prune layers` shortens such models; `prune llm-pruner` refuses them, since
+the channels of experts cannot be made fewer yet. Of BLOOM it can remove no heads, whose ALiBi slopes follow from their
+numbers.
 """
 
 

@@ -156,7 +156,7 @@ def _check_derived(config: DecoderConfig) -> None:
     def refused(why: str) -> JpruneError:
         return JpruneError(f"transformers' {config.architecture} {why}. Write `format` jprune, which jprune loads")
 
-    reads_head_dim = "head_dim" in family.defaults or config.architecture in _HEAD_DIM
+    reads_head_dim = "head_dim" in family.defaults or config.architecture in _HEAD_DIM or config.kv_rank
     if not reads_head_dim and config.heads * config.head_dim != config.d_model:
         raise refused(
             f"makes its heads hidden_size / num_attention_heads wide, but hidden_size is {config.d_model} here, with "

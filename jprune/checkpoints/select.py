@@ -129,7 +129,11 @@ def _config(checkpoint: Readable, found: Mapping[str, tuple[int, ...]], left: li
     ]
     d_model = found["blocks/0/attn/o/kernel"][2]
     hf_config = families.resized(
-        checkpoint.hf_config, d_model=d_model, head_dim=checkpoint.config.head_dim, layers=left, sizes=sizes
+        checkpoint.hf_config,
+        d_model=d_model,
+        head_dim=None if checkpoint.config.kv_rank else checkpoint.config.head_dim,
+        layers=left,
+        sizes=sizes,
     )
     config = families.config(hf_config)
     _check_meaning(checkpoint.config, config, d_model, sizes, left)

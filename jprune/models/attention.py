@@ -24,19 +24,24 @@ LONG = 128
 
 
 class Cache(NamedTuple):
-    """Keys (rotated) and values of the tokens seen so far, in buffers of fixed capacity S."""
+    """Keys (rotated) and values of the tokens seen so far, in buffers of fixed capacity S.
+
+    Latent attention holds what both are made of as `keys`, and the part that is turned of keys as `values`.
+    """
 
     keys: Float[Array, "B S K D"]
-    values: Float[Array, "B S K D"]
+    values: Float[Array, "B S K E"]
     length: Int[Array, ""] | int  # tokens held; an int where it is known while tracing
 
     @classmethod
-    def empty(cls, batch: int, capacity: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> "Cache":
-        """Room for `capacity` tokens."""
-        zeros = jnp.zeros((batch, capacity, kv_heads, head_dim), dtype)
-        return cls(zeros, jnp.zeros_like(zeros), 0)
+    def empty(
+        cls, batch: int, capacity: int, kv_heads: int, head_dim: int, dtype: DTypeLike, *, values: int | None = None
+    ) -> "Cache":
+        """Room for `capacity` tokens; `values` is the size of a head's values where it is not that of its keys."""
+        keys, held = (jnp.zeros((batch, capacity, kv_heads, size), dtype) for size in (head_dim, values or head_dim))
+        return cls(keys, held, 0)
 
-    def extend(self, keys: Float[Array, "B T K D"], values: Float[Array, "B T K D"]) -> "Cache":
+    def extend(self, keys: Float[Array, "B T K D"], values: Float[Array, "B T K E"]) -> "Cache":
         """Add T tokens after those held.
 
         The caller sees to it that they fit: a dynamic update past the end would silently overwrite earlier tokens.
@@ -52,14 +57,14 @@ class Cache(NamedTuple):
 def attend(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
+    v: Float[Array, "B S K E"],
     *,
     start: Int[Array, ""] | int = 0,
     window: int | None = None,
     scale: float | None = None,
     cap: float | None = None,
     slopes: Sequence[float] | None = None,
-) -> Float[Array, "B T H D"]:
+) -> Float[Array, "B T H E"]:
     """Query t stands at key `start + t` and sees itself and the earlier keys, at most `window` in all.
 
     Query head h reads key/value head h // (H / K), by a grouped contraction and not by repeating k and v. Scores and
@@ -103,13 +108,13 @@ def _first_seen(query: int, window: int | None) -> int:
 def _by_head(
     q: Float[Array, "B T K G D"],
     k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
+    v: Float[Array, "B S K E"],
     start: int,
     window: int | None,
     scale: float,
     cap: float | None,
     slopes: Sequence[float] | None,
-) -> Float[Array, "B T K G D"]:
+) -> Float[Array, "B T K G E"]:
     """One sequence and key/value head after the other."""
     batch, time, kv_heads, group, _ = q.shape
     falls = jnp.zeros((kv_heads, group)) if slopes is None else jnp.asarray(slopes, jnp.float32).reshape(kv_heads, -1)
@@ -184,13 +189,13 @@ def _rows(
 def _attend(
     q: Float[Array, "B T K G D"],
     k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
+    v: Float[Array, "B S K E"],
     start: Int[Array, ""] | int,
     window: int | None,
     scale: float,
     cap: float | None,
     slopes: Sequence[float] | None,
-) -> Float[Array, "B T K G D"]:
+) -> Float[Array, "B T K G E"]:
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)

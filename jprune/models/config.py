@@ -82,6 +82,13 @@ class DecoderConfig:
     mlp_bias: bool = False
     head_bias: bool = False
 
+    # Latent attention (`jprune.models.latent`); 0 where keys and values are read from the residual stream
+    kv_rank: int = 0  # width of what the keys and values of a token are made of
+    q_rank: int = 0  # width of what its queries are made of; 0: the residual stream
+    d_rope: int = 0  # the last dimensions of a head that are turned; of keys the same for all heads
+    d_value: int = 0  # size of a head's values
+    latent_norm_eps: float = 1e-6
+
     # Experts; 0 where every layer has one MLP
     experts: int = 0
     experts_per_token: int = 0
@@ -124,6 +131,12 @@ class DecoderConfig:
             )
         self._check_sizes()
         self._check_experts()
+        if self.kv_rank and (self.kv_heads != self.heads or not 0 < self.d_rope < self.head_dim or self.d_value < 1):
+            raise JpruneError(
+                f"{self.architecture}: latent attention needs as many key/value heads as query heads "
+                f"({self.kv_heads}, {self.heads}), heads of which a part is turned ({self.d_rope} of {self.head_dim}) "
+                f"and values ({self.d_value})"
+            )
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise JpruneError(f"{self.architecture}: unsupported {name} {value!r}; supported: {', '.join(known)}")
@@ -178,6 +191,11 @@ class DecoderConfig:
                 f"{self.architecture}: {self.experts_per_token} experts for each token, but its {most} of {groups} "
                 f"groups have {most * self.experts // groups}"
             )
+
+    @property
+    def d_nope(self) -> int:
+        """Of latent attention: the dimensions of a head that are not turned."""
+        return self.head_dim - self.d_rope
 
     @property
     def routing(self) -> Routing:

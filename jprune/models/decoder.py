@@ -19,7 +19,9 @@ from jprune import trees
 from jprune.annotations import Array, DTypeLike, Float, Int, Key
 from jprune.models.attention import Cache
 from jprune.models.config import DecoderConfig
-from jprune.models.modules import Block, Embed, Linear, Norm, NormOptions, Options, Params, norm_options
+from jprune.models.linear import Linear, Norm, Params
+from jprune.models.modules import Block, Embed
+from jprune.models.options import NormOptions, Options, norm_options
 from jprune.models.parameters import shapes
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "block",
     "cached_block",
     "embed",
+    "empty_cache",
     "head",
     "head_of",
     "head_parts",
@@ -153,6 +156,16 @@ def _cached_block(options: Options) -> Callable[..., tuple[Float[Array, "B T d_m
         return x, extended
 
     return cached_block
+
+
+def empty_cache(params: Params, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
+    """A cache for `cached_block` with the parameters of a block."""
+    attn = params["attn"]
+    if "kv_down" in attn:
+        narrow, turned = (attn[name]["kernel"].shape[1] for name in ("kv_down", "k_rope"))
+        return Cache.empty(batch, capacity, 1, narrow, dtype, values=turned)
+    kv_heads, head_dim = attn["k"]["kernel"].shape[1:]
+    return Cache.empty(batch, capacity, kv_heads, head_dim, dtype)
 
 
 def head(config: DecoderConfig) -> Callable[..., Float[Array, "B T vocab"]]:

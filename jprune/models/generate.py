@@ -174,8 +174,7 @@ def _tokens(
     x = decoder.embed(config)(ends, jnp.asarray(padded))
     caches: list[list[Array]] = []
     for layer, block in zip(layers, blocks):
-        kv_heads, head_dim = block["attn"]["k"]["kernel"].shape[1:]
-        cache = Cache.empty(len(prompts), capacity, kv_heads, head_dim, x.dtype)
+        cache = decoder.empty_cache(block, len(prompts), capacity, x.dtype)
         x, keys, values = layer(block, x, cache.keys, cache.values, None)
         caches.append([keys, values])
 

@@ -6,10 +6,8 @@ Every size is read from the arrays, and the presence of a bias, a norm or a gate
 Axes in comments: B batch, T time (queries), S keys, H query heads, K key/value heads, G = H / K, D head_dim.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +16,11 @@ from flax import nnx
 from jprune.annotations import Array, Float, Int
 from jprune.errors import JpruneError
 from jprune.models import experts, routing
-from jprune.models.attention import Cache, alibi_slopes, attend
-from jprune.models.config import DecoderConfig
-from jprune.models.kernels import multiply
-from jprune.models.rope import Rope, rotate, rotations
-
-Params = Mapping[str, Any]  # nested dicts; leaves are arrays
+from jprune.models.attention import Cache, attend
+from jprune.models.latent import LatentAttention
+from jprune.models.linear import Linear, Norm, Params
+from jprune.models.options import NormOptions, Options
+from jprune.models.rope import rotate, rotations
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -31,106 +28,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NormOptions:
-    """What all norms of a model have in common; see `DecoderConfig`."""
-
-    kind: str
-    eps: float
-    offset: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a layer must know that is not an array; layers with equal options share their functions."""
-
-    norm: NormOptions
-    norm_after: bool
-    parallel: bool
-    residual_scale: float
-    activation: str
-    rope: Rope | None
-    window: int | None
-    slopes: tuple[float, ...] | None
-    score_scale: float | None
-    score_cap: float | None
-    qk_norm_kind: str
-    routing: routing.Routing
-
-    @classmethod
-    def of(cls, config: DecoderConfig, index: int) -> "Options":
-        """The options of layer `index`."""
-        return cls(
-            norm=norm_options(config),
-            norm_after=config.norm_after,
-            parallel=config.parallel,
-            residual_scale=config.residual_scale,
-            activation=config.activation,
-            rope=config.rope_of(index),
-            window=config.windows[index],
-            slopes=alibi_slopes(config.layer(index).heads) if config.alibi else None,
-            score_scale=config.score_scale,
-            score_cap=config.score_cap,
-            qk_norm_kind=config.qk_norm_kind,
-            routing=config.routing,
-        )
-
-
-def norm_options(config: DecoderConfig) -> NormOptions:
-    """The options of a model's norms."""
-    return NormOptions(kind=config.norm, eps=config.norm_eps, offset=config.norm_offset)
-
-
-class Linear(nnx.Module):
-    """y = x kernel (+ bias): the kernel's first `inputs` axes meet x's last ones in one product."""
-
-    def __init__(self, params: Params, *, inputs: int = 1):
-        self.kernel = nnx.Param(params["kernel"])
-        self.bias = nnx.Param(params["bias"]) if "bias" in params else None
-        self.inputs = inputs
-
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Apply to [..., *d_in]; gives [..., *d_out] in x's dtype."""
-        y = multiply(x, self.kernel.get_value(), self.inputs)
-        return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
-
-
-class Norm(nnx.Module):
-    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last axes, means in float32.
-
-    With a parameter "kept", 0 or 1 in the shape of "scale", the means are those of the elements where it is 1: the norm
-    of a smaller model, in the shapes of a larger one (`jprune.structured.masking`).
-    """
-
-    def __init__(self, params: Params, options: NormOptions, *, axes: int = 1):
-        self.scale = nnx.Param(params["scale"])
-        self.bias = nnx.Param(params["bias"]) if "bias" in params else None
-        self.kept = nnx.Param(params["kept"]) if "kept" in params else None
-        self.options = options
-        self.axes = tuple(range(-axes, 0))
-
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        """Normalise the last axes; in x's dtype."""
-        wide = x.astype(jnp.float32)
-        if self.options.kind == "layer":
-            wide = wide - self._mean(wide)
-        wide = wide * jax.lax.rsqrt(self._mean(wide * wide) + self.options.eps)
-        scale = self.scale.get_value()
-        if self.options.kind == "rms" and not self.options.offset:
-            return wide.astype(x.dtype) * scale.astype(x.dtype)  # rounded before it is scaled, as Llama's original does
-        wide = wide * (scale.astype(jnp.float32) + (1.0 if self.options.offset else 0.0))
-        if self.bias is not None:
-            wide = wide + self.bias.get_value().astype(jnp.float32)
-        return wide.astype(x.dtype)
-
-    def _mean(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        if self.kept is None:
-            return jnp.mean(x, axis=self.axes, keepdims=True)
-        kept = self.kept.get_value().astype(jnp.float32)
-        count = jnp.maximum(jnp.sum(kept, axis=self.axes, keepdims=True), 1.0)
-        return jnp.sum(x * kept, axis=self.axes, keepdims=True) / count
 
 
 class Attention(nnx.Module):
@@ -244,7 +141,8 @@ class Block(nnx.Module):
         self.attn_norm, self.attn_post_norm, self.mlp_norm, self.mlp_post_norm = (
             Norm(params[name], options.norm) if name in params else None for name in norms
         )
-        self.attn = Attention(params["attn"], options)
+        attention = LatentAttention if "kv_down" in params["attn"] else Attention
+        self.attn = attention(params["attn"], options)
         mlp = params["mlp"]
         self.mlp = Experts(mlp, options) if "experts" in mlp else MLP(mlp, activation=options.activation)
         self.options = options

@@ -9,27 +9,11 @@ def parameters(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
     """The path of every parameter of the model and the names of its axes; for their lengths see `shapes`."""
     block = {
         **_norm(config, "attn_norm", when=config.pre_norm),
-        "attn/q/kernel": "d_model heads head_dim",
-        "attn/k/kernel": "d_model kv_heads head_dim",
-        "attn/v/kernel": "d_model kv_heads head_dim",
-        "attn/o/kernel": "heads head_dim d_model",
+        **(_latent_attention(config) if config.kv_rank else _attention(config)),
         **_norm(config, "attn_post_norm", when=config.post_norm),
         **_norm(config, "mlp_norm", when=config.pre_norm and not config.shared_norm),
         **_norm(config, "mlp_post_norm", when=config.post_norm),
     }
-    if config.qkv_bias:
-        block |= {
-            "attn/q/bias": "heads head_dim",
-            "attn/k/bias": "kv_heads head_dim",
-            "attn/v/bias": "kv_heads head_dim",
-        }
-    if config.o_bias:
-        block |= {"attn/o/bias": "d_model"}
-    if config.qk_norm:
-        for name, heads in (("q_norm", "heads"), ("k_norm", "kv_heads")):
-            axes = "head_dim" if config.qk_norm_kind == "shared" else f"{heads} head_dim"
-            block |= {f"attn/{name}/scale": axes}
-            block |= {f"attn/{name}/bias": axes} if config.qk_norm_bias else {}
     width = "d_model" if config.d_embed is None else "d_embed"
     model = {"embed/embedding": f"vocab {width}"}
     if config.d_embed is not None:
@@ -48,6 +32,49 @@ def parameters(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
     if config.head_bias:
         model |= {"head/bias": "vocab"}
     return {path: tuple(names.split()) for path, names in model.items()}
+
+
+def _attention(config: DecoderConfig) -> dict[str, str]:
+    attn = {
+        "attn/q/kernel": "d_model heads head_dim",
+        "attn/k/kernel": "d_model kv_heads head_dim",
+        "attn/v/kernel": "d_model kv_heads head_dim",
+        "attn/o/kernel": "heads head_dim d_model",
+    }
+    if config.qkv_bias:
+        attn |= {
+            "attn/q/bias": "heads head_dim",
+            "attn/k/bias": "kv_heads head_dim",
+            "attn/v/bias": "kv_heads head_dim",
+        }
+    if config.o_bias:
+        attn |= {"attn/o/bias": "d_model"}
+    if config.qk_norm:
+        for name, heads in (("q_norm", "heads"), ("k_norm", "kv_heads")):
+            axes = "head_dim" if config.qk_norm_kind == "shared" else f"{heads} head_dim"
+            attn |= {f"attn/{name}/scale": axes}
+            attn |= {f"attn/{name}/bias": axes} if config.qk_norm_bias else {}
+    return attn
+
+
+def _latent_attention(config: DecoderConfig) -> dict[str, str]:
+    attn = {
+        "attn/q/kernel": f"{'q_rank' if config.q_rank else 'd_model'} heads head_dim",
+        "attn/kv_down/kernel": "d_model kv_rank",
+        "attn/kv_down_norm/scale": "kv_rank",
+        "attn/k_rope/kernel": "d_model d_rope",
+        "attn/k/kernel": "kv_rank heads d_nope",
+        "attn/v/kernel": "kv_rank heads d_value",
+        "attn/o/kernel": "heads d_value d_model",
+    }
+    if config.q_rank:
+        attn |= {"attn/q_down/kernel": "d_model q_rank", "attn/q_down_norm/scale": "q_rank"}
+    if config.qkv_bias:
+        attn |= {"attn/kv_down/bias": "kv_rank", "attn/k_rope/bias": "d_rope"}
+        attn |= {"attn/q_down/bias": "q_rank"} if config.q_rank else {}
+    if config.o_bias:
+        attn |= {"attn/o/bias": "d_model"}
+    return attn
 
 
 def _mlp(config: DecoderConfig) -> dict[str, str]:

@@ -33,10 +33,12 @@ def test_a_block_is_understood(name, tmp_path):
     f = decoder.block(config, 0)
     found = {m.path: m for m in matmuls(f, params, x, stacked=True)}
     assert set(found) == {path for path in trees.flatten(params) if path.endswith("kernel")}
-    assert found["attn/q/kernel"].input_id == found["attn/k/kernel"].input_id
+    one, other = ("kv_down", "k_rope") if config.kv_rank else ("q", "k")
+    assert found[f"attn/{one}/kernel"].input_id == found[f"attn/{other}/kernel"].input_id
     assert found["attn/o/kernel"].in_axes == (0, 1)
     up = found["mlp/experts/up/kernel" if config.has_experts(0) else "mlp/up/kernel"]
-    assert up.stage == (0 if config.parallel else 3 if config.has_experts(0) else 2)
+    before = 3 if config.has_experts(0) else 2
+    assert up.stage == (0 if config.parallel else before + bool(config.kv_rank))
     cut = stages(f, params, x, stacked=True)
 
     @jax.jit

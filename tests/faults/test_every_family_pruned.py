@@ -20,9 +20,9 @@ from jprune.structured.selection import Target
 pytest.importorskip("torch")
 hf = pytest.importorskip("hf_families")
 
-DIFFERENT = {"OPT-0", "Bloom-0", "Gemma2-0", "Phi-0", "Qwen2Moe-0"}
-"""One of each kind: positions, norms before and after, parallel, experts. What a method computes of a kernel knows no
-family, so these alone are pruned with every statistic, and by gradients."""
+DIFFERENT = {"OPT-0", "Bloom-0", "Gemma2-0", "Phi-0", "Qwen2Moe-0", "DeepseekV3-0"}
+"""One of each kind: positions, norms before and after, parallel, experts, latent attention. What a method computes of a
+kernel knows no family, so these alone are pruned with every statistic, and by gradients."""
 
 
 @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -80,11 +80,13 @@ def test_every_statistic_prunes_it(name, saved, tmp_path):
                 np.testing.assert_array_equal(after, before, err_msg=path)
 
 
+EXPERTS = ("Mixtral-0", "Qwen2Moe-0", "Qwen3Moe-0", "GraniteMoe-0", "Olmoe-0", "Glm4Moe-0")
 REFUSED = {
     "Bloom-0": "ALiBi|constant array",
-    **dict.fromkeys(("Mixtral-0", "Qwen2Moe-0", "Qwen3Moe-0", "GraniteMoe-0", "Olmoe-0", "Glm4Moe-0"), "d_expert"),
+    **dict.fromkeys(EXPERTS, "d_expert"),
+    **dict.fromkeys(("DeepseekV2-0", "DeepseekV3-0"), "(q|kv)_rank cannot become smaller"),
 }
-"""By what their message says: heads whose slopes go by number, and the channels of experts."""
+"""By what their message says: heads whose slopes go by number, the channels of experts, narrow vectors of attention."""
 
 
 @pytest.mark.parametrize("name", hf.FIRST)

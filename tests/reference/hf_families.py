@@ -30,6 +30,7 @@ def tokens(length, batch=2):
 def sizes(family, *, kv_heads=2, group=2, head_dim=8, layers=2, tied=None):
     """config.json keys of these sizes, under the names the family has for them; what it cannot choose is left out."""
     free = {key: family.names.get(key, key) in family.defaults for key in ("num_key_value_heads", "head_dim")}
+    free["num_key_value_heads"] &= "kv_lora_rank" not in family.defaults  # latent attention has as many
     group = group if free["num_key_value_heads"] else 1
     heads = kv_heads * group
     common = {

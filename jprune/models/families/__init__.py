@@ -13,6 +13,8 @@ from jprune.models.families import (
     bloom,
     cohere,
     cohere2,
+    deepseek_v2,
+    deepseek_v3,
     ernie4_5,
     falcon,
     gemma,
@@ -83,6 +85,8 @@ FAMILIES: tuple[Family, ...] = (
     granite_moe.FAMILY,
     olmoe.FAMILY,
     glm4_moe.FAMILY,
+    deepseek_v2.FAMILY,
+    deepseek_v3.FAMILY,
 )
 ARCHITECTURES: dict[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")

@@ -14,7 +14,7 @@ EXPERTS = qwen3_moe.EXPERTS | {
     "mlp/shared/up/kernel": (_SHARED + "up_proj.weight", "d_shared d_model"),
     "mlp/shared/down/kernel": (_SHARED + "down_proj.weight", "d_model d_shared"),
 }
-ROUTING = {"routing_scores": "sigmoid", "routing_correction": True, "group_best": 2}
+ROUTING: dict[str, Any] = {"routing_scores": "sigmoid", "routing_correction": True, "group_best": 2}
 
 
 def _config(architecture: str, hf: Mapping[str, Any]) -> DecoderConfig:

@@ -114,20 +114,28 @@ def ropes(hf: Mapping[str, Any], *, local_theta: float) -> tuple[Rope, Rope]:
 def _yarn(given: Mapping[str, Any], implied_factor: float) -> dict[str, float]:
     """YaRN's numbers; its attention factor is 0.1 ln(factor) + 1 unless given (arXiv:2309.00071, equation 22)."""
     factor = float(given["factor"] or implied_factor)
-
-    def temperature(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     attention = given.get("attention_factor")
     if attention is None:
         one, other = given.get("mscale"), given.get("mscale_all_dim")  # DeepSeek's generalisation
-        attention = temperature(one) / temperature(other) if one and other else temperature(1.0)
+        attention = _temperature(factor, one or 1.0) / (_temperature(factor, other) if one and other else 1.0)
     return {
         "factor": factor,
         "attention_factor": float(attention),
         "beta_fast": float(given.get("beta_fast") or 32),
         "beta_slow": float(given.get("beta_slow") or 1),
     }
+
+
+def _temperature(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def temperature(hf: Mapping[str, Any]) -> float:
+    """What DeepSeek multiplies queries and keys by, all dimensions of them, where positions are scaled."""
+    given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    kind = given.get("rope_type") or given.get("type") or "default"
+    scale = given.get("mscale_all_dim") if kind != "default" else None
+    return _temperature(float(given["factor"]), float(scale)) if scale else 1.0
 
 
 def _longrope(given: Mapping[str, Any], context: int, implied_factor: float) -> dict[str, Any]:

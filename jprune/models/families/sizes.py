@@ -44,20 +44,26 @@ def per_layer(hf: Mapping[str, Any], common: LayerSizes) -> tuple[LayerSizes, ..
 
 
 def resized(
-    hf_config: Mapping[str, Any], *, d_model: int, head_dim: int, layers: Sequence[int], sizes: Sequence[LayerSizes]
+    hf_config: Mapping[str, Any],
+    *,
+    d_model: int,
+    head_dim: int | None,
+    layers: Sequence[int],
+    sizes: Sequence[LayerSizes],
 ) -> dict[str, Any]:
     """The config.json of a model with other sizes.
 
     Args:
         hf_config: of the model as it was.
         d_model: the hidden size.
-        head_dim: of all heads; written where hidden_size / num_attention_heads does not give it.
+        head_dim: of all heads; written where hidden_size / num_attention_heads does not give it. None where other keys
+            say how large a head is.
         layers: numbers, in the model as it was, of the layers that are left.
         sizes: of each layer that is left.
     """
     hf = {key: value for key, value in hf_config.items() if key != KEY}
     hf |= {"hidden_size": d_model, "num_hidden_layers": len(layers)}
-    if "head_dim" in hf or any(layer.heads * head_dim != d_model for layer in sizes):
+    if head_dim is not None and ("head_dim" in hf or any(layer.heads * head_dim != d_model for layer in sizes)):
         hf["head_dim"] = head_dim
     common = collections.Counter(sizes).most_common(1)[0][0]
     hf |= {key: getattr(common, ours) for ours, key in NAMES.items()}

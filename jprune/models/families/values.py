@@ -13,8 +13,10 @@ _NULLABLE = (
     "final_logit_softcapping",
     "num_key_value_heads",
     "num_kv_heads",
+    "q_lora_rank",
 )
-"""Keys that have a default and mean something else as null: no window, no cap, as many as there are query heads."""
+"""Keys that have a default and mean something else as null: no window, no cap, as many as there are query heads,
+queries straight from the residual stream."""
 
 
 def fits(key: str, value: Any, default: Any) -> bool:

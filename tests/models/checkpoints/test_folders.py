@@ -222,6 +222,25 @@ def test_base_models_of_every_family(tmp_path):
         assert same_as_transformers(folder).hf_config["architectures"] == [architecture]
 
 
+def test_layers_that_predict_the_token_after_next_are_left_out(tmp_path, caplog):
+    hf_families = pytest.importorskip("hf_families")
+    made = hf_families.make("Glm4Moe-0", layers=1)
+    folder = hf_families.save(made, tmp_path / "in")
+    tensors = load_file(folder / WHOLE)
+    own = sum(tensor.size for tensor in tensors.values())
+    later = {
+        "model.layers.1.eh_proj.weight": np.ones((4, 5), np.float32),
+        "model.layers.1.enorm.weight": np.ones(7, np.float32),
+    }
+    save_file(tensors | later, folder / WHOLE, PT)
+    change(folder, num_nextn_predict_layers=1)
+    checkpoint = same_as_transformers(folder)
+    assert checkpoint.parameters == own
+    assert checkpoint.hf_config["num_nextn_predict_layers"] == 0
+    assert f"(1, 27 parameters, {100 * 27 / (own + 27):.1f} % of what the files hold) are left out" in caplog.text
+    refused(change(folder, num_nextn_predict_layers=0), "2 tensors are not part of a Glm4MoeForCausalLM")
+
+
 @pytest.mark.parametrize("key", ["quantization_config", "rope_scaling", "head_dim", "torch_dtype", "eos_token_id"])
 def test_keys_that_are_null(tiny, tmp_path, key):
     config = tiny.config() | {"head_dim": 4}  # what it is without the key
