@@ -4,7 +4,7 @@
 
 All prune the same random kernels with the same Gram matrices (lognormal scales plus a low-rank part, so inputs are
 correlated), kernels that read one input together. Each method has a process of its own, which prunes the block once to
-compile and then once more, timed. The error is that of the outputs, ||X (W - W')||^2 over ||X W||^2, from the Gram
+compile and then once more, timed; or with --once only once, for blocks beside which compiling is little. The error is that of the outputs, ||X (W - W')||^2 over ||X W||^2, from the Gram
 matrix and measured by us for all of them alike. Memory is the most that the process had, less what it had with
 everything loaded and nothing pruned.
 """
@@ -13,7 +13,7 @@ import argparse
 import json
 import multiprocessing
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,13 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
 """Classes of `jprune.methods` and their options, by the name of the row."""
 
 
-def block(shape: str) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+def block(shape: str, only: Sequence[str]) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """A Gram matrix and kernels for every input of the block."""
     rng = np.random.default_rng(0)
     inputs = []
     for d_in, outputs in SHAPES[shape]:
+        if only and not set(only) & set(outputs):
+            continue
         scales = rng.lognormal(0, 1, (d_in, 1)).astype(np.float32)
         low_rank = rng.standard_normal((d_in, min(256, d_in)), dtype=np.float32) * scales
         gram = low_rank @ low_rank.T + np.diag(rng.lognormal(3, 1, d_in).astype(np.float32))
@@ -58,7 +60,7 @@ def block(shape: str) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
     return inputs
 
 
-def measure(method: str, shape: str, sparsity: float, answer: Any) -> None:
+def measure(method: str, args: argparse.Namespace, answer: Any) -> None:
     """Prunes, in a process of its own."""
     import jax
     import jax.numpy as jnp
@@ -69,17 +71,21 @@ def measure(method: str, shape: str, sparsity: float, answer: Any) -> None:
 
     name, options = METHODS[method]
     prunes = getattr(methods, name)(**options)
-    inputs = [(jnp.asarray(gram), {k: jnp.asarray(x) for k, x in kernels.items()}) for gram, kernels in block(shape)]
+    inputs = [
+        (jnp.asarray(gram), {name: jnp.asarray(x) for name, x in kernels.items()})
+        for gram, kernels in block(args.shape, args.kernels)
+    ]
     before = peak_memory_bytes()
 
     def run() -> list[dict[str, Any]]:
         found = []
         for gram, kernels in inputs:
-            patterns = dict.fromkeys(kernels, Unstructured(sparsity))
+            patterns = dict.fromkeys(kernels, Unstructured(args.sparsity))
             found.append(prunes.together(kernels, Gram(gram, jnp.int32(2048)), patterns, {}))
         return jax.block_until_ready(found)
 
-    run()
+    if not args.once:
+        run()
     start, used = time.perf_counter(), time.process_time()
     pruned = run()
     seconds, processor = time.perf_counter() - start, time.process_time() - used
@@ -108,15 +114,19 @@ def measure(method: str, shape: str, sparsity: float, answer: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument(
+        "--kernels", nargs="+", default=[], help="of these, and those that read the same; by default all"
+    )
+    parser.add_argument("--once", action="store_true", help="time the first call, which compiles too")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--sparsity", type=float, default=0.6)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    result: dict[str, Any] = {"machine": describe(), "shape": args.shape, "sparsity": args.sparsity, "rows": []}
+    result: dict[str, Any] = {"machine": describe(), "options": vars(args) | {"out": None}, "rows": []}
     context = multiprocessing.get_context("spawn")
     for method in args.methods:
         ours, theirs = context.Pipe()
-        process = context.Process(target=measure, args=(method, args.shape, args.sparsity, theirs))
+        process = context.Process(target=measure, args=(method, args, theirs))
         process.start()
         theirs.close()
         row = ours.recv()  # EOFError, if the process failed, after it said why
