@@ -4,9 +4,9 @@
 
 All prune the same random kernels with the same Gram matrices (lognormal scales plus a low-rank part, so inputs are
 correlated), kernels that read one input together. Each method has a process of its own, which prunes the block once to
-compile and then once more, timed; or with --once only once, for blocks beside which compiling is little. The error is that of the outputs, ||X (W - W')||^2 over ||X W||^2, from the Gram
-matrix and measured by us for all of them alike. Memory is the most that the process had, less what it had with
-everything loaded and nothing pruned.
+compile and then once more, timed; or with --once only once, for blocks beside which compiling is little. The error is
+that of the outputs, ||X (W - W')||^2 over ||X W||^2, from the Gram matrix and measured by us for all of them alike.
+Memory is the most that the process had, less what it had with everything loaded and nothing pruned.
 """
 
 import argparse
