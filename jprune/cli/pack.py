@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from jprune.cli import display
 from jprune.cli.command import Command, Told
 from jprune.cli.flags import Flags, Repeated, keywords
-from jprune.pipeline.options import Output
+from jprune.pipeline.options import Result
 from jprune.sparse.packing import Packing
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Pack(Command):
     where: Repeated = ()
     """Regular expression over kernel paths; pack only what one of them finds. By default all kernels of the decoder
     blocks."""
-    result: Annotated[Output, Flags(only=("overwrite",))]
+    result: Annotated[Result, Flags(only=("overwrite", "resume"))]
 
     def run(self) -> Told:
         """Packs, kernel by kernel."""

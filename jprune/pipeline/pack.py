@@ -2,18 +2,21 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jprune import paths
-from jprune.checkpoints import Checkpoint, load, record
-from jprune.checkpoints.packed.layout import DENSE
+from jprune.checkpoints import Checkpoint, load, record, writing
+from jprune.checkpoints.packed.layout import DENSE, part
 from jprune.checkpoints.packed.write import PackedReport, Writer
-from jprune.runs import output
+from jprune.runs import failures, interrupt, output
+from jprune.runs.folder import FINISHED, RunFolder, default_folder, finished
 from jprune.runs.report import Progress
 from jprune.runs.stopwatch import Stopwatch, peak_memory_bytes
 from jprune.sparse.packing import Packing, Values
+
+LESS_MEMORY = "a machine that holds the largest parameter several times, and a file of packed ones"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,18 @@ class PackReport:
             return ()
         return ("no kernel has enough zeros to be smaller packed; the result is as large as the model",)
 
+    @classmethod
+    def from_record(cls, contents: Mapping[str, Any], out: Path) -> "PackReport":
+        """The report of an earlier run, from its record."""
+        packed = contents["packed"]
+        return cls(
+            out=out,
+            kernels=tuple(PackedReport(**kernel) for kernel in packed["kernels"]),
+            model_bytes=packed["bytes_before"],
+            seconds=packed["seconds"],
+            peak_memory_bytes=packed["peak_memory_bytes"],
+        )
+
     def json(self) -> dict[str, Any]:
         """The report as plain values."""
         before, after = self.kernel_bytes
@@ -90,6 +105,7 @@ def pack(
     values: Values | None = None,
     where: tuple[str, ...] = (),
     overwrite: bool = False,
+    resume: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> PackReport:
     """Writes a model with its kernels packed, parameter by parameter; `jprune.load` reads the result.
@@ -101,30 +117,55 @@ def pack(
       values: "16", "int8" or "float8_e4m3fn", which round; by default values are stored as they are.
       where: regular expressions over paths such as ``blocks/3/attn/q/kernel``; by default all kernels of the blocks.
       overwrite: replace the folder if jprune wrote it.
+      resume: go on with a run that was interrupted, which is in OUT.run; begin if there is none.
       progress: called for every parameter.
 
     Raises:
       JpruneError: an option outside its range, an expression that finds nothing, a kernel that the format does not
         hold, or a folder that cannot be written.
+      KeyboardInterrupt: Ctrl-C, at the next parameter. The files that are complete are kept, as after any failure.
     """
     stopwatch, packing = Stopwatch(), Packing(format=format, values=values)
+    shown, out = paths.given(out), paths.real(out)
+    place = default_folder(out)
+    if resume and finished(place, out):
+        return PackReport.from_record(record.read(out), shown)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
-    with output.new_folder(Path(out), overwrite=overwrite, source=checkpoint.source) as folder:
-        with Writer(folder, checkpoint, packing=packing, where=where) as writer:
-            for number, path in enumerate(checkpoint.shapes):
+    output.check(out, overwrite=overwrite, source=checkpoint.source)
+    asked = {"from": checkpoint.source, "format": format, "values": values, "where": list(where)}
+    fingerprint = {"the model": checkpoint.fingerprint(), **{k: v for k, v in asked.items() if k != "from"}}
+    folder = RunFolder(place, out=out, fingerprint=fingerprint, resume=resume, overwrite=overwrite)
+    with failures.explained(folder, lambda: (LESS_MEMORY,)), interrupt.deferred() as check:
+        with writing.explained(folder.partial):
+            folder.partial.mkdir(exist_ok=True)
+        done = tuple(_parts(folder))
+        with Writer(folder.partial, checkpoint, packing=packing, where=where, done=done, mark=folder.mark) as writer:
+            missing, total = writer.missing, len(checkpoint.shapes)
+            for number, path in enumerate(missing, total - len(missing) + 1):
+                check()
                 writer.write(path, checkpoint.read(path))
-                progress(Progress(float(number + 1), len(checkpoint.shapes), path, "packing"))
+                progress(Progress(float(number), total, path, "packing"))
         report = PackReport(
-            out=paths.given(out),
+            out=shown,
             kernels=tuple(writer.reports),
             model_bytes=checkpoint.nbytes,
             seconds=stopwatch.seconds()["total"],
             peak_memory_bytes=peak_memory_bytes(),
         )
         said = {key: value for key, value in report.json().items() if key not in ("out", "notices")}
-        asked = {"from": checkpoint.source, "format": format, "values": values, "where": list(where)}
-        record.write(folder, {**_carried(checkpoint), "packed": asked | said})
+        record.write(folder.partial, {**_carried(checkpoint), "packed": asked | said})
+        folder.mark(FINISHED, {})
+        output.publish(folder.partial, out, folder.old, overwrite=overwrite, source=checkpoint.source)
+    folder.remove()
     return report
+
+
+def _parts(folder: RunFolder) -> Iterator[dict[str, Any]]:
+    """What is known of the files that an interrupted run has left."""
+    number = 1
+    while (known := folder.marked(part(number))) is not None:
+        yield known
+        number += 1
 
 
 def _carried(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from fake_method import EveryOther, EveryOtherOfTwo
 
 import jprune
 from jprune import Magnitude, Unstructured, Wanda
-from jprune.checkpoints import record
+from jprune.checkpoints import load, record
 from jprune.errors import JpruneError
 from jprune.pipeline import prune_model
 from jprune.pipeline.forecast import forecast
 from jprune.pipeline.oneshot import stages as stagewise
+from jprune.pipeline.pack import pack
 from jprune.runs import lock
 
 KILLS, POWER_FAILURES = 13, 7
@@ -142,6 +143,26 @@ def test_killed_anywhere(tmp_path, recipe, undisturbed, count, power):
         else:
             resumed(options, undisturbed)
     assert finished <= 2
+
+
+def test_packing_killed_anywhere(tmp_path, recipe):
+    """A small model has one file of arrays, so all begin anew; that files are kept is tested where they are small."""
+    job = {"job": "jprune.pipeline.pack:pack"}
+    (tmp_path / "whole").mkdir()
+    options = {"model": recipe["model"], "out": str(tmp_path / "whole" / "out")}
+    assert killable.run(options, watched=str(tmp_path / "whole"), count_into=str(tmp_path / "count"), **job) == 0
+    count = int((tmp_path / "count").read_text())
+    for i, point in enumerate(killable.random_points(count, 6, seed=2)):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        options["out"] = str(folder / "out")
+        assert killable.run(options, watched=str(folder), die_at=point, power=i % 2 == 1, **job) == killable.DEAD
+        if not (folder / "out").exists() or (folder / "out.run").exists():
+            pack(**options, resume=True)
+        assert [path.name for path in folder.iterdir()] == ["out"]
+        for path in (tmp_path / "whole" / "out").glob("packed*"):
+            assert (folder / "out" / path.name).read_bytes() == path.read_bytes()
+        load(folder / "out")
 
 
 def test_killed_again_and_again(tmp_path, recipe, undisturbed):

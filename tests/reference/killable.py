@@ -8,6 +8,7 @@ but not started it (`start_server`).
 
 import builtins
 import errno
+import importlib
 import io
 import itertools
 import multiprocessing
@@ -51,8 +52,9 @@ def prune(
     power: bool = False,
     count_into: str | None = None,
     stderr: str | None = None,
+    job: str = "jprune.pipeline:prune_model",
 ) -> None:
-    """Runs `prune_model(**options)`.
+    """Runs `prune_model(**options)`, or another `job`.
 
     Args:
       options: of prune_model.
@@ -65,10 +67,10 @@ def prune(
     """
     if stderr:
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    from jprune.pipeline import prune_model
-
+    module, name = job.split(":")
+    function = getattr(importlib.import_module(module), name)
     with Disk(Path(watched), die_at=die_at, die_after=die_after, power=power) as disk:
-        prune_model(**options)
+        function(**options)
     if count_into:
         Path(count_into).write_text(str(disk.count))
 

@@ -1,7 +1,7 @@
 """Writes packed folders, parameter by parameter."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,6 +48,8 @@ class Writer:
         packing: how kernels are stored.
         where: regular expressions that find the kernels to pack; by default all kernels of the blocks.
         saturate: see `jprune.checkpoints.dtypes.cast`.
+        done: of the files that an earlier writer has left in the folder, what it told `mark` of them, in their order.
+        mark: called with the name of a file when it has reached the disk, and what a later writer must know of it.
 
     Attributes:
         reports: of the kernels that were to be packed.
@@ -65,16 +67,28 @@ class Writer:
         packing: Packing = Packing(),  # noqa: B008 (frozen)
         where: Sequence[str] = (),
         saturate: bool = False,
+        done: Iterable[Mapping[str, Any]] = (),
+        mark: Callable[[str, dict[str, Any]], None] = lambda *_: None,
     ):
         kernels = block_kernels(checkpoint.config)
         self._inputs = {path: kernels[path] for path in trees.choose(kernels, list(where) or None)}
         self._folder, self._checkpoint, self._dtypes, self._saturate = folder, checkpoint, dtypes or {}, saturate
-        self._packing = packing
-        self._pending = dict(checkpoint.shapes)
+        self._packing, self._mark = packing, mark
         self._held: dict[str, np.ndarray] = {}
         self._stored: dict[str, Stored] = {}
         self._parts = 0
         self.reports: list[PackedReport] = []
+        for known in done:
+            self._parts += 1
+            self._stored |= {path: Stored.from_json(line) for path, line in known["parameters"].items()}
+            self.reports += [PackedReport(**report) for report in known["reports"]]
+        self._pending = {path: shape for path, shape in checkpoint.shapes.items() if path not in self._stored}
+        self._told = len(self.reports)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The parameters that are not written yet, in the checkpoint's order."""
+        return tuple(self._pending)
 
     def write(self, path: str, array: np.ndarray | jax.Array) -> None:
         """Packs one parameter, in our layout, or takes it as it is; and writes a file when there is enough for one.
@@ -128,9 +142,16 @@ class Writer:
         metadata = {"format": "jprune packed", "version": str(FORMAT_VERSION)}
         with writing.explained(self._folder):
             writing.require_space(self._folder, sum(held.nbytes for held in self._held.values()))
-            file = writing.SafetensorsFile(self._folder / part(self._parts), header(self._held), metadata=metadata)
+            place = self._folder / part(self._parts)
+            place.unlink(missing_ok=True)  # half of it, from a process that was killed
+            file = writing.SafetensorsFile(place, header(self._held), metadata=metadata)
             for name in list(self._held):
                 file.write(name, self._held.pop(name))
+            file.sync()
+        stored = {path: dataclasses.asdict(own) for path, own in self._stored.items() if own.file == place.name}
+        reports = [dataclasses.asdict(report) for report in self.reports[self._told :]]
+        self._told = len(self.reports)
+        self._mark(place.name, {"parameters": stored, "reports": reports})
 
     def close(self) -> None:
         """Completes the folder.
