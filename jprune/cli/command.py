@@ -29,6 +29,8 @@ class Told:
     """What the user should know, for stderr."""
     show: Callable[[], None] = lambda: None
     """Prints the result for people."""
+    status: int = 0
+    """The exit status."""
 
 
 def command_line() -> str:
@@ -64,11 +66,38 @@ class Command:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnDevices(Command):
-    """What every command has that runs on several devices, and in several processes."""
+class OnText(Command):
+    """What every command has that measures models on a text."""
+
+    text: str = "pydoc"
+    """Evaluation text: pydoc, a text file, .jsonl, .jsonl.gz, .parquet, .npy of token ids, or hf:DATASET."""
+    sequence_length: int | None = None
+    """Tokens of an evaluation window. By default 2048 or the model's context."""
+    windows: int | None = None
+    """Number of evaluation windows, from the beginning of the text. By default all."""
+    dtype: str | None = None
+    """Dtype of the activations: float32, bfloat16 or float16. By default float32 on CPU and
+    for float16 weights, else that of the weights."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnMesh(Command):
+    """What every command has that runs on several devices."""
 
     model_axis: int = 1
     """Devices that share out the outputs of every kernel; the windows of text are shared out among the others."""
+
+    def mesh(self) -> "Mesh":
+        """The devices of all processes."""
+        from jprune import devices
+
+        return devices.make_mesh(self.model_axis)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnDevices(OnMesh):
+    """What every command has that runs on several devices, and in several processes."""
+
     coordinator: str | None = None
     """HOST:PORT of process 0, where several processes run together; each is given the same command."""
     process_id: int | None = None
@@ -94,12 +123,6 @@ class OnDevices(Command):
         cluster.start()
         with processes.only_first_speaks():
             yield
-
-    def mesh(self) -> "Mesh":
-        """The devices of all processes."""
-        from jprune import devices
-
-        return devices.make_mesh(self.model_axis)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,34 +9,24 @@ from typing import TYPE_CHECKING
 import tyro
 
 from jprune.cli import display
-from jprune.cli.command import OnDevices, Told, command_line
+from jprune.cli.command import OnDevices, OnText, Told, command_line
 from jprune.cli.flags import Repeated
 from jprune.errors import JpruneError, UsageError
 
 if TYPE_CHECKING:
-    from jprune.evaluate.intervals import Interval
     from jprune.pipeline.compare import Compared, Comparison
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compare(OnDevices):
+class Compare(OnText, OnDevices):
     """Models against the first of them, on the same text: perplexity, divergence, agreement, with intervals."""
 
     others: tyro.conf.Positional[tuple[str, ...]] = ()
     """Models to hold against it, as pruned versions of it."""
-    text: str = "pydoc"
-    """Evaluation text: pydoc, a text file, .jsonl, .jsonl.gz, .parquet, .npy of token ids, or hf:DATASET."""
-    sequence_length: int | None = None
-    """Tokens of an evaluation window. By default 2048 or the model's context."""
-    windows: int | None = None
-    """Number of evaluation windows, from the beginning of the text. By default all."""
     prompt: Repeated = ()
     """Text that each model continues, side by side; each model is loaded whole for it. May be repeated."""
     out: Path | None = None
     """An HTML file for all of it, with maps of the zeros and what was done to each model."""
-    dtype: str | None = None
-    """Dtype of the activations: float32, bfloat16 or float16. By default float32 on CPU and
-    for float16 weights, else that of the weights."""
 
     def run(self) -> Told:
         """Measures."""
@@ -96,23 +86,17 @@ def _show(result: "Comparison", out: Path | None) -> None:
 
 
 def _row(own: "Compared", first: bool) -> tuple[str, ...]:
-    def percent(x: float) -> float:
-        return 100 * math.expm1(min(x, 700.0))
+    def shown(name: str, form: str, scale: float = 1) -> str:
+        return display.interval(dataclasses.asdict(getattr(own, name)), form, scale)
 
-    change = dataclasses.replace(own.change, **{n: percent(x) for n, x in dataclasses.asdict(own.change).items()})
+    change = {end: 100 * math.expm1(min(x, 700.0)) for end, x in dataclasses.asdict(own.change).items()}
     return (
         own.model,
         f"{own.sparsity.total_parameters:,}",
         f"{100 * own.sparsity.achieved:.2f}",
-        _written(own.perplexity, ".3f"),
-        "-" if first else _written(change, "+.2f"),
-        "-" if first else _written(own.divergence, ".4f"),
+        shown("perplexity", ".3f"),
+        "-" if first else display.interval(change, "+.2f"),
+        "-" if first else shown("divergence", ".4f"),
         "-" if first else f"{own.tail:.3f}",
-        "-" if first else _written(own.agreement, ".2f", 100),
+        "-" if first else shown("agreement", ".2f", 100),
     )
-
-
-def _written(interval: "Interval", form: str, scale: float = 1) -> str:
-    ends = [interval.low, interval.high]
-    known = "" if any(map(math.isnan, ends)) else f" [{', '.join(format(scale * x, form) for x in ends)}]"
-    return f"{scale * interval.value:{form}}{known}"

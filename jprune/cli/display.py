@@ -4,8 +4,9 @@ Nothing moves where stderr is not a terminal.
 """
 
 import contextlib
+import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -79,6 +80,13 @@ def report(result: Any, first: Iterable[str], last: Iterable[str] = ()) -> None:
     parts = ", ".join(f"{name} {value:.1f}" for name, value in spent.items())
     print(f"{result.seconds['total']:.1f} s ({parts}); peak memory {result.peak_memory_bytes / 1e9:.2f} GB")
     print(f"written to {result.out}")
+
+
+def interval(own: Mapping[str, float | None], form: str, scale: float = 1) -> str:
+    """A value of {value, low, high} with its interval, if that is known; a dash for what is not finite."""
+    value, low, high = (math.nan if x is None else scale * x for x in (own["value"], own["low"], own["high"]))
+    ends = "" if math.isnan(low) or math.isnan(high) else f" [{low:{form}}, {high:{form}}]"
+    return "-" if math.isnan(value) else f"{value:{form}}{ends}"
 
 
 def change(before: int, after: int) -> str:

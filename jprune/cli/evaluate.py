@@ -3,22 +3,12 @@
 import dataclasses
 
 from jprune.cli import display
-from jprune.cli.command import OnDevices, Told
+from jprune.cli.command import OnDevices, OnText, Told
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalPerplexity(OnDevices):
+class EvalPerplexity(OnText, OnDevices):
     """Perplexity of a model on a text, by the standard protocol: windows that do not overlap."""
-
-    text: str = "pydoc"
-    """Evaluation text: pydoc, a text file, .jsonl, .jsonl.gz, .parquet, .npy of token ids, or hf:DATASET."""
-    sequence_length: int | None = None
-    """Tokens of an evaluation window. By default 2048 or the model's context."""
-    windows: int | None = None
-    """Number of evaluation windows, from the beginning of the text. By default all."""
-    dtype: str | None = None
-    """Dtype of the activations: float32, bfloat16 or float16. By default float32 on CPU and
-    for float16 weights, else that of the weights."""
 
     def run(self) -> Told:
         """Measures."""

@@ -144,7 +144,7 @@ class Form:
             dataclasses.make_dataclass(
                 "Words", [self._word(flag, recipe) for flag in self.flags.values()], kw_only=True
             ),
-            args=list(words),
+            args=_joined(words),
             prog=prog,
             description=self.spelled(self.description),
             config=(tyro.conf.FlagCreatePairsOff,),
@@ -178,6 +178,18 @@ class Form:
             default = recipe[flag.name] if flag.word.made is None or default is MISSING else default
         shown = tyro.conf.arg(help=self.spelled(flag.help), aliases=flag.word.aliases)
         return flag.name, Annotated[flag.type, shown], dataclasses.field(default=default)
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """The words, with one that has a space in it as part of the flag before it: it is a text, even if it begins with
+    dashes as flags do."""
+    found: list[str] = []
+    for word in words:
+        if " " in word and word.startswith("-") and found and re.fullmatch("--[a-z-]+", found[-1]):
+            found[-1] = f"{found[-1]}={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def keywords(command: Any, *parts: str) -> dict[str, Any]:

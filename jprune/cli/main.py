@@ -27,6 +27,7 @@ COMMANDS = Methods(
         "eval perplexity": "jprune.cli.evaluate:EvalPerplexity",
         "eval tasks": "jprune.cli.tasks:EvalTasks",
         "compare": "jprune.cli.compare:Compare",
+        "sweep": "jprune.cli.sweep:Sweep",
         "generate": "jprune.cli.generate:Generate",
         "convert": "jprune.cli.convert:Convert",
         "pack": "jprune.cli.pack:Pack",
@@ -68,7 +69,9 @@ def _main(words: list[str]) -> int:
         command = _made(form, name, rest, recipe)
         _keep_compiled_programs()
         with command.begun():
-            _tell(command.run(), form, as_json=command.json)
+            told = command.run()
+            _tell(told, form, as_json=command.json)
+            return told.status
     except JpruneError as error:
         return _fail(error, 2 if isinstance(error, UsageError) else 1, form)
     except ModuleNotFoundError as error:
@@ -84,7 +87,6 @@ def _main(words: list[str]) -> int:
         if message is None:
             raise
         return _fail(message, 1, form)
-    return 0
 
 
 def _tell(told: "Told", form: "Form", *, as_json: bool) -> None:
@@ -169,7 +171,7 @@ def _made(form: "Form", name: str, words: list[str], recipe: dict[str, Any] | No
     return form.parse(words, prog=f"jprune {name}", recipe=values)
 
 
-def _parse(name: str, words: list[str]) -> Any:
+def parse(name: str, words: list[str]) -> Any:
     """The command that words make."""
     recipe = _recipe(words)
     return _made(_form(name, words, recipe), name, words, recipe)

@@ -37,11 +37,15 @@ class Prune(Planning, OnDevices):
     result: Annotated[Result, Flags(words={"format": Word(default="hf")})]
     machine: Annotated[Machine, Flags(only=("memory", "run"))]
 
+    def asked(self) -> Recipe:
+        """What to do to the model."""
+        return Recipe(pattern=self.pattern.made(), **keywords(self, "calibration", "choice", "details"))
+
     def run(self) -> Told:
         """Prunes, or prints the plan."""
         from jprune.pipeline.oneshot.run import plan_run, prune_model
 
-        recipe = Recipe(pattern=self.pattern.made(), **keywords(self, "calibration", "choice", "details"))
+        recipe = self.asked()
         method, _, chosen = decided(self.method, recipe)
         out = None if self.plan else self.destination()
         if chosen is not None:  # now, and not when an hour is over

@@ -26,9 +26,6 @@ from jprune.errors import JpruneError
 
 logger = logging.getLogger(__name__)
 
-Spec = str | Path | np.ndarray
-"""A source by its name (`jprune.data.sources`), or token ids [n, length] themselves."""
-
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 2048
 
@@ -77,6 +74,11 @@ class Windows:
         }
 
 
+Spec = str | Path | np.ndarray | Windows
+"""A source by its name (`jprune.data.sources`), or token ids [n, length] themselves; or windows that were made of one
+already, which are taken as they are."""
+
+
 def calibration(
     spec: Spec,
     tokenizer: Tokenizer | None,
@@ -101,6 +103,8 @@ def calibration(
     Raises:
         JpruneError: a source that cannot be used, too little of it, or a length that the model does not take.
     """
+    if isinstance(spec, Windows):
+        return spec
     source, spec = read(spec, "calibration")
     length, notices = window_length(length, context, source)
     notices += source.notices
@@ -140,6 +144,8 @@ def evaluation(
 
     `length`, `vocab_size`, `context` and errors are those of `calibration`; documents are joined by blank lines.
     """
+    if isinstance(spec, Windows):
+        return spec
     source, spec = read(spec, "evaluation")
     length, notices = window_length(length, context, source)
     notices += source.notices
@@ -164,11 +170,13 @@ def evaluation(
 
 def is_rows(spec: Spec | None) -> bool:
     """Whether a spec stands for rows of token ids, which have a number and a length of their own."""
-    return isinstance(spec, np.ndarray) or str(spec).endswith(".npy")
+    return isinstance(spec, np.ndarray | Windows) or str(spec).endswith(".npy")
 
 
 def read(spec: Spec, split: sources.Split) -> tuple[sources.Source, str | Path]:
     """The source, and what to call it in messages."""
+    if isinstance(spec, Windows):
+        return sources.TokenRows(rows=spec.tokens), spec.source
     if isinstance(spec, np.ndarray):
         return sources.TokenRows(rows=sources.checked_rows(spec, "the array of token ids")), "an array of token ids"
     return sources.read(spec, split), spec

@@ -74,7 +74,7 @@ class Comparison:
 
     def json(self) -> dict[str, Any]:
         """As plain values, without the notices; what is not finite is None."""
-        return _plain({name: value for name, value in dataclasses.asdict(self).items() if name != "notices"})
+        return plain({name: value for name, value in dataclasses.asdict(self).items() if name != "notices"})
 
 
 def compare(
@@ -221,9 +221,10 @@ def _exp(interval: Interval) -> Interval:
     return Interval(**{name: math.exp(min(x, 700.0)) for name, x in dataclasses.asdict(interval).items()})
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """As JSON has it: what is not finite is None, and every sequence a list."""
     if isinstance(value, dict):
-        return {key: _plain(x) for key, x in value.items()}
+        return {key: plain(x) for key, x in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(x) for x in value]
+        return [plain(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -39,6 +39,7 @@ PIPELINE = {
     "auto": {"recipe"},
     "compare": set(),
     "page": {"compare"},
+    "sweep": {"auto", "compare", "oneshot", "recipe"},
     "tasks": set(),
     "oneshot": {"auto", "forecast", "job", "recipe"},
     "forecast": {"job", "recipe"},

@@ -77,7 +77,10 @@ SAYS: dict[str, str] = {
 }
 """Commands that write nothing, less --json."""
 
-ELSEWHERE = {"eval tasks": "needs a package that is not always there: tests/faults/test_tasks.py types it"}
+ELSEWHERE = {
+    "eval tasks": "needs a package that is not always there: tests/faults/test_tasks.py types it",
+    "sweep": "runs of `prune` and `compare`, which are pinned: tests/runs/cli/test_sweep.py types it",
+}
 """Commands of which no run is pinned, and why."""
 
 CALLS: list[str] = [

@@ -37,6 +37,6 @@ def test_commands_of_the_docs_parse(tmp_path, monkeypatch):
     assert len(lines) > 5
     for line in lines:
         name, words = main._find(shlex.split(line, comments=True))
-        command = main._parse(name, words)
+        command = main.parse(name, words)
         if isinstance(command, Prune) and "--recipe" not in words:
             assert command.pattern.made()

@@ -24,6 +24,8 @@ class Point:
     high: float | None = None
     said: str = ""
     """What is told of it beside its numbers."""
+    loose: bool = False
+    """Whether it lies beside the line of its series."""
 
 
 def lines(
@@ -33,17 +35,15 @@ def lines(
     x: str,
     y: str,
     logarithmic: bool = False,
-    loose: Iterable[str] = (),
 ) -> str:
     """A plot with a line for each series, its legend, and its values as a table.
 
     Args:
-      series: points by name, each with x rising; those that are not finite are left out.
+      series: points by name, their x rising; those that are not finite are left out.
       about: what the plot shows, in a sentence, for those who do not see it.
       x: what lies along it.
       y: what goes up.
-      logarithmic: whether y does, which then must be positive.
-      loose: series whose points are no line.
+      logarithmic: whether y does so by its logarithm.
     """
     shown = {name: [p for p in points if math.isfinite(p.x) and math.isfinite(p.y)] for name, points in series.items()}
     shown = {name: points for name, points in shown.items() if points}
@@ -62,14 +62,16 @@ def lines(
         quiet = " quiet" if len(points) > QUIET else ""
         drawn.append(f'<g class="c{number % COLOURS}{quiet}">')
         places = [place(p, p.y) for p in points]
-        if name not in loose:
-            drawn.append(f'<polyline points="{" ".join(f"{left:.1f},{top:.1f}" for left, top in places)}"/>')
+        line = " ".join(f"{left:.1f},{top:.1f}" for p, (left, top) in zip(points, places) if not p.loose)
+        drawn += [f'<polyline points="{line}"/>'] if line else []
         for p, (left, top) in zip(points, places, strict=True):
             said = html.escape(f"{name}, {x} {p.x:g}: {_number(p)}{p.said and f' ({p.said})'}")
             if p.low is not None and p.high is not None:
                 bottom, upper = place(p, p.low)[1], place(p, p.high)[1]
                 drawn.append(f'<path class="whisker" d="M{left:.1f} {bottom:.1f}V{upper:.1f}"/>')
-            drawn.append(f'<circle cx="{left:.1f}" cy="{top:.1f}" r="4.5" tabindex="0"><title>{said}</title></circle>')
+            kind = ' class="loose"' if p.loose else ""
+            at = f'cx="{left:.1f}" cy="{top:.1f}" r="4.5"'
+            drawn.append(f'<circle{kind} {at} tabindex="0"><title>{said}</title></circle>')
         drawn.append("</g>")
     legend = "".join(f'<span class="c{i % COLOURS}">{html.escape(name)}</span>' for i, name in enumerate(shown))
     values = f"<details><summary>{html.escape(y)}: all values</summary>{_table(shown, x)}</details>"
@@ -122,11 +124,10 @@ def _ticks(
 def _table(shown: Mapping[str, Sequence[Point]], x: str) -> str:
     """All values: a row for each place, a column for each series."""
     rows = []
-    by_place = {name: {p.x: p for p in points} for name, points in shown.items()}
-    for place in sorted({p.x for points in shown.values() for p in points}):
-        known = [own.get(place) for own in by_place.values()]
-        cells = [f"<td>{place:g}</td>", *("<td></td>" if p is None else f"<td>{_number(p)}</td>" for p in known)]
-        rows.append(f"<tr>{''.join(cells)}</tr>")
+    for place in sorted({(p.x, p.said if p.loose else "") for points in shown.values() for p in points}):
+        known = [[p for p in points if (p.x, p.said if p.loose else "") == place] for points in shown.values()]
+        cells = [f"<td>{'; '.join(map(_number, found))}</td>" for found in known]
+        rows.append(f"<tr><td>{place[0]:g} {html.escape(place[1])}</td>{''.join(cells)}</tr>")
     heads = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in (x, *shown))
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<div class="wide" tabindex=0>{table}</div>'

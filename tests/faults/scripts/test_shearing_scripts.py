@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jprune.checkpoints import load
-from jprune.cli.main import _parse
+from jprune.cli.main import parse
 from jprune.pipeline.training import plan_shearing
 from jprune.tuning import Shearing
 from jprune.tuning.shearing import count
@@ -55,7 +55,7 @@ def test_recipes(shear, seven_billion, name, tmp_path):
     data = [f"{domain}={domain}.npy" for domain in recipe["proportions"]]
     for phase, words in (("prune", 2), ("train", 2)):
         line = shear.command(phase, "model", recipe, tmp_path, data, fsdp=8)
-        command = _parse(" ".join(line[:words]), line[words:])
+        command = parse(" ".join(line[:words]), line[words:])
         options = command.options()
         assert len(options["data"]) == len(options["proportions"]) == 7
         assert options["dynamic_loading"].reference_losses == recipe["reference_loss"]

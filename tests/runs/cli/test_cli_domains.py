@@ -12,7 +12,7 @@ from jprune.errors import UsageError
 from jprune.pipeline.options import DynamicLoading
 from jprune.train.shearing.dynamic_loading import Reweighing
 
-parse = importlib.import_module("jprune.cli.main")._parse
+parse = importlib.import_module("jprune.cli.main").parse
 
 
 @pytest.fixture(autouse=True)

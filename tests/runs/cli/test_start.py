@@ -13,7 +13,7 @@ from jprune import texts
 from jprune.cli import command, main
 from jprune.errors import JpruneError, UsageError
 
-parse = importlib.import_module("jprune.cli.main")._parse
+parse = importlib.import_module("jprune.cli.main").parse
 form_of = importlib.import_module("jprune.cli.main")._form
 
 

@@ -5,7 +5,7 @@ import typing
 
 import pytest
 
-from jprune.cli.main import _parse
+from jprune.cli.main import parse
 from jprune.errors import JpruneError
 from jprune.patterns import NM, Unstructured
 from jprune.pipeline.auto import Auto, Quality, decided
@@ -19,7 +19,7 @@ QUALITIES = typing.get_args(Quality)
 def test_the_command_that_is_printed_is_what_is_done(quality):
     method, recipe, chosen = decided(Auto(quality=quality), Recipe(pattern=NM(2, 4)))
     words = chosen.command.split()[1:]
-    typed = _parse(" ".join(words[:2]), ["demo", *words[2:]])
+    typed = parse(" ".join(words[:2]), ["demo", *words[2:]])
     assert typed.method == method
     assert typed.details["reconstruct"] == recipe.reconstruct
     assert chosen.why
