@@ -64,6 +64,7 @@ def attend(
     scale: float | None = None,
     cap: float | None = None,
     slopes: Sequence[float] | None = None,
+    sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B T H E"]:
     """Query t stands at key `start + t` and sees itself and the earlier keys, at most `window` in all.
 
@@ -74,14 +75,17 @@ def attend(
       scale: of the scores, D ** -0.5 unless given.
       cap: scores s become cap * tanh(s / cap) (arXiv:2408.00118).
       slopes: one for each of the H heads, by which its scores fall with the distance of the key (`alibi_slopes`).
+      sinks: the score, of each head, of a key that everyone sees and that has no value (Xiao et al., arXiv:2309.17453,
+        equation 2, learnt as in gpt-oss): weights sum to less than one.
     """
     batch, time, heads, head_dim = q.shape
     q = q.reshape(batch, time, k.shape[2], heads // k.shape[2], head_dim)
     scale = head_dim**-0.5 if scale is None else scale
+    sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(k.shape[2], -1)
     if not isinstance(start, int):
-        out = _attend(q, k, v, start, window, scale, cap, slopes)
+        out = _attend(q, k, v, start, window, scale, cap, slopes, sinks)
     elif _one_by_one(time):
-        out = _by_head(q, k, v, start, window, scale, cap, slopes)
+        out = _by_head(q, k, v, start, window, scale, cap, slopes, sinks)
     else:
         size = max(CHUNK, -(-time // MAX_CHUNKS))
         chunks = []
@@ -90,7 +94,7 @@ def attend(
             low = _first_seen(start + first, window)
             seen = slice(low, start + last)
             part = q[:, first:last], k[:, seen], v[:, seen]
-            chunks.append(_attend(*part, start + first - low, window, scale, cap, slopes))
+            chunks.append(_attend(*part, start + first - low, window, scale, cap, slopes, sinks))
         out = jnp.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
     return out.reshape(batch, time, heads, v.shape[3])
 
@@ -114,14 +118,16 @@ def _by_head(
     scale: float,
     cap: float | None,
     slopes: Sequence[float] | None,
+    sinks: Float[Array, "K G"] | None,
 ) -> Float[Array, "B T K G E"]:
     """One sequence and key/value head after the other."""
     batch, time, kv_heads, group, _ = q.shape
     falls = jnp.zeros((kv_heads, group)) if slopes is None else jnp.asarray(slopes, jnp.float32).reshape(kv_heads, -1)
+    kept = jnp.zeros((kv_heads, group)) if sinks is None else sinks
 
     @jax.checkpoint
     def one(operands: tuple[Array, ...]) -> Array:
-        queries, keys, values, fall = operands
+        queries, keys, values, fall, sink = operands
         # Different lengths of keys for at most MAX_CHUNKS segments; within a long one, chunks that all see its keys.
         segment = CHUNK * -(-time // (CHUNK * MAX_CHUNKS))
         done = []
@@ -132,7 +138,8 @@ def _by_head(
 
             def rows(part: tuple[Array, Array], seen: tuple[Array, Array] = seen) -> Array:
                 chunk, at = part
-                return _rows(chunk, *seen, None if slopes is None else fall, at, window, scale, cap)
+                by_head = None if slopes is None else fall, None if sinks is None else sink
+                return _rows(chunk, *seen, *by_head, at, window, scale, cap)
 
             whole = (last - first) // CHUNK * CHUNK
             at = start + first - low
@@ -153,6 +160,7 @@ def _by_head(
             k.swapaxes(1, 2).reshape(-1, *k.shape[1::2]),
             v.swapaxes(1, 2).reshape(-1, *v.shape[1::2]),
             jnp.tile(falls, (batch, 1)),
+            jnp.tile(kept, (batch, 1)),
         ),
     )
     return out.reshape(batch, kv_heads, time, group, -1).swapaxes(1, 2)
@@ -163,6 +171,7 @@ def _rows(
     k: Float[Array, "S D"],
     v: Float[Array, "S E"],
     fall: Float[Array, "G"] | None,
+    sink: Float[Array, "G"] | None,
     start: Int[Array, ""],
     window: int | None,
     scale: float,
@@ -180,8 +189,13 @@ def _rows(
     if window is not None:
         visible &= ago < window
     scores = jnp.where(visible, scores, -jnp.inf)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    top = scores.max(axis=-1, keepdims=True)
+    of_sink = None if sink is None else jnp.tile(sink, time)[:, None]
+    top = jax.lax.stop_gradient(top if of_sink is None else jnp.maximum(top, of_sink))
+    weights = jnp.exp(scores - top)
     sums = weights.sum(axis=-1, keepdims=True)
+    if of_sink is not None:
+        sums += jnp.exp(of_sink - top)
     out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / sums
     return out.astype(v.dtype).reshape(time, group, -1)
 
@@ -195,6 +209,7 @@ def _attend(
     scale: float,
     cap: float | None,
     slopes: Sequence[float] | None,
+    sinks: Float[Array, "K G"] | None,
 ) -> Float[Array, "B T K G E"]:
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if cap is not None:
@@ -206,7 +221,12 @@ def _attend(
     visible = ago >= 0
     if window is not None:
         visible &= ago < window
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    scores = jnp.where(visible, scores, -jnp.inf)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        column = jnp.broadcast_to(sinks[..., None, None], (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, column], axis=-1), axis=-1)[..., :-1]
     return jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v)
 
 

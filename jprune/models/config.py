@@ -101,11 +101,16 @@ class DecoderConfig:
     expert_groups: int = 1
     groups_per_token: int = 1
     group_best: int = 1
+    expert_bias: bool = False  # routers and experts have biases
+    swiglu: tuple[float, float] | None = (
+        None  # (s, m): experts have min(g, m) sigmoid(s min(g, m)) (clip(u, -m, m) + 1)
+    )
     shared_gate: bool = True  # what the expert that sees every token gives is multiplied by a sigmoid
     dense_layers: tuple[int, ...] = ()  # layers that have one MLP all the same
 
     # Numbers
     score_scale: float | None = None  # of attention scores; None: head_dim ** -0.5
+    sinks: bool = False  # each head sees one more key, of a score that is learnt, which has no value
     score_cap: float | None = None  # scores s become cap * tanh(s / cap)
     embed_scale: float = 1.0
     residual_scale: float = 1.0  # of what attention and MLP add

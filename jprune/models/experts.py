@@ -13,7 +13,8 @@ token times the products, but what each kernel reads is an array there, and each
 input: `jprune.trace` reads this form (`is_read`), and so statistics and groups of coupled axes are
 those of the model that is run.
 
-An expert is any function of its kernels, its input and a product ``multiply(x, kernel)``, which each way has its own.
+An expert is any function of its kernels, its input and a product ``multiply(x, kernel, bias)``, which each way has its
+own.
 """
 
 import functools
@@ -32,7 +33,8 @@ from jprune.models.routing import Routes
 from jprune.trace.reading import is_read
 
 PyTree = Any
-Product = Callable[[Array, Any], Array]
+Product = Callable[[Array, Any, Any], Array]
+"""(x, kernel, bias or None) -> what the layer gives."""
 Expert = Callable[[PyTree, Array, Product], Array]
 
 TILE = 128
@@ -68,7 +70,15 @@ def dense(
     """`mix`, with every expert computing every token."""
     sent = jnp.moveaxis(routing.sent(routes, count), -1, 0)
     inputs = jnp.where(sent[..., None], x, jnp.zeros((), x.dtype))  # [experts, B, T, d_in]
-    y = expert(kernels, inputs, multiply_each)
+
+    def product(x: Array, kernel: Any, bias: Array | None) -> Array:
+        y = multiply_each(x, kernel)
+        if bias is None:
+            return y
+        # Tokens that were not sent stay zeros: what follows reads what it was sent as well.
+        return y + jnp.where(sent[..., None], bias[:, None, None].astype(y.dtype), jnp.zeros((), y.dtype))
+
+    y = expert(kernels, inputs, product)
     return jnp.einsum("ebtd,bte->btd", y, routing.spread(routes, count).astype(x.dtype))
 
 
@@ -80,8 +90,9 @@ def ragged(
     sizes = jnp.bincount(routes.experts.reshape(-1), length=count)
     token = order // routes.experts.shape[1]
 
-    def product(rows: Array, kernel: Array) -> Array:
-        return jax.lax.ragged_dot(rows, kernel.astype(rows.dtype), sizes)
+    def product(rows: Array, kernel: Array, bias: Array | None) -> Array:
+        y = jax.lax.ragged_dot(rows, kernel.astype(rows.dtype), sizes)
+        return y if bias is None else y + bias.astype(y.dtype)[routes.experts.reshape(-1)[order]]
 
     y = expert(kernels, x[token], product).astype(jnp.float32)
     weighted = y * routes.weights.reshape(-1)[order][:, None]
@@ -128,11 +139,11 @@ def routed(
     """`mix` of tokens [n, d_in], tile by tile."""
     size = _tile(routes, count)
     tiles = _Tiles.of(routes.experts, count, size)
-    d_out = jax.eval_shape(lambda own, rows: expert(own, rows, multiply), _one(kernels, 0), x).shape[-1]
+    d_out = jax.eval_shape(lambda own, rows: expert(own, rows, _linear), _one(kernels, 0), x).shape[-1]
 
     def step(i: Array, total: Array) -> Array:
         pairs = tiles.pairs(i, size)
-        y = expert(_one(kernels, tiles.expert[i]), _rows(x, routes, pairs), multiply)
+        y = expert(_one(kernels, tiles.expert[i]), _rows(x, routes, pairs), _linear)
         weighted = y.astype(jnp.float32) * _weights(routes, pairs)
         return _added(total, routes, pairs, weighted)
 
@@ -156,7 +167,7 @@ def routed_backward(
         def run(given: list[Array], rows: Array) -> Array:
             ahead = iter(given)
             filled = [next(ahead) if learn else leaf for leaf, learn in zip(own, learns)]
-            return expert(jax.tree.unflatten(tree, filled), rows, multiply)
+            return expert(jax.tree.unflatten(tree, filled), rows, _linear)
 
         y, pull = jax.vjp(run, [leaf for leaf, learn in zip(own, learns) if learn], _rows(x, routes, pairs))
         pulled = _rows(dy, routes, pairs).astype(jnp.float32)
@@ -223,6 +234,11 @@ def _whichever(by_tile: Callable[..., Any], by_rows: Callable[..., Any], kernels
         return jax.lax.platform_dependent(*operands, cpu=by_tile, default=by_rows)
 
     return jax.custom_batching.sequential_vmap(run)(kernels, *operands)
+
+
+def _linear(x: Array, kernel: Any, bias: Array | None) -> Array:
+    y = multiply(x, kernel)
+    return y if bias is None else y + bias.astype(y.dtype)
 
 
 def _is_kernel(node: Any) -> bool:

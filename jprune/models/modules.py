@@ -40,6 +40,7 @@ class Attention(nnx.Module):
         self.q_norm, self.k_norm = (
             Norm(params[name], options.norm, axes=axes) if name in params else None for name in ("q_norm", "k_norm")
         )
+        self.sinks = nnx.Param(params["sinks"]) if "sinks" in params else None
         self.options = options
         heads = params["q"]["kernel"].shape[1]
         if options.slopes is not None and len(options.slopes) != heads:
@@ -77,6 +78,7 @@ class Attention(nnx.Module):
             scale=options.score_scale,
             cap=options.score_cap,
             slopes=options.slopes,
+            sinks=None if self.sinks is None else self.sinks.get_value(),
         )
         return self.o(attended), cache
 
@@ -101,9 +103,7 @@ class Experts(nnx.Module):
     def __init__(self, params: Params, options: Options):
         self.router = Linear(params["router"])
         self.correction = nnx.Param(params["router"]["correction"]) if "correction" in params["router"] else None
-        self.gate, self.up, self.down = (
-            nnx.Param(params["experts"][name]["kernel"]) for name in ("gate", "up", "down")
-        )
+        self.gate, self.up, self.down = (Linear(params["experts"][name]) for name in ("gate", "up", "down"))
         self.shared = MLP(params["shared"], activation=options.activation) if "shared" in params else None
         self.shared_gate = Linear(params["shared_gate"]) if "shared_gate" in params else None
         self.options = options
@@ -114,8 +114,12 @@ class Experts(nnx.Module):
         logits = self.router(x)
         correction = None if self.correction is None else self.correction.get_value()
         routes = routing.route(logits, options.routing, correction)
-        kernels = {name: getattr(self, name).get_value() for name in ("gate", "up", "down")}
-        y = experts.mix(_expert(options.activation), kernels, x, routes, logits.shape[-1])
+        kernels = {}
+        for name in ("gate", "up", "down"):
+            kernels[name] = getattr(self, name).kernel.get_value()
+            if (bias := getattr(self, name).bias) is not None:
+                kernels[f"{name} bias"] = bias.get_value()
+        y = experts.mix(_expert(options.activation, options.swiglu), kernels, x, routes, logits.shape[-1])
         if self.shared is not None:
             shared = self.shared(x)
             y = y + (shared if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x))[..., None] * shared)
@@ -123,12 +127,18 @@ class Experts(nnx.Module):
 
 
 @functools.cache
-def _expert(activation: str) -> experts.Expert:
-    """The MLP of an expert, for `experts.mix`."""
+def _expert(activation: str, swiglu: tuple[float, float] | None = None) -> experts.Expert:
+    """The MLP of an expert, for `experts.mix`; see `DecoderConfig.swiglu`."""
 
     def expert(kernels: Params, x: Array, multiply: experts.Product) -> Array:
-        act = ACTIVATIONS[activation]
-        return multiply(act(multiply(x, kernels["gate"])) * multiply(x, kernels["up"]), kernels["down"])
+        gate, up = (multiply(x, kernels[name], kernels.get(f"{name} bias")) for name in ("gate", "up"))
+        if swiglu is None:
+            hidden = ACTIVATIONS[activation](gate) * up
+        else:
+            slope, most = swiglu
+            gate, up = jnp.minimum(gate, most), jnp.clip(up, -most, most)
+            hidden = gate * jax.nn.sigmoid(slope * gate) * (up + 1)
+        return multiply(hidden, kernels["down"], kernels.get("down bias"))
 
     return expert
 

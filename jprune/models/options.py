@@ -34,6 +34,7 @@ class Options:
     qk_norm_kind: str
     latent_norm: NormOptions
     routing: Routing
+    swiglu: tuple[float, float] | None
 
     @classmethod
     def of(cls, config: DecoderConfig, index: int) -> "Options":
@@ -52,6 +53,7 @@ class Options:
             qk_norm_kind=config.qk_norm_kind,
             latent_norm=dataclasses.replace(norm_options(config), eps=config.latent_norm_eps),
             routing=config.routing,
+            swiglu=config.swiglu,
         )
 
 

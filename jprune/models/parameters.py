@@ -49,6 +49,8 @@ def _attention(config: DecoderConfig) -> dict[str, str]:
         }
     if config.o_bias:
         attn |= {"attn/o/bias": "d_model"}
+    if config.sinks:
+        attn |= {"attn/sinks": "heads"}
     if config.qk_norm:
         for name, heads in (("q_norm", "heads"), ("k_norm", "kv_heads")):
             axes = "head_dim" if config.qk_norm_kind == "shared" else f"{heads} head_dim"
@@ -95,6 +97,13 @@ def _experts(config: DecoderConfig) -> dict[str, str]:
         "mlp/experts/up/kernel": "experts d_model d_expert",
         "mlp/experts/down/kernel": "experts d_expert d_model",
     }
+    if config.expert_bias:
+        mlp |= {
+            "mlp/router/bias": "experts",
+            "mlp/experts/gate/bias": "experts d_expert",
+            "mlp/experts/up/bias": "experts d_expert",
+            "mlp/experts/down/bias": "experts d_model",
+        }
     if config.routing_correction:
         mlp |= {"mlp/router/correction": "experts"}
     if config.d_shared:

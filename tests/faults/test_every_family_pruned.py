@@ -20,7 +20,7 @@ from jprune.structured.selection import Target
 pytest.importorskip("torch")
 hf = pytest.importorskip("hf_families")
 
-DIFFERENT = {"OPT-0", "Bloom-0", "Gemma2-0", "Phi-0", "Qwen2Moe-0", "DeepseekV3-0"}
+DIFFERENT = {"OPT-0", "Bloom-0", "Gemma2-0", "Phi-0", "Qwen2Moe-0", "DeepseekV3-0", "GptOss-0"}
 """One of each kind: positions, norms before and after, parallel, experts, latent attention. What a method computes of a
 kernel knows no family, so these alone are pruned with every statistic, and by gradients."""
 
@@ -80,7 +80,7 @@ def test_every_statistic_prunes_it(name, saved, tmp_path):
                 np.testing.assert_array_equal(after, before, err_msg=path)
 
 
-EXPERTS = ("Mixtral-0", "Qwen2Moe-0", "Qwen3Moe-0", "GraniteMoe-0", "Olmoe-0", "Glm4Moe-0")
+EXPERTS = ("Mixtral-0", "Qwen2Moe-0", "Qwen3Moe-0", "GraniteMoe-0", "Olmoe-0", "Glm4Moe-0", "GptOss-0")
 REFUSED = {
     "Bloom-0": "ALiBi|constant array",
     **dict.fromkeys(EXPERTS, "d_expert"),

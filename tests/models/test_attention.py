@@ -14,7 +14,7 @@ def road(request, monkeypatch):
     monkeypatch.setattr(attention, "_one_by_one", lambda time: request.param == "one head at a time")
 
 
-def reference(q, k, v, start, window, cap=None, slopes=None):
+def reference(q, k, v, start, window, cap=None, slopes=None, sinks=None):
     """One query, one head at a time, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     (batch, time, heads, head_dim), kv_heads = q.shape, k.shape[2]
@@ -31,7 +31,8 @@ def reference(q, k, v, start, window, cap=None, slopes=None):
                 if slopes is not None:
                     scores -= slopes[h] * np.arange(len(scores))[::-1]
                 weights = np.exp(scores - scores.max())
-                out[b, t, h] = weights / weights.sum() @ v[b, low : start + t + 1, shared]
+                total = weights.sum() + (0 if sinks is None else np.exp(sinks[h] - scores.max()))
+                out[b, t, h] = weights / total @ v[b, low : start + t + 1, shared]
     return out
 
 
@@ -72,26 +73,43 @@ def test_caps_and_slopes(rng, road, monkeypatch, cap, slopes):
     np.testing.assert_allclose(ours, reference(q, k, v, 3, 9, cap, slopes), atol=2e-6)
 
 
+@pytest.mark.parametrize("start", [3, "not known while tracing"])
+def test_sinks_take_a_share_of_what_is_seen(rng, road, monkeypatch, start):
+    """Whatever its size: little of large scores, nearly all of small ones."""
+    monkeypatch.setattr(attention, "CHUNK", 8)
+    q, k, v = random_qkv(rng, time=19, keys=22)
+    sinks = jnp.asarray([-9.0, 0.0, 2.0, 60.0])
+
+    def f(at, *x):
+        return attention.attend(*x, start=start if start == 3 else at, window=9, sinks=sinks)
+
+    ours = jax.jit(f)(3, q, k, v)
+    np.testing.assert_allclose(ours, reference(q, k, v, 3, 9, sinks=sinks), atol=2e-6)
+
+
 @pytest.mark.parametrize("most", [1, 3])
 def test_long_sequences_have_few_programs_and_the_same_sums(rng, monkeypatch, most):
     """Segments of several chunks, and a rest; gradients too, against those of the other way."""
     monkeypatch.setattr(attention, "CHUNK", 4)
     monkeypatch.setattr(attention, "MAX_CHUNKS", most)
     q, k, v = random_qkv(rng, time=30, keys=30)
+    sinks = jnp.asarray(rng.normal(size=4), jnp.float32)
 
     def results(one_by_one):
         monkeypatch.setattr(attention, "_one_by_one", lambda time: one_by_one)
 
         def f(*x):
-            out = attention.attend(*x, window=21, cap=5.0, slopes=(0.5, 0.25, 0.1, 0.0))
+            out = attention.attend(*x[:3], window=21, cap=5.0, slopes=(0.5, 0.25, 0.1, 0.0), sinks=x[3])
             return jnp.sum(jnp.sin(out)), out
 
-        (_, out), gradients = jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(q, k, v)
+        (_, out), gradients = jax.jit(jax.value_and_grad(f, (0, 1, 2, 3), has_aux=True))(q, k, v, sinks)
         return out, *gradients
 
     for ours, theirs in zip(results(True), results(False), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
-    np.testing.assert_allclose(results(True)[0], reference(q, k, v, 0, 21, 5.0, (0.5, 0.25, 0.1, 0.0)), atol=2e-6)
+    np.testing.assert_allclose(
+        results(True)[0], reference(q, k, v, 0, 21, 5.0, (0.5, 0.25, 0.1, 0.0), sinks), atol=2e-6
+    )
 
 
 def test_number_of_chunks_is_bounded(rng, road, monkeypatch):

@@ -11,7 +11,8 @@ from jprune import devices
 from jprune.models import decoder, experts, families
 from jprune.models.modules import _expert
 from jprune.models.routing import Routes
-from jprune.trace import matmuls
+from jprune.statistics import SquaredNorm
+from jprune.trace import matmuls, observe
 
 COUNT, D, F = 5, 8, 6
 EXPERT = _expert("silu")
@@ -64,6 +65,42 @@ def test_every_way_adds_up_the_same(way, n, k, only, rng):
     """One token and many, experts that get none, all tokens for one, and every expert for each."""
     given = made(rng, n, k, only=only)
     np.testing.assert_allclose(jax.jit(way)(*given), by_hand(*given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", [dense, ragged, mixed])
+def test_biases_and_a_clamped_swiglu(way, rng, monkeypatch):
+    """As in gpt-oss: a loop over tokens and experts; gradients as those of the dense way."""
+    monkeypatch.setitem(globals(), "EXPERT", _expert("silu", (1.7, 0.8)))
+    kernels, x, routes = made(rng, 30, 2, only=[0, 1, 4])
+    for name, (_, width) in SHAPES.items():
+        kernels[f"{name} bias"] = jnp.asarray(rng.normal(size=(COUNT, width)), jnp.float32)
+    want = np.zeros(x.shape)
+    for t in range(len(x)):
+        for e, weight in zip(np.asarray(routes.experts)[t], np.asarray(routes.weights)[t]):
+            gate, up = (np.asarray(x[t] @ kernels[name][e] + kernels[f"{name} bias"][e]) for name in ("gate", "up"))
+            gate, up = np.minimum(gate, 0.8), np.clip(up, -0.8, 0.8)
+            hidden = gate / (1 + np.exp(-1.7 * gate)) * (up + 1)
+            want[t] += weight * np.asarray(hidden @ kernels["down"][e] + kernels["down bias"][e])
+    np.testing.assert_allclose(jax.jit(way)(kernels, x, routes), want, rtol=1e-5, atol=1e-5)
+    truth, found = (jax.jit(jax.grad(lambda k, f=f: jnp.sum(f(k, x, routes) ** 2)))(kernels) for f in (dense, way))
+    for name, value in truth.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-4 * float(jnp.abs(value).max()))
+
+
+def test_what_is_observed_of_an_expert_with_biases_is_what_it_was_sent(rng):
+    """Tokens that it was not sent are zeros in front of its last kernel too, whatever its biases are."""
+    sizes = {"vocab_size": 9, "hidden_size": D, "intermediate_size": F, "num_hidden_layers": 1, "head_dim": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": COUNT, "num_experts_per_tok": 1}
+    config = families.config({"model_type": "gpt_oss"} | sizes | heads)
+    params = decoder.init_params(config, jax.random.key(0))["blocks"]["0"]
+    params["mlp"]["router"]["bias"] = jnp.asarray([0.0, 9, 0, 0, 0])  # all tokens go to one
+    for name in ("gate", "up"):
+        params["mlp"]["experts"][name]["bias"] = jnp.ones((COUNT, F))
+    x = jnp.asarray(rng.normal(size=(1, 3, D)), jnp.float32)
+    _, seen = observe(decoder.block(config, 0), SquaredNorm)(params, x)
+    each = seen["mlp/experts/down/kernel"].each
+    np.testing.assert_array_equal(each.tokens, [0, 3, 0, 0, 0])
+    np.testing.assert_array_equal((each.total > 0).any(axis=-1), [False, True, False, False, False])
 
 
 def test_sums_of_half_precision_are_rounded_once(rng):

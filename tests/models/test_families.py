@@ -17,9 +17,8 @@ ARCHITECTURES = tuple(families.ARCHITECTURES)
 
 def small(family, kv_heads=2, group=2, head_dim=8, **options):
     """config.json of a small model; keys that a family does not have do no harm."""
-    heads = kv_heads * (
-        group if family.names.get("num_key_value_heads", "num_key_value_heads") in family.defaults else 1
-    )
+    shared = family.names.get("num_key_value_heads", "num_key_value_heads") in family.defaults
+    heads = kv_heads * (group if shared and "kv_lora_rank" not in family.defaults else 1)
     common = SIZES | {
         "hidden_size": heads * head_dim,
         "num_attention_heads": heads,

@@ -25,6 +25,7 @@ from jprune.models.families import (
     glm4_moe,
     gpt2,
     gpt_neox,
+    gpt_oss,
     gptj,
     granite,
     granite_moe,
@@ -87,6 +88,7 @@ FAMILIES: tuple[Family, ...] = (
     glm4_moe.FAMILY,
     deepseek_v2.FAMILY,
     deepseek_v3.FAMILY,
+    gpt_oss.FAMILY,
 )
 ARCHITECTURES: dict[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")

@@ -3,6 +3,8 @@
 import json
 import tracemalloc
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from jprune.checkpoints import huggingface, load
 from jprune.checkpoints.huggingface import quantised
 from jprune.checkpoints.huggingface.read import FLOATS, open_file
 from jprune.errors import JpruneError
-from jprune.models import families
+from jprune.models import decoder, families
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -106,6 +108,30 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
     assert read.stored_bytes == blocks.nbytes + scales.nbytes
     np.testing.assert_array_equal(read.read().astype(np.float32), want)
     np.testing.assert_array_equal(read.rows(1, 2).astype(np.float32), want[1:2])
+
+
+def test_a_model_of_mxfp4_computes_what_transformers_does_with_it(tmp_path):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    hf = pytest.importorskip("hf_families")
+    family, architecture, variant = hf.VARIANTS["GptOss-1"]
+    sizes = hf.sizes(family, layers=1) | variant | {"hidden_size": 64, "intermediate_size": 32}
+    made = hf.model(architecture, sizes)
+    tensors = load_file(hf.save(made, tmp_path) / "model.safetensors")
+    for name, outputs, inputs in (("gate_up_proj", 64, 64), ("down_proj", 64, 32)):
+        key = f"model.layers.0.mlp.experts.{name}"
+        blocks = every_byte((3, outputs, inputs // 32, 16))
+        scales = 122 + every_byte((3, outputs, inputs // 32)) % 4  # of numbers below 1
+        tensors |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
+        getattr(made.model.layers[0].mlp.experts, name).data = convert_moe_packed_tensors(blocks, scales).float()
+        del tensors[key]
+    save_file(tensors, tmp_path / "model.safetensors", PT)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint, tokens = load(tmp_path), hf.tokens(12)
+    ours = jax.jit(lambda p: decoder.apply(checkpoint.config, p, jnp.asarray(tokens)))(checkpoint.params())
+    want = hf.logits(made, tokens)
+    np.testing.assert_allclose(ours, want, atol=1e-4 * np.abs(want).max())
 
 
 def test_a_tensor_is_read_in_the_memory_that_it_takes(tmp_path, monkeypatch):
