@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from jprune.anatomy.parts import Part, parts
 from jprune.checkpoints import Checkpoint
-from jprune.models import decoder
 from jprune.trace.report import Leaf, report
 
 TOKENS = 8
@@ -31,9 +30,9 @@ class Entry:
 
 def account(checkpoint: Checkpoint) -> tuple[Entry, ...]:
     """Every parameter of a model, in its order; equal blocks are traced once."""
-    config, total = checkpoint.config, checkpoint.parameters
+    model, total = checkpoint.model, checkpoint.parameters
     found: dict[str, list[Leaf]] = {path: [] for path in checkpoint.shapes}
-    hidden = jax.ShapeDtypeStruct((1, TOKENS, config.d_model), jnp.float32)
+    hidden = jax.ShapeDtypeStruct((1, TOKENS, model.d_model), jnp.float32)
     for part, x in [*((part, hidden) for part in parts(checkpoint)), *_ends(checkpoint, hidden)]:
         for leaf in _leaves(part.function, part.shapes, x):
             found[part.path(leaf.path)].append(leaf)
@@ -58,15 +57,15 @@ def _reasons(leaf: Leaf) -> list[str]:
 
 def _ends(checkpoint: Checkpoint, hidden: jax.ShapeDtypeStruct) -> list[tuple[Part, jax.ShapeDtypeStruct]]:
     """What comes before the blocks, and behind them if the embedding is the head too."""
-    config = checkpoint.config
+    model = checkpoint.model
 
     def leaves(*names: str) -> tuple[tuple[str, tuple[int, ...], Any], ...]:
         here = [path for path in checkpoint.shapes if path.split("/")[0] in names]
         return tuple((path, checkpoint.shapes[path].shape, checkpoint.shapes[path].dtype) for path in here)
 
-    ends = [(Part("", decoder.embed(config), leaves("embed")), jax.ShapeDtypeStruct((1, TOKENS), jnp.int32))]
-    if config.tied:
-        ends.append((Part("", decoder.head(config), leaves(*decoder.head_parts(config))), hidden))
+    ends = [(Part("", model.embed, leaves("embed")), jax.ShapeDtypeStruct((1, TOKENS), jnp.int32))]
+    if model.tied:
+        ends.append((Part("", model.head, leaves(*model.head_parts)), hidden))
     return ends
 
 

@@ -5,7 +5,6 @@ Known from shapes and one abstract trace of each distinct block; no weight is re
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping
 
 from jprune import trees
@@ -16,8 +15,6 @@ from jprune.patterns import Pattern
 from jprune.trace import ParamMatmul
 
 HEAD = "head/kernel"
-_LEFT_ALONE = re.compile("^head/|/(router|shared_gate)/")
-"""Pruned only where an expression finds it: the head, and the small kernels that send tokens to experts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,14 +58,14 @@ class Kernel:
 
 def matmul_kernels(checkpoint: Checkpoint) -> dict[str, tuple[Part, ParamMatmul]]:
     """Every kernel that could be pruned, by path. All but the head's are the model's prunable parameters."""
-    d_model = checkpoint.config.d_model
+    d_model = checkpoint.model.d_model
     return {part.path(matmul.path): (part, matmul) for part in parts(checkpoint) for matmul in part.matmuls(d_model)}
 
 
 def prunable(checkpoint: Checkpoint, kernels: Iterable[Kernel] = ()) -> list[str]:
     """Paths of the prunable parameters: the kernels of the blocks, and the head where it is among `kernels`."""
-    chosen = {kernel.path for kernel in kernels}
-    return [path for path in matmul_kernels(checkpoint) if path in chosen or not _LEFT_ALONE.search(path)]
+    chosen, left_alone = {kernel.path for kernel in kernels}, checkpoint.model.left_alone
+    return [path for path in matmul_kernels(checkpoint) if path in chosen or not left_alone.search(path)]
 
 
 def choose_kernels(
@@ -93,7 +90,7 @@ def choose_kernels(
       JpruneError: an expression that finds nothing; a pattern that does not fit a kernel.
     """
     found = matmul_kernels(checkpoint)
-    candidates = [path for path in found if where or not _LEFT_ALONE.search(path)]
+    candidates = [path for path in found if where or not checkpoint.model.left_alone.search(path)]
     chosen = trees.choose(candidates, list(where) or None, skip)
     if not chosen:
         raise JpruneError("the filters leave no kernel to prune; widen `where` or narrow `skip`")

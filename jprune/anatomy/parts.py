@@ -11,7 +11,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from jprune import devices, trees
 from jprune.checkpoints import Checkpoint
-from jprune.models import decoder
 from jprune.trace import ParamMatmul, matmuls
 
 PyTree = Any
@@ -57,16 +56,16 @@ class Part:
 
 def parts(checkpoint: Checkpoint) -> list[Part]:
     """The blocks in their order, then the head."""
-    config = checkpoint.config
+    model = checkpoint.model
 
     def leaves(*prefixes: str, start: str = "") -> tuple[tuple[str, tuple[int, ...], Any], ...]:
         here = [path for path in checkpoint.shapes if path.startswith(prefixes)]
         return tuple((p.removeprefix(start), checkpoint.shapes[p].shape, checkpoint.shapes[p].dtype) for p in here)
 
-    prefixes = [f"blocks/{i}" for i in range(config.layers)]
-    blocks = [Part(p, decoder.block(config, i), leaves(f"{p}/", start=f"{p}/")) for i, p in enumerate(prefixes)]
-    rest = leaves(*(f"{name}/" for name in decoder.head_parts(config)))
-    return blocks if config.tied else [*blocks, Part("", decoder.head(config), rest)]
+    named = {f"blocks/{i}": function for i, function in enumerate(model.blocks)}
+    blocks = [Part(p, function, leaves(f"{p}/", start=f"{p}/")) for p, function in named.items()]
+    rest = leaves(*(f"{name}/" for name in model.head_parts))
+    return blocks if model.tied else [*blocks, Part("", model.head, rest)]
 
 
 @functools.lru_cache(maxsize=64)

@@ -94,8 +94,9 @@ def _config(config: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, 
     if kept := _present(left.pop(_MAP), files):
         left[_MAP] = kept
     if "AutoConfig" not in kept:  # transformers' own class reads it now, which it finds by its name
-        known = families.ARCHITECTURES[families.architecture(config)]
-        left["model_type"] = known.model_type
+        known = families.ARCHITECTURES.get(str((config.get("architectures") or [None])[0]))
+        if known is not None:
+            left["model_type"] = known.model_type
     return left
 
 

@@ -22,9 +22,11 @@ from jprune.checkpoints import select as selection
 from jprune.checkpoints.gguf import read as gguf
 from jprune.checkpoints.huggingface import tokenizer
 from jprune.checkpoints.inside import checked
-from jprune.checkpoints.source import Source, StoredTensor
+from jprune.checkpoints.source import Entry, Source, StoredTensor, joined
+from jprune.checkpoints.suggested import DEMO, USUAL, Suggested
 from jprune.errors import JpruneError
 from jprune.models import families
+from jprune.models.blocks import InBlocks
 from jprune.models.config import DecoderConfig
 from jprune.models.parameters import shapes
 
@@ -58,33 +60,11 @@ def load(source: str | Path, *, weights: bool = True, adapter: str | Path | None
     return Checkpoint(str(source), opened)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Suggested:
-    """Sizes of windows to work on a model with where the user asks for none; None where the usual ones serve."""
-
-    samples: int | None = None
-    """Calibration windows."""
-    length: int | None = None
-    """Tokens of a calibration window."""
-    evaluation_length: int | None = None
-    """Tokens of an evaluation window."""
-    evaluation_windows: int | None = None
-    """Evaluation windows of that length, from the beginning of a text."""
-    training_length: int | None = None
-    """Tokens of a training window."""
-
-
-_USUAL = Suggested()
-# A quarter of the tokens of the published results; what it costs is in docs/prune-a-model.md.
-_DEMO = Suggested(samples=16, length=512, evaluation_length=512, evaluation_windows=10, training_length=256)
-
-
 class Checkpoint:
     """A model on disk. Holds no weights.
 
     Attributes:
         source: as it was given to `load`.
-        config: what the decoder needs to know.
         hf_config: config.json, as read or as rebuilt from GGUF metadata.
         shapes: shape and stored dtype of every parameter by path (where the file is quantised float32 for GGUF, else
             bfloat16).
@@ -93,13 +73,52 @@ class Checkpoint:
     def __init__(self, source: str, opened: Source):
         self.source = source
         self.hf_config = opened.config
-        try:
-            self.config: DecoderConfig = families.config(opened.config)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise JpruneError(f"{source}: config.json is incomplete or not what it should be ({error!r})") from error
         self._opened = opened
-        self._tensors = _by_path(opened, self.config, source)
+        self._config = None if opened.model is not None else _native(opened.config, source)
+        self._tensors = dict(opened.tensors) if opened.model else _by_path(opened, self.config, source)
         self.shapes = {path: jax.ShapeDtypeStruct(t.shape, t.dtype) for path, t in self._tensors.items()}
+
+    @functools.cached_property
+    def model(self) -> InBlocks:
+        """Its functions, from tokens to logits."""
+        from jprune.models import decoder  # which takes long to import, and opening does without
+
+        return self._opened.model or decoder.in_blocks(self.config)
+
+    @property
+    def road(self) -> str:
+        """How the model is computed, as in `InBlocks`: "native", or by PyTorch's module."""
+        return "native" if self._opened.model is None else self._opened.model.road
+
+    @property
+    def architecture(self) -> str:
+        """As in config.json."""
+        return self.config.architecture if self._opened.model is None else self._opened.model.architecture
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks."""
+        return self.config.layers if self._opened.model is None else self._opened.model.layers
+
+    @property
+    def config(self) -> DecoderConfig:
+        """What the decoder needs to know.
+
+        Raises:
+            JpruneError: the model is not native; whatever asks for a config works on native models alone.
+        """
+        if self._config is None:
+            raise JpruneError(
+                f"{self.source}: {self.architecture} has no table in jprune and is computed by "
+                f"{self.road}: its weights can be pruned, and it can be measured, but it cannot be made smaller, "
+                "trained, packed, or generate text here; transformers loads what is pruned for that"
+            )
+        return self._config
+
+    @property
+    def table(self) -> Mapping[str, Entry]:
+        """For every parameter by path: the Hugging Face tensors that store it, and how."""
+        return self._opened.table if self._config is None else families.table(self._config)
 
     def read(self, path: str) -> np.ndarray:
         """One parameter in our layout and its stored dtype (a view of freshly read memory)."""
@@ -201,14 +220,16 @@ class Checkpoint:
 
     @property
     def sizes(self) -> tuple[dict[str, int], ...]:
-        """The sizes of every layer by name: d_model, heads, kv_heads, d_ff."""
+        """The sizes of every layer by name: d_model, heads, kv_heads, d_ff; of a model that is not native the first."""
+        if self._config is None:
+            return ({"d_model": self.model.d_model},) * self.layers
         config = self.config
         return tuple({"d_model": config.d_model, **dataclasses.asdict(config.layer(i))} for i in range(config.layers))
 
     @property
     def suggested(self) -> Suggested:
         """Sizes of windows for this model where the user asks for none."""
-        return _DEMO if self.source == "demo" else _USUAL
+        return DEMO if self.source == "demo" else USUAL
 
     @property
     def in_cache(self) -> bool:
@@ -219,7 +240,8 @@ class Checkpoint:
         """What the record of a result says of the model that it was made from."""
         return {
             "source": self.source,
-            "architecture": self.config.architecture,
+            "architecture": self.architecture,
+            "road": self.road,
             "fingerprint": self.fingerprint(),
         }
 
@@ -230,7 +252,7 @@ class Checkpoint:
         return hashlib.sha256(f"{config}:{self._opened.identity()}".encode()).hexdigest()
 
     def __repr__(self) -> str:
-        return f"Checkpoint({self.source!r}, {self.config.architecture}, {self.config.layers} layers)"
+        return f"Checkpoint({self.source!r}, {self.architecture}, {self.layers} layers)"
 
 
 def _open(source: str, weights: bool) -> Source:
@@ -273,6 +295,13 @@ def _open_folder(folder: Path, weights: bool) -> Source:
     return huggingface.open_source(folder)
 
 
+def _native(hf_config: dict, source: str) -> DecoderConfig:
+    try:
+        return families.config(hf_config)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise JpruneError(f"{source}: config.json is incomplete or not what it should be ({error!r})") from error
+
+
 def _by_path(opened: Source, config: DecoderConfig, source: str) -> dict[str, StoredTensor]:
     """Tensors by our paths, checked against the config: nothing missing, nothing unknown, every shape as expected."""
     if opened.layout == "hugging_face":
@@ -304,16 +333,4 @@ def _by_path(opened: Source, config: DecoderConfig, source: str) -> dict[str, St
         )
     if opened.layout != "hugging_face":
         return {path: given[path] for path in expected}
-    return {path: _in_our_layout([given[key] for key in entry.keys], entry) for path, entry in table.items()}
-
-
-def _in_our_layout(stored: Sequence[StoredTensor], entry: families.Entry) -> StoredTensor:
-    share = math.prod(entry.path_shape) / sum(math.prod(tensor.shape) for tensor in stored)  # of fused tensors a part
-    quantised = all(tensor.stored_bytes is not None for tensor in stored)
-    return StoredTensor(
-        shape=entry.path_shape,
-        dtype=stored[0].dtype,
-        where=stored[0].where,
-        read=lambda: entry.read(*(tensor.read() for tensor in stored)),
-        stored_bytes=round(share * sum(tensor.stored_bytes or 0 for tensor in stored)) if quantised else None,
-    )
+    return {path: joined([given[key] for key in entry.keys], entry) for path, entry in table.items()}

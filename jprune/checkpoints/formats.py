@@ -115,6 +115,8 @@ def check(checkpoint: Checkpoint, format: Format) -> None:
 
 def notices(checkpoint: Checkpoint, format: Format) -> tuple[str, ...]:
     """What a user should know of a model in this format: a line each."""
+    if checkpoint.road != "native":
+        return ()
     if format == "decilm":
         return ("vLLM loads this folder with --trust-remote-code, which runs its configuration_decilm.py",)
     if format == "jprune" and not checkpoint.config.uniform:
@@ -133,6 +135,13 @@ def _restated(checkpoint: Checkpoint, format: Format) -> Checkpoint:
     """The checkpoint with the config.json and files that the format has."""
     if format not in get_args(Format):
         raise JpruneError(f"unknown format {format!r}; there are {', '.join(get_args(Format))}")
+    if checkpoint.road != "native":
+        if format != "hf":
+            raise JpruneError(
+                f"{checkpoint.architecture} has no table in jprune, and is written as a Hugging Face folder "
+                f"alone, not as {format}; leave `format` out"
+            )
+        return checkpoint
     config = checkpoint.config
     if format == "decilm":
         return checkpoint.restated(decilm.stated(checkpoint.hf_config, config), decilm.files())

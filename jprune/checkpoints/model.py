@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jprune.checkpoints.source import Entry
+from jprune.models.blocks import InBlocks
 from jprune.models.config import DecoderConfig
 
 
@@ -19,7 +21,17 @@ class Model(Protocol):
 
     @property
     def config(self) -> DecoderConfig:
-        """What the decoder needs to know."""
+        """What the decoder needs to know; there is nothing of a model that is not native."""
+        ...
+
+    @property
+    def model(self) -> InBlocks:
+        """The model's functions."""
+        ...
+
+    @property
+    def table(self) -> Mapping[str, Entry]:
+        """For every parameter by path: the Hugging Face tensors that store it, and how."""
         ...
 
     @property

@@ -7,12 +7,14 @@ asked.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
 
+from jprune.models.blocks import InBlocks
 from jprune.models.kernels import Kernel
 
 FLOAT_DTYPES = {
@@ -20,6 +22,52 @@ FLOAT_DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+
+
+class Entry(Protocol):
+    """Where a parameter is stored, and the two directions; `jprune.models.families.Entry` is one."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of the tensors that store it."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """The first of them."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of each stored tensor."""
+        ...
+
+    @property
+    def path_shape(self) -> tuple[int, ...]:
+        """Of the parameter."""
+        ...
+
+    @property
+    def whole(self) -> bool:
+        """Whether no other parameter is in these tensors."""
+        ...
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is made of several tensors."""
+        ...
+
+    def read(self, *stored: np.ndarray) -> np.ndarray:
+        """The parameter, out of its stored tensors."""
+        ...
+
+    def write(self, parameter: np.ndarray) -> np.ndarray:
+        """The stored tensor of a parameter that is one."""
+        ...
+
+    def write_to(self, index: int, parameter: np.ndarray, out: np.ndarray) -> None:
+        """Fills its part of the stored tensor `keys[index]`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +109,21 @@ class Source:
     # Where reading many tensors at once is much cheaper than one by one: {key: values} of the keys given.
     read_together: Callable[[list[str]], dict[str, np.ndarray]] | None = None
     notices: tuple[str, ...] = ()  # what a user should know of what was opened
+    model: InBlocks | None = None  # of a model that is not native; its tensors are by path and in its own layout
+    table: Mapping[str, Entry] = dataclasses.field(default_factory=dict)  # and where they are stored
+
+
+def joined(stored: Sequence[StoredTensor], entry: Entry) -> StoredTensor:
+    """A parameter in our layout, out of the tensors that store it."""
+    share = math.prod(entry.path_shape) / sum(math.prod(tensor.shape) for tensor in stored)  # of fused tensors a part
+    quantised = all(tensor.stored_bytes is not None for tensor in stored)
+    return StoredTensor(
+        shape=entry.path_shape,
+        dtype=stored[0].dtype,
+        where=stored[0].where,
+        read=lambda: entry.read(*(tensor.read() for tensor in stored)),
+        stored_bytes=round(share * sum(tensor.stored_bytes or 0 for tensor in stored)) if quantised else None,
+    )
 
 
 def reason(error: Exception) -> str:

@@ -13,6 +13,7 @@ from jprune.cli import display
 from jprune.cli.command import Command, Told
 
 if TYPE_CHECKING:
+    from jprune.checkpoints import Checkpoint
     from jprune.trace import Group
     from jprune.trees import Sparsity
 
@@ -32,7 +33,6 @@ class Info(Command):
         from jprune.anatomy.account import account
         from jprune.anatomy.kernels import matmul_kernels, prunable
         from jprune.checkpoints import load
-        from jprune.models.config import describe
 
         if self.verify:
             _verify(self.model)
@@ -55,16 +55,15 @@ class Info(Command):
             prunable_parameters=sum(row["parameters"] for row in rows),
             total_parameters=checkpoint.parameters,
         )
-        config = dataclasses.asdict(checkpoint.config)
         result = {
-            "family": checkpoint.hf_config.get("model_type", checkpoint.config.architecture),
-            "architecture": checkpoint.config.architecture,
+            "family": checkpoint.hf_config.get("model_type", checkpoint.architecture),
+            "architecture": checkpoint.architecture,
+            "road": checkpoint.road,
             "parameters": sparsity.total_parameters,
             "prunable_parameters": sparsity.prunable_parameters,
             "zeros": sparsity.zeros,
             "sparsity": sparsity.achieved,
-            "config": {name: config[name] for name in _SIZES},
-            "layers": describe(checkpoint.config)["layers"],
+            **_sizes(checkpoint),
             "dtypes": sorted({s.dtype.name for s in checkpoint.shapes.values()}),
             "kernels": rows,
             "account": [dataclasses.asdict(entry) for entry in account(checkpoint)],
@@ -74,6 +73,17 @@ class Info(Command):
         elif checkpoint.stored_bytes != checkpoint.nbytes:
             result["quantised"] = {"bytes": checkpoint.stored_bytes, "dequantised_bytes": checkpoint.nbytes}
         return Told(result, show=functools.partial(_show, result, sparsity))
+
+
+def _sizes(checkpoint: "Checkpoint") -> dict[str, Any]:
+    """The model's sizes, and those of each layer where they are known."""
+    from jprune.models.config import describe
+
+    if checkpoint.road == "native":
+        config = dataclasses.asdict(checkpoint.config)
+        return {"config": {name: config[name] for name in _SIZES}, "layers": describe(checkpoint.config)["layers"]}
+    names = [name for name in _SIZES if hasattr(checkpoint.model, name)]
+    return {"config": {name: getattr(checkpoint.model, name) for name in names}, "layers": []}
 
 
 def _verify(model: str) -> None:
@@ -90,6 +100,8 @@ def _show(result: dict[str, Any], sparsity: "Sparsity") -> None:
     from jprune.models.config import LAYER_SIZES
 
     print(f"{result['architecture']} ({result['family']}), {', '.join(result['dtypes'])}")
+    if result["road"] != "native":
+        print(f"without a table in jprune: computed by {result['road']}")
     differ = LAYER_SIZES if any(layer != result["layers"][0] for layer in result["layers"]) else ()
     print(", ".join(f"{name} {value}" for name, value in result["config"].items() if name not in differ))
     if differ:

@@ -15,7 +15,7 @@ def calibration_shape(
     length = checkpoint.suggested.length if length is None else length
     return (
         windows.DEFAULT_SAMPLES if samples is None else samples,
-        min(windows.DEFAULT_LENGTH, checkpoint.config.context) if length is None else length,
+        min(windows.DEFAULT_LENGTH, checkpoint.model.context) if length is None else length,
     )
 
 
@@ -48,8 +48,8 @@ def calibration_windows(
         samples=suggested.samples if samples is None and text else samples,
         length=suggested.length if length is None and text else length,
         seed=seed,
-        vocab_size=checkpoint.config.vocab,
-        context=checkpoint.config.context,
+        vocab_size=checkpoint.model.vocab,
+        context=checkpoint.model.context,
     )
 
 
@@ -66,6 +66,6 @@ def evaluation_windows(
         checkpoint.tokenizer,
         length=length,
         windows=count,
-        vocab_size=checkpoint.config.vocab,
-        context=checkpoint.config.context,
+        vocab_size=checkpoint.model.vocab,
+        context=checkpoint.model.context,
     )

@@ -23,8 +23,12 @@ INSTRUCTION_LENGTH = 256
 class Model(Protocol):
     """What is needed of a model; `jprune.checkpoints.Checkpoint` has it."""
 
-    config: DecoderConfig
     hf_config: dict
+
+    @property
+    def config(self) -> DecoderConfig:
+        """What the decoder needs to know."""
+        ...
 
     @property
     def tokenizer(self) -> Tokenizer | None:

@@ -68,7 +68,7 @@ class Reference:
         progress: Callable[[int, int], None] | None = None,
     ):
         self._tokens, self._dtype, self._mesh = tokens, dtype, mesh or devices.make_mesh()
-        self._vocab = weights.config.vocab
+        self._vocab = weights.model.vocab
         with jax.default_matmul_precision("highest"):
             self._own = through_blocks(weights, tokens, dtype=dtype, mesh=self._mesh, progress=progress)
 
@@ -78,9 +78,9 @@ class Reference:
         Raises:
             JpruneError: it has another vocabulary, or a result that is not finite.
         """
-        if weights.config.vocab != self._vocab:
+        if weights.model.vocab != self._vocab:
             raise JpruneError(
-                f"expected two models of one vocabulary, got {self._vocab} tokens and {weights.config.vocab}: what "
+                f"expected two models of one vocabulary, got {self._vocab} tokens and {weights.model.vocab}: what "
                 "they predict cannot be held against each other"
             )
         with jax.default_matmul_precision("highest"):

@@ -19,7 +19,7 @@ import numpy as np
 from jprune.annotations import Array, Float, Int, Int32
 from jprune.models import decoder
 from jprune.models.config import DecoderConfig
-from jprune.models.weights import Weights
+from jprune.models.weights import NativeWeights
 
 PyTree = Any
 
@@ -39,7 +39,7 @@ class Gradients:
 
 
 def stream(
-    weights: Weights,
+    weights: NativeWeights,
     tokens: Int32[np.ndarray, "n L"],
     *,
     visit: Callable[[Gradients], None],
@@ -93,11 +93,11 @@ def stream(
     return float(loss)
 
 
-def _block(weights: Weights, index: int) -> PyTree:
+def _block(weights: NativeWeights, index: int) -> PyTree:
     return _wide(weights.params(f"blocks/{index}"))
 
 
-def _ends(weights: Weights, config: DecoderConfig, *, with_embedding: bool) -> PyTree:
+def _ends(weights: NativeWeights, config: DecoderConfig, *, with_embedding: bool) -> PyTree:
     names = dict.fromkeys([*decoder.head_parts(config), *(["embed"] if with_embedding else [])])
     return {name: weights.params(name) for name in names}
 

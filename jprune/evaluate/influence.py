@@ -10,12 +10,12 @@ from jax.typing import DTypeLike
 from jprune.annotations import Array, Float, Float64, Int32
 from jprune.models import decoder
 from jprune.models.batching import windows_at_once
-from jprune.models.weights import Weights
+from jprune.models.weights import NativeWeights
 from jprune.structured.importance import block_influence
 
 
 def block_influences(
-    weights: Weights,
+    weights: NativeWeights,
     tokens: Int32[np.ndarray, "n L"],
     *,
     dtype: DTypeLike,

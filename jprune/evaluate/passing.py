@@ -19,7 +19,6 @@ from jax.typing import DTypeLike
 from jprune import devices, trees
 from jprune.annotations import Array, Float, Int, Integer
 from jprune.errors import JpruneError
-from jprune.models import decoder
 from jprune.models.batching import windows_at_once
 from jprune.models.weights import Weights
 from jprune.trace import matmuls
@@ -34,6 +33,8 @@ class Passed:
     hidden: list[Float[Array, "_ _ _"]]
     """What the last block gives, [batch, length, d_model]."""
     head: Callable[..., Any]
+    head_of: Callable[..., Any]
+    """As in `InBlocks`."""
     params: dict[str, Any]
     """Of the head."""
     count: int
@@ -65,7 +66,7 @@ def through_blocks(
     Raises:
         JpruneError: windows of fewer than two tokens, or ids outside the vocabulary.
     """
-    _check(tokens, weights.config.vocab)
+    _check(tokens, weights.model.vocab)
     batches = _micro_batches(tokens, batch, mesh)
     return dataclasses.replace(
         pass_blocks(weights, batches, dtype=dtype, mesh=mesh, progress=progress), count=len(tokens)
@@ -89,21 +90,19 @@ def pass_blocks(
         mesh: the devices.
         progress: called with (done, total) after each block.
     """
-    config = weights.config
+    model = weights.model
 
     def placed(tree: Any, function: Callable | None = None) -> Any:
         params = trees.flatten(tree)
         del tree
         shapes = tuple((path, np.shape(leaf)) for path, leaf in params.items())
-        where = _shardings(function, shapes, config.d_model, mesh)
+        where = _shardings(function, shapes, model.d_model, mesh)
         return trees.unflatten({p: devices.place(params.pop(p), where[p]).astype(dtype) for p in list(params)})
 
     params = placed({"embed": weights.params("embed")})
-    embed = decoder.embed(config)
-    hidden = [_jit(embed, windows.sharding)(params, windows) for windows in batches]
+    hidden = [_jit(model.embed, windows.sharding)(params, windows) for windows in batches]
     del params  # here and below: else it would stay while the next part is read
-    for index in range(config.layers):
-        function = decoder.block(config, index)
+    for index, function in enumerate(model.blocks):
         params = placed(weights.params(f"blocks/{index}"), function)
         for i, x in enumerate(hidden):
             hidden[i] = _jit_in_place(function, batches[i].sharding)(params, x)
@@ -111,10 +110,16 @@ def pass_blocks(
         jax.block_until_ready(hidden)
         del params
         if progress is not None:
-            progress(index + 1, config.layers + 1)
-    head = decoder.head(config)
-    params = placed({name: weights.params(name) for name in decoder.head_parts(config)}, head)
-    return Passed(windows=list(batches), hidden=hidden, head=head, params=params, count=sum(map(len, batches)))
+            progress(index + 1, model.layers + 1)
+    params = placed({name: weights.params(name) for name in model.head_parts}, model.head)
+    return Passed(
+        windows=list(batches),
+        hidden=hidden,
+        head=model.head,
+        head_of=model.head_of,
+        params=params,
+        count=sum(map(len, batches)),
+    )
 
 
 def check_finite(nll: Float[np.ndarray, " n"], dtype: DTypeLike) -> None:
@@ -170,7 +175,7 @@ def _micro_batches(tokens: np.ndarray, batch: int | None, mesh: Mesh) -> list[In
     return [devices.place(part, devices.batch(mesh, size)) for part in padded.reshape(count, size, length)]
 
 
-# The decoder returns one function object for equal blocks, so these caches make equal blocks share one compilation.
+# A model has one function object for equal blocks, so these caches make equal blocks share one compilation.
 
 
 @functools.lru_cache(maxsize=64)

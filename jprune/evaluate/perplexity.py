@@ -25,7 +25,6 @@ from jprune import devices
 from jprune.annotations import Array, Float, Float64, Int, Integer
 from jprune.evaluate.passing import check_finite, through_blocks
 from jprune.evaluate.rows import over_rows
-from jprune.models import decoder
 from jprune.models.weights import Weights
 
 LOGITS_BYTES = 2**25
@@ -92,17 +91,18 @@ def mean_nll(
     with jax.default_matmul_precision("highest"):  # float32 means float32: no TF32, no bfloat16 passes
         mesh = mesh or devices.make_mesh()
         passed = through_blocks(weights, tokens, batch=batch, dtype=dtype, mesh=mesh, progress=progress)
-        head_nll = _jit_nll(passed.head, mesh)
+        head_nll = _jit_nll(passed.head, passed.head_of, mesh)
         nll = np.concatenate([head_nll(passed.params, x, windows) for x, windows in passed])
     nll = nll[: passed.count].astype(np.float64)
     check_finite(nll, dtype)
     if progress is not None:
-        progress(weights.config.layers + 1, weights.config.layers + 1)
+        progress(weights.model.layers + 1, weights.model.layers + 1)
     return nll
 
 
 def _nll(
     head: Callable,
+    head_of: Callable,
     shares: int,
     width: int | None,
     params: dict[str, Any],
@@ -121,7 +121,7 @@ def _nll(
         def tile(state: tuple[Array, Array, Array], number: Array) -> tuple[tuple[Array, Array, Array], None]:
             most, total, hit = state
             first = jnp.minimum(number * width, vocab - width)  # the last one begins within the one before it
-            logits = head(decoder.head_of(params, first, width), h)
+            logits = head(head_of(params, first, width), h)
             place = (target - first)[..., None]
             own = jnp.take_along_axis(logits, jnp.clip(place, 0, width - 1), axis=-1)
             hit = jnp.where((place >= 0) & (place < width), own, hit[..., None])[..., 0]
@@ -140,8 +140,8 @@ def _nll(
 
 
 @functools.lru_cache(maxsize=64)
-def _jit_nll(head: Callable, mesh: Mesh) -> Callable:
+def _jit_nll(head: Callable, head_of: Callable, mesh: Mesh) -> Callable:
     # A kernel that is cut along the vocabulary stays where it lies: its tiles would go from device to device.
     width = TILE if mesh.shape[devices.MODEL] == 1 else None
-    nll = functools.partial(_nll, head, mesh.shape[devices.DATA], width)
+    nll = functools.partial(_nll, head, head_of, mesh.shape[devices.DATA], width)
     return jax.jit(nll, out_shardings=devices.replicated(mesh))

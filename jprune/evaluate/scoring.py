@@ -53,7 +53,7 @@ def scores(
     Raises:
         JpruneError: a sequence is too short or too long, or has ids outside the vocabulary; a result is not finite.
     """
-    context, vocab = weights.config.context, weights.config.vocab
+    context, vocab = weights.model.context, weights.model.vocab
     for sequence, count in zip(sequences, counts, strict=True):
         if not 0 < count < len(sequence) <= context + 1:
             raise JpruneError(

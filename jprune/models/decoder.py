@@ -7,6 +7,7 @@ from the config. The modules are in `jprune.models.modules`.
 """
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from flax import nnx
 from jprune import trees
 from jprune.annotations import Array, DTypeLike, Float, Int, Key
 from jprune.models.attention import Cache
+from jprune.models.blocks import InBlocks
 from jprune.models.config import DecoderConfig
 from jprune.models.linear import Linear, Norm, Params
 from jprune.models.modules import Block, Embed
@@ -36,6 +38,7 @@ __all__ = [
     "head",
     "head_of",
     "head_parts",
+    "in_blocks",
     "init_params",
 ]
 
@@ -207,6 +210,25 @@ def head_of(params: Params, first: Int[Array, ""] | int, width: int) -> Params:
         if name in own.get(part, {}):
             own[part] = {**own[part], name: jax.lax.dynamic_slice_in_dim(own[part][name], first, width, axis)}
     return own
+
+
+@functools.cache
+def in_blocks(config: DecoderConfig) -> InBlocks:
+    """The decoder as passes over a model take it."""
+    return InBlocks(
+        road="native",
+        architecture=config.architecture,
+        vocab=config.vocab,
+        d_model=config.d_model,
+        context=config.context,
+        tied=config.tied,
+        embed=embed(config),
+        blocks=tuple(block(config, i) for i in range(config.layers)),
+        head=head(config),
+        head_parts=head_parts(config),
+        head_of=head_of,
+        left_alone=re.compile("^head/|/(router|shared_gate)/"),
+    )
 
 
 def apply(config: DecoderConfig, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T vocab"]:

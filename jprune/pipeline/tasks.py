@@ -79,7 +79,7 @@ class Model(TemplateLM):
     @property
     def max_length(self) -> int:
         """Tokens that the model's context holds."""
-        return self._checkpoint.config.context
+        return self._checkpoint.model.context
 
     @property
     def tokenizer_name(self) -> str:

@@ -122,7 +122,7 @@ class _Merged:
     """A model and its trained adapters as weights to be read, without a file."""
 
     def __init__(self, checkpoint: Checkpoint, read: Callable[[str], np.ndarray]):
-        self.config = checkpoint.config
+        self.config, self.model = checkpoint.config, checkpoint.model
         self._paths, self._read = tuple(checkpoint.shapes), read
 
     def params(self, prefix: str) -> dict[str, Any]:

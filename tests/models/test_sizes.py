@@ -197,7 +197,7 @@ def test_perplexity_equals_numpy(model):
 
     class Weights:
         def __init__(self):
-            self.config = config
+            self.config, self.model = config, decoder.in_blocks(config)
 
         def params(self, prefix):
             below = {p: x for p, x in trees.flatten(params).items() if p.startswith(f"{prefix}/")}

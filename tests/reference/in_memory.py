@@ -4,6 +4,7 @@ import compiled
 import jax.numpy as jnp
 import numpy as np
 
+from jprune.models import decoder
 from jprune.models.config import DecoderConfig
 
 CONFIG = DecoderConfig(
@@ -24,6 +25,7 @@ class Model:
 
     def __init__(self, params, config=CONFIG):
         self.config, self.tree = config, params
+        self.model = decoder.in_blocks(config)
 
     def params(self, prefix):
         tree = self.tree

@@ -53,7 +53,7 @@ def named(
     if embedding not in tensors:
         tensors[embedding] = tensors.pop(head)
         return config, tensors, left_out
-    if _equal(tensors[embedding], tensors[head]):
+    if equal(tensors[embedding], tensors[head]):
         del tensors[head]
         return config, tensors, left_out
     told = (
@@ -84,7 +84,7 @@ def _without_later_predictions(
     return config | {key: 0 for key in _LATER if key in config}, left, (told,)
 
 
-def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+def equal(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors have the same values, whatever their dtypes."""
     if one is other or one.shape != other.shape or one.problem or other.problem:
         return one.shape == other.shape

@@ -3,6 +3,7 @@
 Only safetensors are read. Pickled weights (pytorch_model.bin) can run code when they are opened and are refused.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jprune.checkpoints import beside, writing
-from jprune.checkpoints.huggingface import decilm, quantised
+from jprune.checkpoints.huggingface import bridged, decilm, quantised
 from jprune.checkpoints.huggingface.locate import locate
 from jprune.checkpoints.huggingface.names import named
 from jprune.checkpoints.inside import checked
@@ -49,16 +50,18 @@ def open_source(path: Path) -> Source:
             f"{where[lost[0]]}: tensor {lost[0]!r} is not in the file that the index names for it; download it again"
         )
     config, stored, dequantised = quantised.plain(config, stored, folder)
-    files = sorted(set(where.values()))
-    config, tensors, told = named(config, stored, aliases)
-    return Source(
+    opened = Source(
         config=config,
-        tensors=tensors,
+        tensors=stored,
         layout="hugging_face",
         side_files=functools.partial(beside.read, folder),
-        identity=functools.partial(identify, *files),
-        notices=chosen + dequantised + told,
+        identity=functools.partial(identify, *sorted(set(where.values()))),
+        notices=chosen + dequantised,
     )
+    if (why := bridged.lacking(config)) is not None:
+        return bridged.source(opened, why, str(folder), aliases)
+    config, tensors, told = named(config, stored, aliases)
+    return dataclasses.replace(opened, config=config, tensors=tensors, notices=opened.notices + told)
 
 
 def open_config(folder: Path) -> Source:
@@ -68,6 +71,15 @@ def open_config(folder: Path) -> Source:
         JpruneError: no config, or one that is not supported.
     """
     hf_config, _, _ = quantised.plain(read_config(folder), {}, folder)
+    if (why := bridged.lacking(hf_config)) is not None:
+        opened = Source(
+            config=hf_config,
+            tensors={},
+            layout="jprune",
+            side_files=functools.partial(beside.read, folder),
+            identity=lambda: "no weights",
+        )
+        return bridged.source_of_config(opened, why, str(folder))
     name = str(hf_config.get("dtype") or hf_config.get("torch_dtype")).removeprefix("torch.")
 
     def read() -> np.ndarray:
@@ -96,7 +108,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = writing.read_json(checked(folder / "config.json", folder))
     quantised.scheme(config, folder)
     config = decilm.plain(config)
-    return {**config, "architectures": [families.architecture(config)]}
+    return config if bridged.lacking(config) else {**config, "architectures": [families.architecture(config)]}
 
 
 def open_file(

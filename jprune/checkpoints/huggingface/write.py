@@ -12,8 +12,8 @@ from jprune.checkpoints import beside, writing
 from jprune.checkpoints.dtypes import cast
 from jprune.checkpoints.huggingface.files import INDEX
 from jprune.checkpoints.model import Model
+from jprune.checkpoints.source import Entry
 from jprune.errors import JpruneError
-from jprune.models import families
 
 
 class Writer:
@@ -47,7 +47,7 @@ class Writer:
     ):
         self.folder = folder
         self._saturate = saturate
-        self._entries = families.table(checkpoint.config)
+        self._entries = checkpoint.table
         self._dtypes = {
             path: np.dtype((dtypes or {}).get(path, leaf.dtype)) for path, leaf in checkpoint.shapes.items()
         }
@@ -94,7 +94,7 @@ class Writer:
         del self._pending[path]
         return checksum
 
-    def _write_parts(self, entry: families.Entry, values: np.ndarray) -> int:
+    def _write_parts(self, entry: Entry, values: np.ndarray) -> int:
         """Writes a parameter that shares its tensor with others, or takes several tensors."""
         for index, key in enumerate(entry.keys):
             file = self._shards[key]
@@ -152,7 +152,7 @@ class Writer:
             self.close()
 
 
-def _plain(entry: families.Entry) -> bool:
+def _plain(entry: Entry) -> bool:
     """Whether a parameter is one whole tensor."""
     return entry.whole and not entry.stacked
 

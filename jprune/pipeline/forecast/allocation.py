@@ -66,7 +66,7 @@ def _flops_of_tries(scoring: Job) -> float:
     assert scoring.shape is not None
     tokens = math.prod(map(min, scoring.shape, TRIED))
     passed, flops = 0, 0.0
-    for part in parts(scoring.checkpoint)[: scoring.checkpoint.config.layers]:
+    for part in parts(scoring.checkpoint)[: scoring.checkpoint.model.layers]:
         passed += part.name in scoring.shared
         flops += 2.0 * tokens * (1 + passed) * sum(math.prod(shape) for _, shape, _ in part.shapes)
     return flops
@@ -78,6 +78,6 @@ def bytes_of_tries(scoring: Job) -> int:
         return 0
     assert scoring.shape is not None
     windows, length = map(min, scoring.shape, TRIED)
-    config = scoring.checkpoint.config
-    hidden = (len(scoring.shared) + 2) * windows * length * config.d_model * jnp.dtype(scoring.dtype).itemsize
-    return hidden + 6 * 4 * length * config.vocab
+    model = scoring.checkpoint.model
+    hidden = (len(scoring.shared) + 2) * windows * length * model.d_model * jnp.dtype(scoring.dtype).itemsize
+    return hidden + 6 * 4 * length * model.vocab

@@ -213,7 +213,7 @@ class Forecast:
         """The hidden states of one stream, micro-batch by micro-batch."""
         if self.job.shape is None:
             return []
-        width = self.job.checkpoint.config.d_model
+        width = self.job.checkpoint.model.d_model
         return [x for (x,) in hidden_specs(width, self.job.shape, layout, self.job.dtype, self.job.mesh)]
 
     def costs(self, layout: Layout) -> list[UnitCost]:
@@ -236,8 +236,8 @@ class Forecast:
     def plan(self, disk: Path) -> Plan:
         """Everything, with a short measurement of this machine."""
         layout, found = self.choose(disk, exact=True)
-        config = self.job.checkpoint.config
-        rates = speed.measure(self.job.method, d_model=config.d_model, d_ff=config.d_ff, dtype=self.job.dtype)
+        d_model, widest = self.job.checkpoint.model.d_model, max(kernel.d_in for kernel in self.job.kernels)
+        rates = speed.measure(self.job.method, d_model=d_model, d_ff=widest, dtype=self.job.dtype)
         kept = max(found.hidden, found.carry if layout.carry_limit is None else 0)
         on_device = min(kept, found.device_left)
         on_host = min(kept - on_device, found.left - found.device_left)

@@ -62,7 +62,7 @@ def allocated(job: Job, run: Run, machine: Machine) -> Job:
 def _scores(job: Job, run: Run, blocks: list[str]) -> list[float]:
     """The scores of the blocks, in one pass."""
     assert job.shape is not None
-    specs = hidden_specs(job.checkpoint.config.d_model, job.shape, run.layout, job.dtype, job.mesh)
+    specs = hidden_specs(job.checkpoint.model.d_model, job.shape, run.layout, job.dtype, job.mesh)
     scores: dict[str, float] = {}
     with jax.default_matmul_precision("highest"), Background() as reading:
         hidden = embedded(job, specs, _batches(run, specs, 0))
@@ -85,7 +85,7 @@ def _scores(job: Job, run: Run, blocks: list[str]) -> list[float]:
             if after is not None:
                 hidden = after
         if damage is not None:
-            for part in parts(job.checkpoint)[len(job.parts) : job.checkpoint.config.layers]:
+            for part in parts(job.checkpoint)[len(job.parts) : job.checkpoint.model.layers]:
                 damage.pass_through(part, _placed(job, part, read_part(job.checkpoint, part)), {})
             scores = damage.all()
     for name in blocks:
@@ -99,7 +99,7 @@ def _scores(job: Job, run: Run, blocks: list[str]) -> list[float]:
 
 def _placed(job: Job, part: Part, values: dict[str, Any]) -> Params:
     """A part's parameters on the devices; `values` are used up, so that no array is held twice."""
-    where = part.shardings(job.mesh, job.checkpoint.config.d_model)
+    where = part.shardings(job.mesh, job.checkpoint.model.d_model)
     params = {path: devices.place(values.pop(path), where[path]) for path, _, _ in part.shapes}
     check_finite({part.path(path): value for path, value in params.items()})
     return params

@@ -23,7 +23,6 @@ from jprune import devices, trees
 from jprune.anatomy.parts import Part
 from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
-from jprune.models import decoder
 from jprune.pipeline.forecast import programs
 from jprune.pipeline.forecast.layout import hidden_specs
 from jprune.pipeline.job import Job
@@ -66,7 +65,7 @@ class _Blocks:
         self.specs = (
             []
             if job.shape is None
-            else hidden_specs(job.checkpoint.config.d_model, job.shape, run.layout, job.dtype, job.mesh, job.streams)
+            else hidden_specs(job.checkpoint.model.d_model, job.shape, run.layout, job.dtype, job.mesh, job.streams)
         )
 
         if job.recipe.reconstruct and len(self.specs) < 2:
@@ -119,7 +118,7 @@ class _Blocks:
         read(0)
         for at, step in enumerate(steps):
             i, part = step.unit, self.parts[step.unit]
-            where = part.shardings(self.job.mesh, self.checkpoint.config.d_model)
+            where = part.shardings(self.job.mesh, self.checkpoint.model.d_model)
             with self.stopwatch.phase("io"):
                 # Emptied on the way, so that no array is held twice.
                 params, *others = (
@@ -202,7 +201,7 @@ def embedding(job: Job) -> Callable[[np.ndarray, Any], jax.Array]:
     read = job.checkpoint.params("embed")
     params = {"embed": jax.tree.map(lambda value: devices.place(value, everywhere), read)}
     check_finite(trees.flatten(params))
-    embed = decoder.embed(job.checkpoint.config)
+    embed = job.checkpoint.model.embed
     return lambda tokens, where: programs.forward(embed, where)(params, devices.place(tokens, where)).astype(job.dtype)
 
 

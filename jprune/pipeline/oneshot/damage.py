@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jprune import devices, trees
 from jprune.anatomy.parts import Part
 from jprune.annotations import Array, Float
-from jprune.models import decoder
 from jprune.pipeline.forecast import programs
 from jprune.pipeline.job import TRIED, Job
 from jprune.pipeline.oneshot.blocks import embedding
@@ -59,9 +58,9 @@ class Damage:
         everywhere = devices.replicated(self._job.mesh)
         params = {
             name: jax.tree.map(lambda value: devices.place(value, everywhere), checkpoint.params(name))
-            for name in decoder.head_parts(checkpoint.config)
+            for name in checkpoint.model.head_parts
         }
-        measure = _divergence(decoder.head(checkpoint.config))
+        measure = _divergence(checkpoint.model.head)
         return {name: float(measure(params, self._dense, x)) for name, x in self._pruned.items()}
 
 

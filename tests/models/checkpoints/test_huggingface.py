@@ -431,5 +431,6 @@ def test_facts(folder):
     assert checkpoint.described() == {
         "source": str(folder),
         "architecture": config.architecture,
+        "road": "native",
         "fingerprint": checkpoint.fingerprint(),
     }

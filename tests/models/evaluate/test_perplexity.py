@@ -19,7 +19,7 @@ class Model:
     """A model in memory with the face of a checkpoint; remembers what was read."""
 
     def __init__(self, config, params):
-        self.config = config
+        self.config, self.model = config, decoder.in_blocks(config)
         self.tree = jax.tree.map(np.asarray, params)
         self.reads = []
 
@@ -109,7 +109,9 @@ def test_logits_stay_small_with_a_big_vocabulary():
     params = {key: decoder.abstract_params(config)[key] for key in ("final_norm", "head")}
     x = jax.ShapeDtypeStruct((2, 2048, d_model), jnp.float32)
     ids = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
-    compiled = module._jit_nll(decoder.head(config), devices.one_device()).lower(params, x, ids).compile()
+    compiled = (
+        module._jit_nll(decoder.head(config), decoder.head_of, devices.one_device()).lower(params, x, ids).compile()
+    )
     assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * module.LOGITS_BYTES
 
 

@@ -1,0 +1,224 @@
+"""PyTorch's module of a model without its weights, its decoder layers, and a traced call of it.
+
+The layers are found by structure: of the module lists that no other list holds, those whose members a call runs, the
+longest; several of that length (XLM has lists of attentions and of MLPs) are layers together, member by member. Every
+equation of the trace carries the number of the layer that made it in its name stack.
+"""
+
+import functools
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+import transformers
+from transformers import initialization
+
+from jprune.bridge import experts
+from jprune.bridge.environment import constant, environment, explained, running, tensor
+from jprune.errors import JpruneError
+
+_SCOPE = "jprune_layer_"
+_NUMBER = re.compile(r"^((decoder_|attn_|attention_)?(layer|block)_?)?(i|idx|id|index|number|num)$")
+"""Attributes in which layers keep their own number."""
+_LAYER = re.compile(_SCOPE + r"(\d+)_(\d+)")
+
+
+class Module:
+    """A model of transformers, made from its config alone.
+
+    Args:
+        hf_config: the content of config.json.
+        source: where it was found, for messages.
+        why: why it has no native table, for messages.
+
+    Attributes:
+        architecture: the name of its class.
+        module: PyTorch's, with parameters on the meta device and buffers as constants.
+        shapes: of every parameter, and of every buffer that files may hold, by PyTorch's name.
+        aliases: names that stand for another parameter, as those of a tied head.
+        buffers: the names of what the module can make itself.
+    """
+
+    def __init__(self, hf_config: Mapping[str, Any], source: str, why: str):
+        cls, config = _class(hf_config, source, why)
+        self.architecture = cls.__name__
+        self.what = f"{source}: {self.architecture}"
+        transformers.logging.set_verbosity_error()  # it would tell of kernels for GPUs that are not there
+        experts.register()
+        with explained(self.what):
+            self.module = _made(cls, config)
+        self.config = self.module.config.get_text_config(decoder=True)
+        floats = {name: b for name, b in self.module.state_dict(keep_vars=True).items() if b.is_floating_point()}
+        first: dict[int, str] = {}
+        self.aliases = {}
+        for name, value in floats.items():
+            if first.setdefault(id(value), name) != name:
+                self.aliases[name] = first[id(value)]
+        self.shapes = {name: tuple(value.shape) for name, value in floats.items() if name not in self.aliases}
+        self.buffers = {name for name, _ in self.module.named_buffers()}
+        self._lists = _lists(self.module)
+        self._of_list = dict(enumerate(self._lists))
+        for number, (_, members) in self._of_list.items():
+            for index, layer in enumerate(members):
+                _scoped(layer, f"{_SCOPE}{number}_{index}")
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Of the buffers in `shapes` those that files hold; the others are constants."""
+        self.shapes = {n: shape for n, shape in self.shapes.items() if n not in self.buffers or n in set(names)}
+
+    @functools.cached_property
+    def _constants(self) -> dict[str, torch.Tensor]:
+        return {name: constant(value) for name, value in self.module.named_buffers() if name not in self.shapes}
+
+    def name_of(self, part: str) -> str | None:
+        """PyTorch's name of the weight of a part: "embed" or "head"; None if there is none."""
+        owner = self.module.get_input_embeddings() if part == "embed" else self.module.get_output_embeddings()
+        weight = getattr(owner, "weight", None)
+        for name, value in self.module.state_dict(keep_vars=True).items():
+            if value is weight:
+                return self.aliases.get(name, name)
+        return None
+
+    def traced(self, shape: tuple[int, int], dtype: Any, rows: int | None = None) -> Any:
+        """The jaxpr of (parameters by name, tokens of this shape) -> logits in float32.
+
+        Args:
+            shape: windows and tokens in each.
+            dtype: of the parameters, and so of the computation.
+            rows: tokens of the vocabulary that the head knows; all unless given.
+        """
+        shapes = dict(self.shapes)
+        if rows is not None:
+            for name, axis in self.by_token().items():
+                shapes[name] = (*shapes[name][:axis], rows, *shapes[name][axis + 1 :])
+        params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+
+        def logits(params: Mapping[str, jax.Array], tokens: jax.Array) -> jax.Array:
+            given = {**self._constants, **{name: tensor(value) for name, value in params.items()}}
+            with running():
+                out = torch.func.functional_call(
+                    self.module, given, (), {"input_ids": tensor(tokens), "use_cache": False}, tie_weights=True
+                )
+                return environment().t2j_iso(out.logits).astype(jnp.float32)
+
+        with explained(self.what):
+            return jax.make_jaxpr(logits)(params, jax.ShapeDtypeStruct(shape, jnp.int32))
+
+    def by_token(self) -> dict[str, int]:
+        """The parameters of the head that have an axis of the vocabulary, and which."""
+        head = self.module.get_output_embeddings()
+        found = {}
+        for name, value in self.module.state_dict(keep_vars=True).items():
+            if any(value is getattr(head, own, None) for own in ("weight", "bias")):
+                found[self.aliases.get(name, name)] = 0
+        return found
+
+    def small(self) -> list[str]:
+        """Kernels that send tokens to experts or weigh what these give, and those of convolutions along each channel by
+        itself: of few parameters that matter much."""
+        modules = dict(self.module.named_modules())
+        counts: dict[str, int] = {}  # of experts, by the name of the module that they lie in
+        for name, child in modules.items():
+            if isinstance(count := getattr(child, "num_experts", None), int) and any(
+                value.ndim == 3 and value.shape[0] == count for value in child.parameters(recurse=False)
+            ):
+                counts[name.rpartition(".")[0]] = count
+        found = []
+        for name, shape in self.shapes.items():
+            owner = name.rpartition(".")[0]
+            beside = [counts[outer] for outer in counts if name.startswith(f"{outer}.")]
+            routes = bool(beside) and len(shape) == 2 and shape[0] in (1, *beside)
+            if routes or isinstance(modules.get(owner), torch.nn.Conv1d):
+                found.append(name)
+        return found
+
+    @property
+    def vocab(self) -> int:
+        """Tokens that the embedding knows."""
+        return self.config.vocab_size
+
+    def traits(self, lists: tuple[int, ...], layer: int) -> tuple[Any, ...]:
+        """What tells a layer from others beside what it computes of a few tokens: numbers and words that its modules
+        hold, their buffers, and what the config says layer by layer."""
+        found: list[Any] = []
+        for number in lists:
+            members = self._of_list[number][1]
+            for name, child in members[layer].named_modules():
+                own = {k: v for k, v in vars(child).items() if isinstance(v, bool | int | float | str | None)}
+                own = {k: v for k, v in own.items() if not _NUMBER.search(k)}
+                found.append((name, type(child).__name__, tuple(sorted(own.items(), key=str))))
+            for name, value in members[layer].named_buffers():
+                found.append((name, hashlib.sha256(value.detach().contiguous().numpy().tobytes()).hexdigest()))
+            for key, value in vars(self.config).items():
+                if isinstance(value, list | tuple) and len(value) == len(members):
+                    found.append((key, str(value[layer])))
+        return tuple(found)
+
+    def layer_of(self, equation: Any) -> tuple[int, int] | None:
+        """The number of the list and of the layer in it that made an equation of a trace."""
+        found = _LAYER.search(str(equation.source_info.name_stack))
+        return (int(found[1]), int(found[2])) if found else None
+
+    def list_of(self, number: int) -> tuple[str, int]:
+        """The name of a list of layers, and how many it has."""
+        name, members = self._of_list[number]
+        return name, len(members)
+
+
+def _class(hf_config: Mapping[str, Any], source: str, why: str) -> tuple[Any, Any]:
+    """The class of a causal language model, and its config."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    kind = hf_config.get("model_type")
+    if kind not in NAMES:
+        raise JpruneError(
+            f"{why}. PyTorch's module cannot stand in: transformers {transformers.__version__} has no causal language "
+            f"model of the model_type {kind!r}"
+        )
+    with explained(f"{source}: the config.json of a {NAMES[kind]}"):
+        config = transformers.CONFIG_MAPPING[kind].from_dict(dict(hf_config))
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
+
+
+def _made(cls: Any, config: Any) -> Any:
+    """The module, evaluated (no dropout), with parameters on the meta device; buffers have their values."""
+    original = torch.nn.Module.register_parameter
+
+    def register_parameter(self: Any, name: str, param: Any) -> None:
+        if param is not None and param.device.type != "meta":
+            param = torch.nn.Parameter(param.detach().to("meta"), requires_grad=False)
+        original(self, name, param)
+
+    torch.nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
+    try:
+        with initialization.no_init_weights():
+            options = {"attn_implementation": "eager", "dtype": torch.float32}
+            if cls._can_set_experts_implementation():
+                options["experts_implementation"] = experts.NAME
+            module = cls._from_config(config, **options)
+    finally:
+        torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
+    module.tie_weights()
+    return module.eval()
+
+
+def _lists(module: Any) -> list[tuple[str, list[Any]]]:
+    """The module lists that no other module list holds, with their members."""
+    names = [name for name, child in module.named_modules() if isinstance(child, torch.nn.ModuleList) and len(child)]
+    outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    return [(name, list(module.get_submodule(name))) for name in outer]
+
+
+def _scoped(layer: Any, name: str) -> None:
+    """Notes the name in every equation that a call of the layer makes."""
+    original = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with jax.named_scope(name):
+            return original(*args, **kwargs)
+
+    layer.forward = forward

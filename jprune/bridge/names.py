@@ -1,0 +1,213 @@
+"""The tensors of a checkpoint's files as parameters of a module, and back.
+
+transformers keeps tables of how names and tensors of files become those of its modules (`conversion_mapping`): other
+names, and the kernels of experts, each a tensor in the files, stacked. They are read here and not run, so that each
+parameter is read by itself, and written back under the names and in the shapes that the files had.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import core_model_loading as loading
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from jprune.errors import JpruneError
+
+Index = tuple[int | slice, ...]
+DERIVED = re.compile(r"rotary\w*\.(\w*inv_freq|(cos|sin)_cached)$|(attn|attention)\.(masked_)?bias$|position_ids$")
+"""Buffers that old versions of transformers saved although they follow from the config."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """Where one parameter is stored: each tensor is a piece of it, some axes swapped.
+
+    The face of `jprune.models.families.Entry`.
+    """
+
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    """Of each stored tensor."""
+    path_shape: tuple[int, ...]
+    """Of the parameter."""
+    pieces: tuple[Index, ...]
+    """Which part of the parameter each tensor is."""
+    swapped: tuple[int, int] | None = None
+    """Axes of the parameter that are exchanged in the files."""
+
+    whole = True
+
+    @property
+    def key(self) -> str:
+        """The first of the keys."""
+        return self.keys[0]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether there are several tensors, or one that lies otherwise than the parameter."""
+        return len(self.keys) > 1 or self.swapped is not None
+
+    def read(self, *stored: np.ndarray) -> np.ndarray:
+        """The parameter, out of its stored tensors."""
+        if not self.stacked:
+            return stored[0]
+        found = np.empty(self._laid_out, stored[0].dtype)
+        for index, tensor in zip(self.pieces, stored, strict=True):
+            found[index] = tensor
+        return found if self.swapped is None else np.ascontiguousarray(np.swapaxes(found, *self.swapped))
+
+    def write(self, parameter: np.ndarray) -> np.ndarray:
+        """The stored tensor of a parameter that is one."""
+        return parameter
+
+    def write_to(self, index: int, parameter: np.ndarray, out: np.ndarray) -> None:
+        """Fills the stored tensor `keys[index]`."""
+        laid_out = parameter if self.swapped is None else np.swapaxes(parameter, *self.swapped)
+        out[...] = laid_out[self.pieces[index]]
+
+    @property
+    def _laid_out(self) -> tuple[int, ...]:
+        shape = list(self.path_shape)
+        if self.swapped is not None:
+            a, b = self.swapped
+            shape[a], shape[b] = shape[b], shape[a]
+        return tuple(shape)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What the tensors of files are to a module."""
+
+    entries: dict[str, Pieces]
+    """Where its parameters are stored, by PyTorch's name."""
+    twins: dict[str, list[str]]
+    """Further tensors of the same parameter, as of a head that is tied."""
+    unread: list[str]
+    """Tensors that transformers leaves alone."""
+
+
+def stored_in(module: Any, given: Mapping[str, tuple[int, ...]], what: str) -> Stored:
+    """Where the parameters of a module are stored.
+
+    Args:
+        module: a `jprune.bridge.module.Module`.
+        given: the shapes of the tensors in the files by their names.
+        what: the model, for messages.
+
+    Raises:
+        JpruneError: tensors that are missing or unknown, that do not fit, or that transformers makes into parameters
+            in a way that is not followed.
+    """
+    own = module.module
+    table = get_model_conversion_mapping(own)
+    renamings = [entry for entry in table if isinstance(entry, loading.WeightRenaming)]
+    converters = [entry for entry in table if isinstance(entry, loading.WeightConverter)]
+    state = dict.fromkeys(own.state_dict(), 0)
+    found: dict[str, list[tuple[str | None, str]]] = {}
+    unread, unknown = [], []
+    ignored = [re.compile(regex) for regex in own._keys_to_ignore_on_load_unexpected or ()]
+    for key in sorted(given, key=loading.dot_natural_key):
+        name, pattern = loading.rename_source_key(key, renamings, converters, own.base_model_prefix, state)
+        if name not in state and key in state:
+            name, pattern = key, None
+        if name in state:
+            found.setdefault(name, []).append((pattern, key))
+        elif any(regex.search(key) or regex.search(name) for regex in (*ignored, DERIVED)):
+            unread.append(key)
+        else:
+            unknown.append(key)
+    if unknown:
+        raise JpruneError(
+            f"{what}: {len(unknown)} tensors are no part of the module, first {unknown[0]!r}; leaving them out would "
+            "change what the model computes"
+        )
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    entries: dict[str, Pieces] = {}
+    twins: dict[str, list[str]] = {}
+    for name, sources in sorted(found.items(), key=lambda item: item[0] in module.aliases):
+        known, pattern = module.aliases.get(name, name), sources[0][0]
+        if known in entries:
+            twins.setdefault(known, []).extend(key for _, key in sources)
+        elif known in module.shapes and pattern is None:
+            entries[known] = _alone(sources[0][1], module.shapes[known], given, what)
+        elif known in module.shapes:
+            entries[known] = _joined(known, sources, by_pattern[pattern], module.shapes[known], given, what)
+    if missing := [name for name in module.shapes if name not in entries and name not in module.buffers]:
+        raise JpruneError(
+            f"{what}: {len(missing)} tensors that the module needs are missing, first {missing[0]!r}; does config.json "
+            "lack tie_word_embeddings, or was the base model saved, without its head?"
+        )
+    return Stored(entries=entries, twins=twins, unread=unread)
+
+
+def _alone(key: str, shape: tuple[int, ...], given: Mapping[str, tuple[int, ...]], what: str) -> Pieces:
+    if given[key] != shape:
+        raise JpruneError(
+            f"{what}: tensor {key!r} has shape {given[key]}, but config.json asks for {shape}; the weights and the "
+            "config do not belong together"
+        )
+    return alone(key, shape)
+
+
+def alone(key: str, shape: tuple[int, ...]) -> Pieces:
+    """A parameter that is one tensor as it lies in the files."""
+    return Pieces(keys=(key,), shape=shape, path_shape=shape, pieces=((),))
+
+
+def _joined(
+    name: str,
+    sources: Sequence[tuple[str | None, str]],
+    converter: Any,
+    shape: tuple[int, ...],
+    given: Mapping[str, tuple[int, ...]],
+    what: str,
+) -> Pieces:
+    """A parameter that transformers makes of several tensors, or of one that lies otherwise."""
+    operations = list(converter.operations)
+    kinds = [type(operation).__name__ for operation in operations]
+    swapped = None
+    if kinds and kinds[-1] == "Transpose":
+        swapped = (operations[-1].dim0 % len(shape), operations[-1].dim1 % len(shape))
+        operations, kinds = operations[:-1], kinds[:-1]
+    refused = JpruneError(
+        f"{what}: transformers makes {name} of {len(sources)} tensors, first {sources[0][1]!r}, by "
+        f"{', '.join(type(o).__name__ for o in converter.operations)}, which jprune does not follow yet"
+    )
+    by_pattern: dict[str, list[str]] = {}
+    for pattern, key in sources:
+        by_pattern.setdefault(str(pattern), []).append(key)
+    groups = [by_pattern[p] for p in converter.source_patterns if p in by_pattern]
+    sizes = {given[key] for keys in groups for key in keys}
+    if len(sizes) != 1 or len(converter.target_patterns) > 1 or len(groups) != len(converter.source_patterns):
+        raise refused
+    (size,) = sizes
+    stacked = kinds[:1] == ["MergeModulelist"]
+    if stacked and operations[0].dim != 0:
+        raise refused
+    rest = operations[1:] if stacked else operations
+    if [type(o).__name__ for o in rest] not in ([], ["Concatenate"]) or (not rest and len(groups) > 1):
+        raise refused
+    if not stacked and any(len(keys) > 1 for keys in groups):
+        raise refused
+    axis = rest[0].dim % (len(size) + stacked) if rest else 0
+    keys, pieces = [], []
+    for number, own in enumerate(groups):
+        for position, key in enumerate(own):
+            index: list[int | slice] = [slice(None)] * (len(size) + stacked)
+            if rest:
+                length = size[axis - stacked]
+                index[axis] = slice(number * length, (number + 1) * length)
+            if stacked:
+                index[0] = position
+            keys.append(key)
+            pieces.append(tuple(index))
+    entry = Pieces(keys=tuple(keys), shape=size, path_shape=shape, pieces=tuple(pieces), swapped=swapped)
+    if sum(int(np.prod(size)) for _ in keys) != int(np.prod(shape)):
+        raise JpruneError(
+            f"{what}: {len(keys)} tensors of shape {size}, first {keys[0]!r}, do not make {name} of shape {shape}; the "
+            "weights and the config do not belong together"
+        )
+    return entry
