@@ -34,19 +34,21 @@ def pruned(model, out, **options):
 
 
 @pytest.fixture(scope="module")
-def olmoe(tmp_path_factory):
+def flex_olmo(tmp_path_factory):
     """A mixture of experts; its files have a tensor for every kernel of every expert."""
     options = bridged.SMALL | {"num_experts": 4, "num_experts_per_tok": 2}
-    return bridged.saved(tmp_path_factory.mktemp("olmoe") / "source", "OlmoeForCausalLM", **options)
+    return bridged.saved(tmp_path_factory.mktemp("flex_olmo") / "source", "FlexOlmoForCausalLM", **options)
 
 
-def test_a_model_without_a_table_is_pruned_as_transformers_computes_it(olmoe, tmp_path):
-    checkpoint = load(olmoe)
+def test_a_model_without_a_table_is_pruned_as_transformers_computes_it(flex_olmo, tmp_path):
+    checkpoint = load(flex_olmo)
     assert checkpoint.road == ROAD
-    np.testing.assert_allclose(bridged.logits(checkpoint, TOKENS), hf.logits(bridged.theirs(olmoe), TOKENS), atol=3e-6)
-    report = pruned(olmoe, tmp_path / "out", evaluate=TOKENS)
+    np.testing.assert_allclose(
+        bridged.logits(checkpoint, TOKENS), hf.logits(bridged.theirs(flex_olmo), TOKENS), atol=3e-6
+    )
+    report = pruned(flex_olmo, tmp_path / "out", evaluate=TOKENS)
     assert json.loads((tmp_path / "out" / "jprune.json").read_text())["model"]["road"] == ROAD
-    before, after = bridged.tensors(olmoe), bridged.tensors(tmp_path / "out")
+    before, after = bridged.tensors(flex_olmo), bridged.tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     kernels = {key for key in before if "_proj" in key}
     for key, stored in before.items():
@@ -54,7 +56,7 @@ def test_a_model_without_a_table_is_pruned_as_transformers_computes_it(olmoe, tm
         np.testing.assert_array_equal(after[key][stays], stored[stays])
         # Of every output half of the inputs stay; what routes tokens to experts is left alone.
         assert stays.mean() == (0.5 if key in kernels else 1), key
-    for measured, folder in ((report.before, olmoe), (report.after, tmp_path / "out")):
+    for measured, folder in ((report.before, flex_olmo), (report.after, tmp_path / "out")):
         theirs = torch.from_numpy(hf.logits(bridged.theirs(folder), TOKENS))[:, :-1].flatten(0, 1)
         nll = torch.nn.functional.cross_entropy(theirs, torch.from_numpy(TOKENS).long()[:, 1:].flatten())
         assert measured.value == pytest.approx(float(nll.exp()), rel=1e-5)
@@ -76,21 +78,21 @@ def test_both_roads_prune_alike(architecture, tmp_path, monkeypatch):
     np.testing.assert_allclose(bridged.logits(other, TOKENS), bridged.logits(load(source), TOKENS), atol=1e-5)
 
 
-def test_what_is_made_smaller_or_packed_is_refused(olmoe, tmp_path):
-    with pytest.raises(JpruneError, match="OlmoeForCausalLM has no table in jprune"):
-        load(olmoe).config  # noqa: B018
+def test_what_is_made_smaller_or_packed_is_refused(flex_olmo, tmp_path):
+    with pytest.raises(JpruneError, match="FlexOlmoForCausalLM has no table in jprune"):
+        load(flex_olmo).config  # noqa: B018
     with pytest.raises(JpruneError, match="a Hugging Face folder alone, not as orbax"):
-        pruned(olmoe, tmp_path / "out", format="orbax")
+        pruned(flex_olmo, tmp_path / "out", format="orbax")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_operator_without_a_counterpart_is_named(olmoe, monkeypatch):
+def test_an_operator_without_a_counterpart_is_named(flex_olmo, monkeypatch):
     from jprune.bridge.environment import environment
 
     without = {name: op for name, op in environment()._ops.items() if "rsqrt" not in str(name)}
     monkeypatch.setattr(environment(), "_ops", without)
-    with pytest.raises(JpruneError, match=r"its operator aten::rsqrt, at modeling_olmoe.py:\d+ .* no counterpart"):
-        load(olmoe)
+    with pytest.raises(JpruneError, match=r"its operator aten::rsqrt, at modeling_flex_olmo.py:\d+ .* no counterpart"):
+        load(flex_olmo)
 
 
 def test_python_that_asks_for_values_is_refused(tmp_path):
