@@ -31,6 +31,7 @@ from jprune.data.for_model import evaluation_windows
 from jprune.evaluate.distance import Reference
 
 ADMM = ["admm", "--iterations", "10", "--damping", "0.1", "--dense-targets", "0.5"]
+ALPS = ["alps", "--damping", "0.1", "--dense-targets", "0.5"]
 
 METHODS: dict[str, list[str]] = {
     "magnitude": ["magnitude"],
@@ -44,7 +45,8 @@ METHODS: dict[str, list[str]] = {
     "admm, dense targets, dlp": [*ADMM, "--allocate", "dlp"],
     "admm, dense targets, loss": [*ADMM, "--allocate", "loss"],
     "admm, dense targets, reconstruct": [*ADMM, "--reconstruct", "8"],
-    "alps, dense targets": ["alps", "--damping", "0.1", "--dense-targets", "0.5"],
+    "alps, dense targets": [*ALPS],
+    "alps, dense targets, loss": [*ALPS, "--allocate", "loss"],
 }
 """Words of `jprune prune` by the name of the row."""
 
