@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # what `_NAMES` and `_MODULES` say, for type checkers and edi
     from jprune.statistics import SquaredNorm as SquaredNorm
     from jprune.structured import DropLayers as DropLayers
     from jprune.structured import LLMPruner as LLMPruner
+    from jprune.structured import RemoveExperts as RemoveExperts
     from jprune.structured import shrink as shrink
     from jprune.structured import shrink_function as shrink_function
     from jprune.structured.selection import Target as Target
@@ -108,7 +109,7 @@ _NAMES = {
     ),
     "jprune.solvers": ("Pruned",),
     "jprune.statistics": ("Gram", "Moments", "SquaredNorm"),
-    "jprune.structured": ("DropLayers", "LLMPruner", "shrink", "shrink_function"),
+    "jprune.structured": ("DropLayers", "LLMPruner", "RemoveExperts", "shrink", "shrink_function"),
     "jprune.structured.selection": ("Target",),
     "jprune.trace": ("coupled_axes",),
     "jprune.trace.matmuls": ("matmuls", "skipped"),

@@ -1,7 +1,6 @@
 """A checkpoint: a model's config, its weights by path (read when asked for), and its tokenizer."""
 
 import copy
-import dataclasses
 import functools
 import hashlib
 import json
@@ -27,7 +26,7 @@ from jprune.checkpoints.suggested import DEMO, USUAL, Suggested
 from jprune.errors import JpruneError
 from jprune.models import families
 from jprune.models.blocks import InBlocks
-from jprune.models.config import DecoderConfig
+from jprune.models.config import DecoderConfig, named_sizes
 from jprune.models.parameters import shapes
 
 _log = logging.getLogger(__name__)
@@ -220,11 +219,12 @@ class Checkpoint:
 
     @property
     def sizes(self) -> tuple[dict[str, int], ...]:
-        """The sizes of every layer by name: d_model, heads, kv_heads, d_ff; of a model that is not native the first."""
+        """The sizes of every layer by name: d_model, heads, kv_heads, d_ff, and experts where it has some; of a model
+        that is not native the first."""
         if self._config is None:
             return ({"d_model": self.model.d_model},) * self.layers
         config = self.config
-        return tuple({"d_model": config.d_model, **dataclasses.asdict(config.layer(i))} for i in range(config.layers))
+        return tuple({"d_model": config.d_model, **named_sizes(config, i)} for i in range(config.layers))
 
     @property
     def suggested(self) -> Suggested:

@@ -148,8 +148,7 @@ def _restated(checkpoint: Checkpoint, format: Format) -> Checkpoint:
     if format == "hf" and not config.uniform:
         raise JpruneError(
             f"a plain Hugging Face folder has one size for all layers, and these differ: {_differences(config)}. "
-            "Prune with `uniform` for equal sizes in all layers, or write `format` jprune, which jprune loads, or "
-            "`format` decilm, which vLLM loads"
+            f"{_way_out(config)}"
         )
     if format == "hf":
         _check_derived(config)
@@ -178,12 +177,23 @@ def _check_derived(config: DecoderConfig) -> None:
         raise refused(f"wants num_attention_heads ({config.heads}) to divide hidden_size ({config.d_model})")
 
 
+def _way_out(config: DecoderConfig) -> str:
+    if config.experts:
+        return "Leave out `globally` for as many experts in every layer, or write `format` jprune, which jprune loads"
+    return (
+        "Prune with `uniform` for equal sizes in all layers, or write `format` jprune, which jprune loads, or "
+        "`format` decilm, which vLLM loads"
+    )
+
+
 def _differences(config: DecoderConfig) -> str:
     first = config.layer(0)
     other = next(i for i in range(config.layers) if config.layer(i) != first)
 
     def said(index: int) -> str:
         sizes = config.layer(index)
+        if config.experts:
+            return f"layer {index} has {sizes.experts} experts"
         return f"layer {index} has {sizes.heads} query heads, {sizes.kv_heads} key/value heads and d_ff {sizes.d_ff}"
 
     return f"{said(0)}, {said(other)}"

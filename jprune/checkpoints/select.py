@@ -4,6 +4,7 @@ Structured pruning changes no weight that stays, so its result is such a view: c
 and every tensor cut out of the larger one when it is read.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -26,9 +27,9 @@ _BY_LAYER = ("windows", "ropes")
 _UNTOUCHED = tuple(
     field.name
     for field in dataclasses.fields(DecoderConfig)
-    if field.name not in ("d_model", "layers", "heads", "kv_heads", "d_ff", "sizes", *_BY_LAYER)
+    if field.name not in ("d_model", "layers", "heads", "kv_heads", "d_ff", "experts", "sizes", *_BY_LAYER)
 )
-_SELECTABLE = ("heads", "kv_heads", "d_ff", "d_model")
+_SELECTABLE = ("heads", "kv_heads", "d_ff", "d_model", "experts")
 
 
 def open_source(checkpoint: Readable, keep: Keep, layers: Sequence[int] | None) -> Source:
@@ -118,12 +119,15 @@ def _renumbered(path: str, left: list[int]) -> str | None:
 
 def _config(checkpoint: Readable, found: Mapping[str, tuple[int, ...]], left: list[int]) -> dict:
     """The config.json of the smaller model, from its shapes."""
+    routed = [found[path][-1] for i in range(len(left)) if (path := f"blocks/{i}/mlp/router/kernel") in found]
+    usual = collections.Counter(routed).most_common(1)[0][0] if routed else checkpoint.config.experts
     sizes = [
         LayerSizes(
             heads=found[f"blocks/{i}/attn/q/kernel"][1],
             kv_heads=found[f"blocks/{i}/attn/k/kernel"][1],
             # Layers of experts have no such kernel.
             d_ff=found.get(f"blocks/{i}/mlp/down/kernel", (checkpoint.config.layer(old).d_ff,))[0],
+            experts=found.get(f"blocks/{i}/mlp/router/kernel", (usual,))[-1],  # and layers of one MLP, no router
         )
         for i, old in enumerate(left)
     ]

@@ -41,6 +41,7 @@ RUNNERS = Methods(
         "one-shot": "jprune.cli.prune:Prune",
         "rounds": "jprune.cli.rounds:PruneAndTune",
         "shrink": "jprune.cli.shrink:Shrink",
+        "shrink in parts": "jprune.cli.shrink:ShrinkInParts",
         "shrink to": "jprune.cli.shrink:ShrinkTo",
         "shrink while training": "jprune.cli.shrink:ShrinkWhileTraining",
         "tune": "jprune.cli.tune:Tune",
@@ -156,7 +157,7 @@ def _form(name: str, words: Sequence[str] = (), recipe: dict[str, Any] | None = 
     elif method in TRAINED:
         runner, methods = "shrink while training", TRAINED
     else:
-        runner, methods = "shrink" if method == "layers" else "shrink to", STRUCTURED
+        runner, methods = {"layers": "shrink", "experts": "shrink in parts"}.get(method, "shrink to"), STRUCTURED
     return Form(RUNNERS[runner], WORDS, methods[method].__doc__, {"method": methods[method]})
 
 

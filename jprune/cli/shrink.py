@@ -68,6 +68,14 @@ class Shrink(Planning):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ShrinkInParts(Shrink):
+    """`Shrink` for methods that need a while, and can be interrupted and gone on with."""
+
+    result: Result
+    machine: Annotated[Machine, Flags(only=("run",))]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ShrinkTo(Shrink):
     """`Shrink` for methods that are told how small the model is to be, and may refit what is left."""
 
@@ -112,11 +120,13 @@ def _planned(plan: ShrinkPlan | TrainingPlan) -> Told:
 def _print_plan(plan: ShrinkPlan | TrainingPlan) -> None:
     before, after = plan.parameters
     if plan.sizes is not None and after is not None:
+        names = {"d_model": "d_model", "heads": "query heads", "kv_heads": "KV heads", "d_ff": "d_ff"}
+        names |= {"experts": "experts"} if any("experts" in sizes for sizes in plan.sizes) else {}
         rows = [
-            (f"{a}" if a == b else f"{a} to {b}", s["d_model"], s["heads"], s["kv_heads"], s["d_ff"])
-            for a, b, s in display.runs(plan.sizes)
+            (f"{a}" if a == b else f"{a} to {b}", *(sizes.get(name, "") for name in names))
+            for a, b, sizes in display.runs(plan.sizes)
         ]
-        display.table(["layers", "d_model", "query heads", "KV heads", "d_ff"], rows)
+        display.table(["layers", *names.values()], rows)
         print(f"\nparameters: {display.change(before, after)}")
     else:
         print(f"parameters: {before:,} before; what stays of which layer depends on the importance of all")
@@ -126,10 +136,17 @@ def _print_plan(plan: ShrinkPlan | TrainingPlan) -> None:
     print("nothing was touched")
 
 
+def _counts(report: ShrinkReport) -> tuple[int, int]:
+    """Experts of all layers together, before and after."""
+    return sum(len(own.scores) for own in report.experts), sum(len(own.kept) for own in report.experts)
+
+
 def _print_report(report: ShrinkReport) -> None:
     lines = [f"parameters: {display.change(*report.parameters)}"]
     if isinstance(report.method, DropLayers) or report.layers != tuple(range(len(report.layers))):
         lines.insert(0, f"layers that stay: {', '.join(map(str, report.layers))}")
+    if report.experts:
+        lines.insert(0, f"experts: {display.change(*_counts(report))}")
     if report.kernels:
         lines.append(f"kernels refitted for the inputs that they lost: {len(report.kernels)}")
     display.report(report, lines)

@@ -25,6 +25,7 @@ class LayerSizes:
     heads: int  # query heads
     kv_heads: int
     d_ff: int
+    experts: int = 0  # of a layer that has some
 
 
 LAYER_SIZES = tuple(LayerSizes.__dataclass_fields__)
@@ -169,7 +170,7 @@ class DecoderConfig:
                 f"got those of {len(self.sizes)}"
             )
         for i, layer in enumerate(self.sizes):
-            for name in LAYER_SIZES:
+            for name in LAYER_SIZES if self.experts else LAYER_SIZES[:-1]:
                 if not isinstance(size := getattr(layer, name), int) or size < 1:
                     raise JpruneError(
                         f"{self.architecture}, layer {i}: {name} must be a positive integer, got {size!r}"
@@ -183,18 +184,22 @@ class DecoderConfig:
     def _check_experts(self) -> None:
         if not self.experts:
             return
-        if not (1 <= self.experts_per_token <= self.experts and self.d_expert >= 1):
+        for count in sorted({self.experts, *(layer.experts for layer in self.sizes)}):
+            self._check_count_of_experts(count)
+
+    def _check_count_of_experts(self, count: int) -> None:
+        if not (1 <= self.experts_per_token <= count and self.d_expert >= 1):
             raise JpruneError(
-                f"{self.architecture}: {self.experts_per_token} of {self.experts} experts of width {self.d_expert} for "
+                f"{self.architecture}: {self.experts_per_token} of {count} experts of width {self.d_expert} for "
                 "each token; expected at least one, no more than there are, and a width"
             )
         groups, most = self.expert_groups, self.groups_per_token
-        if groups < 1 or self.experts % groups or not 1 <= most <= groups:
-            raise JpruneError(f"{self.architecture}: {self.experts} experts in {groups} groups, {most} for each token")
-        if self.experts_per_token > most * self.experts // groups:
+        if groups < 1 or count % groups or not 1 <= most <= groups:
+            raise JpruneError(f"{self.architecture}: {count} experts in {groups} groups, {most} for each token")
+        if self.experts_per_token > most * count // groups:
             raise JpruneError(
                 f"{self.architecture}: {self.experts_per_token} experts for each token, but its {most} of {groups} "
-                f"groups have {most * self.experts // groups}"
+                f"groups have {most * count // groups}"
             )
 
     @property
@@ -222,7 +227,7 @@ class DecoderConfig:
 
     def layer(self, index: int) -> LayerSizes:
         """The sizes of one layer."""
-        return self.sizes[index] if self.sizes else LayerSizes(self.heads, self.kv_heads, self.d_ff)
+        return self.sizes[index] if self.sizes else LayerSizes(self.heads, self.kv_heads, self.d_ff, self.experts)
 
     def rope_of(self, index: int) -> Rope | None:
         """The rotary embedding of one layer."""
@@ -242,10 +247,15 @@ class DecoderConfig:
 
 
 def describe(config: DecoderConfig) -> dict[str, Any]:
-    """All sizes as plain values for JSON: `vocab`, `d_model`, `head_dim`, and heads and widths of every layer."""
+    """All sizes as plain values for JSON: `vocab`, `d_model`, `head_dim`, and those of every layer."""
     return {
         "vocab": config.vocab,
         "d_model": config.d_model,
         "head_dim": config.head_dim,
-        "layers": [asdict(config.layer(i)) for i in range(config.layers)],
+        "layers": [named_sizes(config, i) for i in range(config.layers)],
     }
+
+
+def named_sizes(config: DecoderConfig, index: int) -> dict[str, int]:
+    """The sizes of a layer by name: heads, kv_heads, d_ff, and experts where it has some."""
+    return {k: v for k, v in asdict(config.layer(index)).items() if k != "experts" or config.has_experts(index)}

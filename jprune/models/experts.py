@@ -17,8 +17,10 @@ An expert is any function of its kernels, its input and a product ``multiply(x, 
 own.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +43,31 @@ TILE = 128
 """Tokens that one product takes at most. From 64 to 128 measured best on a CPU."""
 
 
+class Watched(NamedTuple):
+    """What has gone through experts."""
+
+    routes: Routes
+    """Of tokens [B, T]."""
+    norms: Float[Array, "B T k"]
+    """Of what each of a token's experts gives, before it is weighted."""
+    experts: int
+    """How many there are."""
+
+
+_watching: contextvars.ContextVar[list[Watched] | None] = contextvars.ContextVar("watching", default=None)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Watched]]:
+    """What goes through `mix` in here, in its order. It belongs to the function that JAX is tracing."""
+    seen: list[Watched] = []
+    before = _watching.set(seen)
+    try:
+        yield seen
+    finally:
+        _watching.reset(before)
+
+
 def mix(
     expert: Expert, kernels: PyTree, x: Float[Array, "B T d_in"], routes: Routes, count: int
 ) -> Float[Array, "B T d_out"]:
@@ -55,11 +82,13 @@ def mix(
     """
     if is_read():
         return dense(expert, kernels, x, routes, count)
+    if (seen := _watching.get()) is not None:
+        y, norms = _both(expert, count, kernels, *_flat(x, routes))
+        seen.append(Watched(routes, norms.reshape(routes.weights.shape), count))
+        return y.reshape(*x.shape[:-1], -1)
 
     def rows(kernels: PyTree, x: Array, routes: Routes) -> Array:
-        tokens = x.reshape(-1, x.shape[-1])
-        flat = Routes(*(part.reshape(len(tokens), -1) for part in routes))
-        return _sum(expert, count, kernels, tokens, flat).reshape(*x.shape[:-1], -1)
+        return _sum(expert, count, kernels, *_flat(x, routes)).reshape(*x.shape[:-1], -1)
 
     return devices.rows_over(rows, kernels, x, routes)
 
@@ -84,8 +113,8 @@ def dense(
 
 def ragged(
     expert: Expert, kernels: PyTree, x: Float[Array, "n d_in"], routes: Routes, count: int
-) -> Float[Array, "n d_out"]:
-    """`mix` of tokens [n, d_in], by products of rows that are sorted by their expert."""
+) -> tuple[Float[Array, "n d_out"], Float[Array, "n k"]]:
+    """`mix` of tokens [n, d_in], by products of rows that are sorted by their expert; and the norms of `Watched`."""
     order = jnp.argsort(routes.experts.reshape(-1), stable=True)
     sizes = jnp.bincount(routes.experts.reshape(-1), length=count)
     token = order // routes.experts.shape[1]
@@ -96,7 +125,9 @@ def ragged(
 
     y = expert(kernels, x[token], product).astype(jnp.float32)
     weighted = y * routes.weights.reshape(-1)[order][:, None]
-    return jnp.zeros((len(x), y.shape[-1]), jnp.float32).at[token].add(weighted).astype(x.dtype)
+    total = jnp.zeros((len(x), y.shape[-1]), jnp.float32).at[token].add(weighted)
+    norms = jnp.zeros(order.shape, jnp.float32).at[order].set(_norms(y))
+    return total.astype(x.dtype), norms.reshape(routes.weights.shape)
 
 
 class _Tiles(NamedTuple):
@@ -135,19 +166,22 @@ class _Tiles(NamedTuple):
 
 def routed(
     expert: Expert, kernels: PyTree, x: Float[Array, "n d_in"], routes: Routes, count: int
-) -> Float[Array, "n d_out"]:
-    """`mix` of tokens [n, d_in], tile by tile."""
+) -> tuple[Float[Array, "n d_out"], Float[Array, "n k"]]:
+    """`mix` of tokens [n, d_in], tile by tile; and the norms of `Watched`."""
     size = _tile(routes, count)
     tiles = _Tiles.of(routes.experts, count, size)
     d_out = jax.eval_shape(lambda own, rows: expert(own, rows, _linear), _one(kernels, 0), x).shape[-1]
 
-    def step(i: Array, total: Array) -> Array:
+    def step(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        total, norms = sums
         pairs = tiles.pairs(i, size)
-        y = expert(_one(kernels, tiles.expert[i]), _rows(x, routes, pairs), _linear)
-        weighted = y.astype(jnp.float32) * _weights(routes, pairs)
-        return _added(total, routes, pairs, weighted)
+        y = expert(_one(kernels, tiles.expert[i]), _rows(x, routes, pairs), _linear).astype(jnp.float32)
+        total = _added(total, routes, pairs, y * _weights(routes, pairs))
+        return total, norms.at[pairs].set(_norms(y), mode="drop")
 
-    return jax.lax.fori_loop(0, tiles.used, step, jnp.zeros((len(x), d_out), jnp.float32)).astype(x.dtype)
+    zeros = jnp.zeros((len(x), d_out), jnp.float32), jnp.zeros(routes.weights.size, jnp.float32)
+    total, norms = jax.lax.fori_loop(0, tiles.used, step, zeros)
+    return total.astype(x.dtype), norms.reshape(routes.weights.shape)
 
 
 def routed_backward(
@@ -196,8 +230,7 @@ def _tile(routes: Routes, count: int) -> int:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sum(expert: Expert, count: int, kernels: PyTree, x: Array, routes: Routes) -> Array:
     """`mix` of tokens [n, d_in]. Its backward pass begins with these operands: nothing is kept for it."""
-    ways = (functools.partial(way, expert, count=count) for way in (routed, ragged))
-    return _whichever(*ways, kernels, x, routes)
+    return _both(expert, count, kernels, x, routes)[0]
 
 
 def _forward(expert: Expert, count: int, *operands: Any) -> tuple[Array, Any]:
@@ -210,7 +243,7 @@ def _backward(expert: Expert, count: int, operands: Any, dy: Array) -> tuple[PyT
 
     def by_rows(kernels: PyTree, x: Array, routes: Routes, dy: Array) -> tuple[PyTree, Array, Array]:
         def run(kernels: PyTree, x: Array, weights: Array) -> Array:
-            return ragged(expert, kernels, x, Routes(routes.experts, weights), count)
+            return ragged(expert, kernels, x, Routes(routes.experts, weights), count)[0]
 
         return jax.vjp(run, kernels, x, routes.weights)[1](dy)
 
@@ -220,6 +253,11 @@ def _backward(expert: Expert, count: int, operands: Any, dy: Array) -> tuple[PyT
 
 
 _sum.defvjp(_forward, _backward)
+
+
+def _both(expert: Expert, count: int, kernels: PyTree, x: Array, routes: Routes) -> tuple[Array, Array]:
+    ways = (functools.partial(way, expert, count=count) for way in (routed, ragged))
+    return _whichever(*ways, kernels, x, routes)
 
 
 def _whichever(by_tile: Callable[..., Any], by_rows: Callable[..., Any], kernels: PyTree, *operands: Any) -> Any:
@@ -239,6 +277,16 @@ def _whichever(by_tile: Callable[..., Any], by_rows: Callable[..., Any], kernels
 def _linear(x: Array, kernel: Any, bias: Array | None) -> Array:
     y = multiply(x, kernel)
     return y if bias is None else y + bias.astype(y.dtype)
+
+
+def _flat(x: Array, routes: Routes) -> tuple[Array, Routes]:
+    """Tokens and their routes without the axis of sequences."""
+    tokens = x.reshape(-1, x.shape[-1])
+    return tokens, Routes(*(part.reshape(len(tokens), -1) for part in routes))
+
+
+def _norms(y: Array) -> Array:
+    return jnp.sqrt(jnp.sum(jnp.square(y), axis=-1))
 
 
 def _is_kernel(node: Any) -> bool:

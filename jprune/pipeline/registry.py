@@ -79,6 +79,7 @@ STRUCTURED = Methods(
     {
         "llm-pruner": "jprune.structured.llm_pruner:LLMPruner",
         "layers": "jprune.structured.drop_layers:DropLayers",
+        "experts": "jprune.structured.experts:RemoveExperts",
     }
 )
 """Remove parts of a model without training it."""

@@ -18,13 +18,13 @@ from jprune.structured.selection import Kept
 from jprune.structured.units import Kind, Units
 
 PyTree = Any
-Needs = Literal["nothing", "weights", "gradients", "squares", "influence"]
+Needs = Literal["nothing", "weights", "gradients", "squares", "influence", "experts"]
 """What scores are made of: no weight at all; weights; the gradient of the mean loss too; the mean of the examples'
-squared gradients too; or how much each layer turns the hidden states."""
+squared gradients too; how much each layer turns the hidden states; or what experts do with the tokens they are sent."""
 
 
 class UnitMethod:
-    """A structured method that trains nothing. Whole layers go (`layers_left`), or units of some kinds."""
+    """A structured method that trains nothing. Whole layers go (`layers_left`), experts, or units of some kinds."""
 
     examples: int
     """Calibration texts."""
@@ -68,6 +68,28 @@ class UnitMethod:
             layers that stay is meant.
         """
         return tuple(range(layers))
+
+    @property
+    def removes_experts(self) -> bool:
+        """Whether experts go, as `experts_left` says."""
+        return False
+
+    def experts_left(
+        self, counts: Mapping[int, int], least: int, groups: int, seen: Mapping[int, Any] | None = None
+    ) -> dict[int, np.ndarray]:
+        """The experts that stay of layers that lose some, by the number of the layer.
+
+        Args:
+          counts: how many there are in every layer that has experts.
+          least: how many must stay, for each token to be sent to as many as before.
+          groups: into how many groups the router divides them.
+          seen: what they did with text, `experts.Use`, where that is needed; without it only their number is meant.
+        """
+        return {}
+
+    def expert_scores(self, layer: int, count: int, seen: Mapping[int, Any] | None) -> Float[np.ndarray, " count"]:
+        """The scores of a layer's experts; `seen` is that of `experts_left`."""
+        raise NotImplementedError
 
     def prunable(self, units: Sequence[Units], layers: int) -> tuple[Units, ...]:
         """The units that may go, of a model with a number of layers."""

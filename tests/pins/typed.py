@@ -80,6 +80,7 @@ SAYS: dict[str, str] = {
 ELSEWHERE = {
     "eval tasks": "needs a package that is not always there: tests/faults/test_tasks.py types it",
     "sweep": "runs of `prune` and `compare`, which are pinned: tests/runs/cli/test_sweep.py types it",
+    "prune experts": "needs a model with experts: tests/runs/cli/test_shrink.py types it",
 }
 """Commands of which no run is pinned, and why."""
 
@@ -155,6 +156,8 @@ CALLS: list[str] = [
     "prune llm-pruner {model} --out {here}/no --ratio 0.5 --parameters 100",
     "prune layers {model} --out {here}/no",
     "prune layers {model} --out {here}/no --drop 3",
+    "prune experts {model} --out {here}/no",
+    "prune experts {model} --out {here}/no --remove 1",
     "prune loraprune {model} --ratio 0.5 --data {rows}",
     "prune loraprune {model} --ratio 0.5 --out {here}/no",
     "prune loraprune {model} --data {rows} --out {here}/no",

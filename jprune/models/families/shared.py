@@ -40,7 +40,7 @@ def config(architecture: str, hf: Mapping[str, Any], **options: Any) -> DecoderC
         "kv_heads": kv_heads,
         "head_dim": head_dim(hf),
         "d_ff": d_ff,
-        "sizes": sizes.per_layer(hf, LayerSizes(heads, kv_heads, d_ff)),
+        "sizes": sizes.per_layer(hf, LayerSizes(heads, kv_heads, d_ff, options.get("experts", 0))),
         "context": hf["max_position_embeddings"],
         "tied": bool(hf["tie_word_embeddings"]),
     } | options

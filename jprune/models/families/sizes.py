@@ -16,6 +16,10 @@ from jprune.models.config import LayerSizes
 KEY = "per_layer_config"
 COUNTED = ("max_window_layers", "first_k_dense_replace")  # layers from the first on
 NAMES = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "d_ff": "intermediate_size"}
+EXPERTS = "num_experts"
+"""What a layer's own number of experts is called, whatever the family calls that of the whole model."""
+COUNTS_OF_EXPERTS = (EXPERTS, "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What families call it."""
 
 
 def per_layer(hf: Mapping[str, Any], common: LayerSizes) -> tuple[LayerSizes, ...]:
@@ -27,19 +31,20 @@ def per_layer(hf: Mapping[str, Any], common: LayerSizes) -> tuple[LayerSizes, ..
     given, layers = hf.get(KEY) or {}, hf["num_hidden_layers"]
     if not isinstance(given, Mapping) or not all(isinstance(own, Mapping) for own in given.values()):
         raise JpruneError(f"config.json: {KEY} must map layer numbers to objects, got {given!r}")
+    names = NAMES | ({"experts": EXPERTS} if common.experts else {})
     sizes = [common] * layers
     for name, own in given.items():
         if not str(name).isdecimal() or int(name) >= layers:
             raise JpruneError(f"config.json: {KEY} names layer {name!r}, but the model has layers 0 to {layers - 1}")
-        if unknown := [key for key in own if key not in NAMES.values()]:
+        if unknown := [key for key in own if key not in names.values()]:
             raise JpruneError(
                 f"config.json: {KEY} gives layer {name} its own {unknown[0]!r}; "
-                f"layers can differ in {', '.join(NAMES.values())} only"
+                f"layers can differ in {', '.join(names.values())} only"
             )
         for key, size in own.items():
             if not isinstance(size, int) or size < 1:
                 raise JpruneError(f"config.json: {KEY}, layer {name}: {key} must be a positive integer, got {size!r}")
-        sizes[int(name)] = LayerSizes(**{ours: own.get(key, getattr(common, ours)) for ours, key in NAMES.items()})
+        sizes[int(name)] = LayerSizes(**{ours: own.get(key, getattr(common, ours)) for ours, key in names.items()})
     return tuple(sizes) if given else ()
 
 
@@ -67,6 +72,7 @@ def resized(
         hf["head_dim"] = head_dim
     common = collections.Counter(sizes).most_common(1)[0][0]
     hf |= {key: getattr(common, ours) for ours, key in NAMES.items()}
+    hf |= {key: common.experts for key in COUNTS_OF_EXPERTS if key in hf and common.experts}
     own = {str(i): _difference(layer, common) for i, layer in enumerate(sizes) if layer != common}
     if own:
         hf[KEY] = own
@@ -83,4 +89,5 @@ def resized(
 
 
 def _difference(layer: LayerSizes, common: LayerSizes) -> dict[str, int]:
-    return {key: getattr(layer, ours) for ours, key in NAMES.items() if getattr(layer, ours) != getattr(common, ours)}
+    names = NAMES | {"experts": EXPERTS}
+    return {key: getattr(layer, ours) for ours, key in names.items() if getattr(layer, ours) != getattr(common, ours)}

@@ -15,7 +15,7 @@ from jprune.pipeline.forecast.forecast import Forecast, Plan
 from jprune.pipeline.options import Machine, sorted_into
 from jprune.pipeline.registry import name_of
 from jprune.pipeline.shrink.compensation import job_of, too_large
-from jprune.pipeline.shrink.scores import Positions, chosen, units_of
+from jprune.pipeline.shrink.scores import Positions, chosen, experts_left, positions_of_experts, units_of
 from jprune.structured.base import UnitMethod
 from jprune.structured.selection import Target
 from jprune.structured.units import Units, positions
@@ -75,14 +75,14 @@ def plan_shrink(
 
 def check_target(method: UnitMethod, target: Target | None) -> None:
     """Raises `JpruneError` if a method lacks a target, or is given one that it has no use for."""
-    wanted = bool(method.kinds)  # else the method says itself which layers stay
+    wanted = bool(method.kinds)  # else the method says itself which layers or experts stay
     if wanted and target is None:
         raise JpruneError(
             "say how small the model is to be: a share of units (`units`), a share of parameters (`share`) "
             "or a number of parameters (`parameters`)"
         )
     if target is not None and not wanted:
-        raise JpruneError(f"{name_of(method)}: the number of layers is its target; leave out the ratio")
+        raise JpruneError(f"{name_of(method)}: the number of layers or experts is its target; leave out the ratio")
 
 
 def planned(checkpoint: Checkpoint, method: UnitMethod, target: Target | None) -> Checkpoint | None:
@@ -90,6 +90,9 @@ def planned(checkpoint: Checkpoint, method: UnitMethod, target: Target | None) -
 
     Which units stay does not matter for sizes; how many do depends on importance only where all are ranked together.
     """
+    if method.removes_experts:
+        left = experts_left(checkpoint, method)
+        return None if method.counts_follow_scores else checkpoint.select(positions_of_experts(checkpoint, left))
     if not method.kinds:
         return checkpoint.select({}, method.layers_left(checkpoint.config.layers))
     keep = stays(checkpoint, method, target)

@@ -7,6 +7,7 @@ from typing import Any
 
 from jprune.pipeline.oneshot.report import KernelReport
 from jprune.pipeline.registry import name_of
+from jprune.pipeline.shrink.experts import ExpertsLeft
 from jprune.runs.report import RunReport
 from jprune.structured.base import UnitMethod
 
@@ -22,6 +23,8 @@ class ShrinkReport(RunReport):
     """The sizes of every layer of the result."""
     layers: tuple[int, ...]
     """Which layers of the original these are."""
+    experts: tuple[ExpertsLeft, ...] = ()
+    """Which experts stay of every layer, where experts go."""
     kernels: tuple[KernelReport, ...] = ()
     """Those that were refitted to make up for the inputs that they lost; shapes are those before."""
 
@@ -33,6 +36,7 @@ class ShrinkReport(RunReport):
             "layers": list(self.layers),
             "sizes": list(self.sizes),
             "refitted": len(self.kernels),
+            **({"experts": [own._asdict() for own in self.experts]} if self.experts else {}),
         }
 
     @classmethod
@@ -44,5 +48,6 @@ class ShrinkReport(RunReport):
             parameters=(contents["parameters"]["before"], contents["parameters"]["after"]),
             sizes=tuple(contents["sizes"]),
             layers=tuple(contents["layers"]),
-            kernels=tuple(map(KernelReport.from_json, contents["compensation"]["kernels"])),
+            kernels=tuple(map(KernelReport.from_json, contents.get("compensation", {}).get("kernels", ()))),
+            experts=tuple(ExpertsLeft.from_json(own) for own in contents.get("experts", ())),
         )

@@ -5,10 +5,14 @@ further and written as any checkpoint is, a block at a time. Where what is left 
 goes through the model once more, and what it has done outlives an interruption.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import jax.numpy as jnp
 
 from jprune import paths
 from jprune.checkpoints import Checkpoint, formats, load, record
@@ -20,17 +24,20 @@ from jprune.pipeline.job import Job
 from jprune.pipeline.options import Evaluation, Machine, Result, sorted_into
 from jprune.pipeline.shrink import compensation
 from jprune.pipeline.shrink.compensated import shrink_and_refit
+from jprune.pipeline.shrink.experts import unseen
 from jprune.pipeline.shrink.plan import check_target, planned
 from jprune.pipeline.shrink.report import ShrinkReport
 from jprune.pipeline.shrink.scores import smaller_model
 from jprune.pipeline.shrink.work import Work, examples
-from jprune.runs import output
-from jprune.runs.folder import default_folder, finished
+from jprune.runs import failures, interrupt, output
+from jprune.runs.folder import FINISHED, RunFolder, default_folder, finished
 from jprune.runs.remembered import perplexity
-from jprune.runs.report import Progress
+from jprune.runs.report import Progress, environment
 from jprune.runs.stopwatch import Stopwatch, peak_memory_bytes
 from jprune.structured.base import UnitMethod
 from jprune.structured.selection import Target
+
+_LESS_MEMORY = ("fewer `examples`", "a shorter `sequence_length`", "`dtype` bfloat16")
 
 
 def shrink_model(
@@ -68,7 +75,7 @@ def shrink_model(
     stopwatch = Stopwatch()
     shown, out = paths.given(out), paths.real(out)
     place = paths.real(machine.run) if machine.run else default_folder(out)
-    if method.compensation is not None and wanted.resume and finished(place, out):
+    if wanted.resume and finished(place, out):
         return ShrinkReport.from_record(record.read(out), shown, method)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     output.check(out, overwrite=wanted.overwrite, source=checkpoint.source)
@@ -88,7 +95,7 @@ def shrink_model(
         )
         job, why = _refitting(work, calibration, machine, place, resume=wanted.resume)
     if job is None:
-        report = _shrink(work, shown, wanted, stopwatch, progress, () if why is None else (why,))
+        report = _shrink(work, shown, place, wanted, stopwatch, progress, () if why is None else (why,))
     else:
         report = shrink_and_refit(
             work, job, out, place, wanted=wanted, machine=machine, stopwatch=stopwatch, progress=progress
@@ -113,6 +120,7 @@ def _refitting(
 def _shrink(
     work: Work,
     out: Path,
+    place: Path,
     wanted: Result,
     stopwatch: Stopwatch,
     progress: Callable[[Progress], None],
@@ -132,11 +140,18 @@ def _shrink(
                 progress=lambda done, total: progress(Progress(float(done), total, evaluation.source, phase)),
             )
 
-    with output.new_folder(out, overwrite=wanted.overwrite, source=checkpoint.source) as folder:
+    with contextlib.ExitStack() as stack:
+        run: RunFolder | None = None
+        if work.method.needs == "experts":
+            run, progress = stack.enter_context(_kept_run(work, paths.real(out), place, wanted, progress))
+            folder = run.partial
+        else:
+            new = output.new_folder(out, overwrite=wanted.overwrite, source=checkpoint.source)
+            folder = stack.enter_context(new)
         before = measure(checkpoint, "evaluate before")
         with stopwatch.phase("importance"):
-            smaller, layers, _ = smaller_model(
-                checkpoint, work.method, work.target, work.examples, work.dtype, progress
+            smaller, layers, _, experts = smaller_model(
+                checkpoint, work.method, work.target, work.examples, work.dtype, progress, run
             )
         format = work.format_of(smaller)
         with stopwatch.phase("io"):
@@ -152,12 +167,41 @@ def _shrink(
             parameters=(checkpoint.parameters, smaller.parameters),
             sizes=smaller.sizes,
             layers=layers,
+            experts=experts,
             before=before,
             after=after,
             seconds=stopwatch.seconds(),
             peak_memory_bytes=peak_memory_bytes(),
-            notices=(*dict.fromkeys(texts), *notices, *told),
+            notices=(*dict.fromkeys(texts), *notices, *unseen(experts), *told),
         )
         source = work.examples.source if work.examples else None
         record.write(folder, work.contents(report, format, source))
     return report
+
+
+@contextlib.contextmanager
+def _kept_run(
+    work: Work, out: Path, place: Path, wanted: Result, progress: Callable[[Progress], None]
+) -> Iterator[tuple[RunFolder, Callable[[Progress], None]]]:
+    """A run folder for what is known of the experts, and whom to tell; its partial result becomes `out` in the end."""
+    source = work.checkpoint.source
+    versions = environment(work.dtype)["versions"]
+    fingerprint = {
+        "the model": work.checkpoint.fingerprint(),
+        "--dtype": jnp.dtype(work.dtype).name,
+        **work.fingerprint(),
+        **{f"the version of {name}": version for name, version in versions.items()},
+    }
+    folder = RunFolder(place, out=out, fingerprint=fingerprint, resume=wanted.resume, overwrite=wanted.overwrite)
+    with failures.explained(folder, lambda: _LESS_MEMORY), interrupt.deferred() as check:
+        shutil.rmtree(folder.partial, ignore_errors=True)
+        folder.partial.mkdir()
+
+        def tell(step: Progress) -> None:
+            progress(step)
+            check()
+
+        yield folder, tell
+        folder.mark(FINISHED, {})
+        output.publish(folder.partial, out, folder.old, overwrite=wanted.overwrite, source=source)
+    folder.remove()

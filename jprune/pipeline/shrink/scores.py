@@ -14,6 +14,9 @@ from jprune.checkpoints import Checkpoint
 from jprune.data.windows import Windows
 from jprune.evaluate import gradients
 from jprune.evaluate.influence import block_influences
+from jprune.models.parameters import parameters
+from jprune.pipeline.shrink.experts import ExpertsLeft, layers_with_experts, use_of_experts
+from jprune.runs.folder import RunFolder
 from jprune.runs.report import Progress
 from jprune.structured.base import UnitMethod
 from jprune.structured.importance import Vectors
@@ -33,6 +36,8 @@ class Smaller(NamedTuple):
     """Which layers of the original it has."""
     keep: Positions
     """The positions that stay in the original, by path and axis."""
+    experts: tuple[ExpertsLeft, ...] = ()
+    """Which experts stay, where experts go."""
 
 
 def smaller_model(
@@ -42,8 +47,11 @@ def smaller_model(
     examples: Windows | None,
     dtype: Any,
     progress: Callable[[Progress], None],
+    folder: RunFolder | None = None,
 ) -> Smaller:
-    """What stays of a model."""
+    """What stays of a model; `folder` keeps what is known of its experts, where that is asked for."""
+    if method.removes_experts:
+        return _fewer_experts(checkpoint, method, examples, dtype, progress, folder)
     count = checkpoint.config.layers
     influences = None
     if method.needs == "influence":
@@ -72,6 +80,50 @@ def smaller_model(
             before = total.setdefault(path, {})
             before |= {axis: before[axis][now] if axis in before else now for axis, now in axes.items()}
     return Smaller(view, layers, total)
+
+
+def _fewer_experts(
+    checkpoint: Checkpoint,
+    method: UnitMethod,
+    examples: Windows | None,
+    dtype: Any,
+    progress: Callable[[Progress], None],
+    folder: RunFolder | None,
+) -> Smaller:
+    seen = None
+    counts = layers_with_experts(checkpoint)
+    if method.needs == "experts" and counts:
+        assert examples is not None
+        assert folder is not None
+        seen = use_of_experts(checkpoint, examples.tokens, dtype=dtype, folder=folder, tell=progress)
+    left = experts_left(checkpoint, method, seen)
+    keep = positions_of_experts(checkpoint, left)
+    told = tuple(
+        ExpertsLeft(
+            layer=i,
+            kept=tuple(kept.tolist()),
+            scores=tuple(method.expert_scores(i, counts[i], seen).tolist()),
+            tokens=None if seen is None else tuple(int(n) for n in seen[i].tokens),
+        )
+        for i, kept in left.items()
+    )
+    return Smaller(checkpoint.select(keep), tuple(range(checkpoint.config.layers)), keep, told)
+
+
+def experts_left(checkpoint: Checkpoint, method: UnitMethod, seen: Any = None) -> dict[int, np.ndarray]:
+    """The experts that stay, by layer, as the method says; without their use only how many."""
+    config = checkpoint.config
+    least = -(-config.experts_per_token // config.groups_per_token) * config.expert_groups
+    return method.experts_left(layers_with_experts(checkpoint), least, config.expert_groups, seen)
+
+
+def positions_of_experts(checkpoint: Checkpoint, left: Mapping[int, np.ndarray]) -> Positions:
+    """Experts as positions of every parameter that has an axis of them: kernels, routers and what corrects these."""
+    return {
+        path: {axes.index("experts"): left[int(path.split("/")[1])]}
+        for path, axes in parameters(checkpoint.config).items()
+        if "experts" in axes
+    }
 
 
 def _report(progress: Callable[[Progress], None], step: int, steps: int, done: int, total: int) -> None:

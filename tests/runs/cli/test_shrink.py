@@ -1,4 +1,4 @@
-"""`jprune prune llm-pruner`, `jprune prune layers` and `jprune groups`, as typed."""
+"""`jprune prune llm-pruner`, `jprune prune experts`, `jprune prune layers` and `jprune groups`, as typed."""
 
 import importlib
 import json
@@ -42,6 +42,25 @@ def test_prunes_and_prunes_again_from_the_record(call, tiny_model, token_file, t
     assert again["sizes"] == said["sizes"]
     for path in smaller.shapes:
         np.testing.assert_array_equal(load(tmp_path / "b").read(path), smaller.read(path))
+
+
+def test_experts(call, tiny_model, token_file, tmp_path):
+    """The plan has the sizes that come out, and the record makes the same again."""
+    sizes = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4}
+    model = tiny_model(**sizes, num_hidden_layers=2)
+    words = ["prune", "experts", model, "--remove", 1, "--by", "frequency"]
+    status, planned, _ = call(*words, "--plan")
+    assert status == 0
+    assert planned.splitlines()[1].split() == ["0", "to", "1", "32", "4", "2", "56", "3"]
+    status, told, _ = call(*words, "--calibration", token_file(), "--out", tmp_path / "out")
+    assert status == 0
+    assert told.startswith("experts: 8 before, 6 after (25.0 % less)\nparameters: ")
+    words = ["prune", "experts", model, "--recipe", tmp_path / "out/jprune.json", "--out", tmp_path / "again", "--json"]
+    status, said, _ = call(*words)
+    assert status == 0
+    assert said["experts"] == json.loads((tmp_path / "out/jprune.json").read_text())["experts"]
+    status, _, error = call("prune", "experts", model, "--remove", 3, "--out", tmp_path / "no")
+    assert (status, "remove 2 at most" in error) == (1, True)
 
 
 def test_layers(call, tiny_model, token_file, tmp_path):
