@@ -11,10 +11,12 @@ import tyro
 from jprune.cli import display
 from jprune.cli.command import OnDevices, OnText, Told, command_line
 from jprune.cli.flags import Repeated
+from jprune.cli.tasks import check_harness, task_names
 from jprune.errors import JpruneError, UsageError
+from jprune.pipeline.options import Asking
 
 if TYPE_CHECKING:
-    from jprune.pipeline.compare import Compared, Comparison
+    from jprune.pipeline.compare import Compared, Comparison, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,10 @@ class Compare(OnText, OnDevices):
     """Models to hold against it, as pruned versions of it."""
     prompt: Repeated = ()
     """Text that each model continues, side by side; each model is loaded whole for it. May be repeated."""
+    tasks: str = ""
+    """Names of tasks of lm-evaluation-harness (`pip install jprune[eval]`), separated by commas: which items each model
+    has right, and how many flip from right to wrong and back."""
+    asking: Asking
     out: Path | None = None
     """An HTML file for all of it, with maps of the zeros and what was done to each model."""
 
@@ -44,6 +50,8 @@ class Compare(OnText, OnDevices):
             raise JpruneError(f"{self.out} exists; give another --out, or remove it")
         if self.out is not None and not self.out.absolute().parent.is_dir():
             raise JpruneError(f"{self.out.absolute().parent} is no folder to write {self.out.name} into; make it first")
+        if self.tasks:
+            check_harness()
         mesh = self.mesh()
         with processes.run_together():
             dtype = activation_dtype(load(self.model), self.dtype)
@@ -54,6 +62,8 @@ class Compare(OnText, OnDevices):
                 sequence_length=self.sequence_length,
                 windows=self.windows,
                 prompts=self.prompt,
+                tasks=task_names(self.tasks),
+                asking=self.asking,
                 dtype=dtype,
                 mesh=mesh,
                 progress=lambda done, total, model: show(Progress(float(done), total, model, "compare")),
@@ -77,12 +87,25 @@ def _show(result: "Comparison", out: Path | None) -> None:
     for own in result.models[1:]:
         if not own.change.tells:
             print(f"{own.model}: its perplexity is not distinguishable from that of {first.model} here")
+    for task in result.tasks:
+        print(f"\n{task.task}, {task.metric} ({task.filter}): {task.items} items")
+        columns = ["model", "right %", "change %", "right to wrong", "wrong to right", ""]
+        display.table(columns, [_answers(own.model, task, i) for i, own in enumerate(result.models)])
     for continued in result.continuations:
         print(f"\n{continued['prompt']}")
         for text in continued["texts"]:
             print(f"  {text['model']}: {text['text']!r}")
     if out is not None:
         print(f"written to {out}")
+
+
+def _answers(model: str, task: "Task", index: int) -> tuple[str, ...]:
+    own = task.models[index]
+    accuracy = display.interval(dataclasses.asdict(own.accuracy), ".2f", 100)
+    if index == 0:
+        return model, accuracy, "-", "-", "-", ""
+    change = display.interval(dataclasses.asdict(own.change), "+.2f", 100)
+    return model, accuracy, change, str(own.lost), str(own.gained), "" if own.change.tells else "not distinguishable"
 
 
 def _row(own: "Compared", first: bool) -> tuple[str, ...]:

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import importlib.util
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from jprune.cli import display
 from jprune.cli.command import OnDevices, Told
+from jprune.cli.flags import Flags, Word
 from jprune.errors import JpruneError
+from jprune.pipeline.options import Asking
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,30 +18,20 @@ class EvalTasks(OnDevices):
 
     tasks: str
     """Names of tasks, separated by commas: arc_easy,hellaswag,piqa. `lm-eval ls tasks` lists them."""
-    fewshot: int | None = None
-    """Examples before each question. By default what each task says."""
-    limit: int | None = None
-    """Items of each task, from the beginning. By default all."""
-    include: Path | None = None
-    """Folder with tasks of your own, as the harness writes them (YAML)."""
-    chat: bool = False
-    """Put the questions to the model in its chat template, as instruction models expect them."""
-    seed: int = 0
-    """Seed of the examples."""
+    asking: Annotated[Asking, Flags(words={"example_seed": Word(flag="seed")})]
     dtype: str | None = None
     """Dtype of the activations: float32, bfloat16 or float16. By default float32 on CPU and
     for float16 weights, else that of the weights."""
 
     def run(self) -> Told:
         """Measures."""
-        if importlib.util.find_spec("lm_eval") is None:
-            raise JpruneError("tasks need lm-evaluation-harness, which is not installed; `pip install 'jprune[eval]'`")
+        check_harness()
         from jprune.checkpoints import load
         from jprune.checkpoints.dtypes import activation_dtype
         from jprune.pipeline.tasks import Model, evaluate
         from jprune.runs.report import Progress
 
-        names = [name.strip() for name in self.tasks.split(",") if name.strip()]
+        names = task_names(self.tasks)
         checkpoint = load(self.model)
         with display.progress() as show:
             model = Model(
@@ -49,16 +40,19 @@ class EvalTasks(OnDevices):
                 mesh=self.mesh(),
                 progress=lambda done, total: show(Progress(float(done), total, self.tasks, "tasks")),
             )
-            found = evaluate(
-                model,
-                names,
-                fewshot=self.fewshot,
-                limit=self.limit,
-                include=None if self.include is None else str(self.include),
-                chat=self.chat,
-                seed=self.seed,
-            )
+            found = evaluate(model, names, self.asking)
         return Told({"model": self.model, **_plain(found)}, show=functools.partial(_show, found))
+
+
+def task_names(text: str) -> list[str]:
+    """Names that are separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def check_harness() -> None:
+    """Raises a `JpruneError` where lm-evaluation-harness is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise JpruneError("tasks need lm-evaluation-harness, which is not installed; `pip install 'jprune[eval]'`")
 
 
 def _plain(found: Any) -> Any:

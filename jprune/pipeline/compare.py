@@ -1,6 +1,7 @@
 """Models side by side: what each is, what it predicts, and how far that is from the first of them."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,8 +21,10 @@ from jprune.data.windows import Windows
 from jprune.errors import JpruneError
 from jprune.evaluate import intervals
 from jprune.evaluate.distance import Distance, Reference
+from jprune.evaluate.flips import Flips, flips
 from jprune.evaluate.intervals import Interval
 from jprune.models.generate import stream
+from jprune.pipeline.options import Asking
 
 CONTINUED = 48
 TAIL = 99
@@ -59,6 +62,25 @@ class Compared:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the models answer to the items of a task.
+
+    Attributes:
+        task: its name.
+        metric: what says of each item whether it is right.
+        filter: what of the harness goes over the answers before.
+        items: how many.
+        models: of each its answers beside those of the first.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    items: int
+    models: tuple[Flips, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Models on the same windows, the reference first."""
 
@@ -70,6 +92,7 @@ class Comparison:
     """Of the windows."""
     continuations: tuple[dict[str, Any], ...] = ()
     """Of every prompt, what each model makes of it."""
+    tasks: tuple["Task", ...] = ()
     notices: tuple[str, ...] = ()
 
     def json(self) -> dict[str, Any]:
@@ -84,6 +107,8 @@ def compare(
     sequence_length: int | None = None,
     windows: int | None = None,
     prompts: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    asking: Asking | None = None,
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -97,6 +122,8 @@ def compare(
         windows: how many, from the beginning of the text; by default all.
         prompts: texts that each model continues by `CONTINUED` tokens, the likeliest each time; for these one model
             after the other is in memory as a whole.
+        tasks: of lm-evaluation-harness, whose items all models answer; it must be installed.
+        asking: how they are asked; by default as each task says, all items.
         dtype: of parameters and hidden states in the computation.
         mesh: the devices, see `jprune.devices`; by default all of them.
         progress: called with (done, total, model) after each block of each.
@@ -120,7 +147,10 @@ def compare(
                 "they predict cannot be held against each other; measure each by `jprune eval perplexity`"
             )
     pairs = list(zip(names, loaded))
-    return held_against(pairs, tokens, prompts=prompts, dtype=dtype, mesh=mesh, progress=progress)
+    options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "progress": progress}
+    answered, told = _answered(pairs, tasks, asking or Asking(), **options) if tasks else ((), ())
+    found = held_against(pairs, tokens, prompts=prompts, **options)
+    return dataclasses.replace(found, tasks=answered, notices=(*found.notices, *told))
 
 
 def held_against(
@@ -133,15 +163,7 @@ def held_against(
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Comparison:
     """Holds models of one tokenizer, each with what it is called, against the first; the rest is as of `compare`."""
-    names = [name for name, _ in models]
-
-    def tell(index: int) -> Callable[[int, int], None]:
-        def told(done: int, total: int) -> None:
-            if progress is not None:
-                progress(index * total + done, len(models) * total, names[index])
-
-        return told
-
+    tell = functools.partial(_told, models, progress)
     reference = Reference(models[0][1], tokens.tokens, dtype=dtype, mesh=mesh, progress=tell(0))
     first = reference.to_itself()
     found = [compared(*models[0], first, first)]
@@ -157,6 +179,48 @@ def held_against(
         continuations=_continued(models, prompts),
         notices=tuple(tokens.notices),
     )
+
+
+def _told(
+    models: Sequence[tuple[str, Checkpoint]], progress: Callable[[int, int, str], None] | None, index: int
+) -> Callable[[int, int], None]:
+    """Tells of one of the models how far all are."""
+
+    def told(done: int, total: int) -> None:
+        if progress is not None:
+            progress(index * total + done, len(models) * total, models[index][0])
+
+    return told
+
+
+def _answered(
+    models: Sequence[tuple[str, Checkpoint]],
+    tasks: Sequence[str],
+    asking: Asking,
+    *,
+    dtype: DTypeLike,
+    mesh: Mesh | None,
+    progress: Callable[[int, int, str], None] | None,
+) -> tuple[tuple[Task, ...], tuple[str, ...]]:
+    """What the models answer to the items of tasks, and what is to be told of it."""
+    from jprune.pipeline.tasks import Answers, Model, answers  # of a package that is not always there
+
+    found: list[Answers] = []
+    for index, (_, checkpoint) in enumerate(models):
+        model = Model(checkpoint, dtype=dtype, mesh=mesh, progress=_told(models, progress, index))
+        right, without = answers(model, tasks, asking)
+        found.append(right)
+    told = [f"{task} has no metric that says of each item whether it is right, and is left out" for task in without]
+    done = []
+    for key, own in found[0].items():
+        items = sorted(own)
+        if any(items != sorted(other.get(key, ())) for other in found):
+            raise JpruneError(f"expected all models to be asked the same items of {key[0]}, and they were not")
+        answered = [np.array([other[key][item] for item in items]) for other in found]
+        task, metric, filtered = key
+        each = tuple(flips(answered[0], other) for other in answered)
+        done.append(Task(task=task, metric=metric, filter=filtered, items=len(items), models=each))
+    return tuple(done), tuple(told)
 
 
 def _continued(models: Sequence[tuple[str, Checkpoint]], prompts: Sequence[str]) -> tuple[dict[str, Any], ...]:

@@ -92,6 +92,22 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How models are asked the items of tasks."""
+
+    fewshot: int | None = None
+    """Examples before each question. By default what each task says."""
+    limit: int | None = None
+    """Items of each task, from the beginning. By default all."""
+    include: Path | None = None
+    """Folder with tasks of your own, as lm-evaluation-harness writes them (YAML)."""
+    chat: bool = False
+    """Put the questions to the model in its chat template, as instruction models expect them."""
+    example_seed: int = 0
+    """Seed of the examples."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
     """The folder of the result, and what becomes of an earlier one."""
 

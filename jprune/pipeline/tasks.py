@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from lm_eval import simple_evaluate
@@ -26,6 +27,7 @@ from jprune.errors import JpruneError
 from jprune.evaluate.scoring import scores
 from jprune.models.continuation import Continuation
 from jprune.models.generate import stream
+from jprune.pipeline.options import Asking
 
 
 class Model(TemplateLM):
@@ -167,31 +169,46 @@ class Model(TemplateLM):
         return found
 
 
-def evaluate(
-    model: Model,
-    tasks: Sequence[str],
-    *,
-    fewshot: int | None = None,
-    limit: int | None = None,
-    include: str | None = None,
-    chat: bool = False,
-    seed: int = 0,
-) -> Mapping[str, Any]:
+def evaluate(model: Model, tasks: Sequence[str], asking: Asking) -> Mapping[str, Any]:
     """What the harness finds: by task, its metrics and their standard errors.
 
     Args:
         model: what answers.
-        tasks: names of the harness', or of those below `include`.
-        fewshot: examples before each question; by default what the task says.
-        limit: of the items of each task, so many from the beginning.
-        include: a folder with more tasks, as the harness writes them (YAML).
-        chat: whether questions are put to the model in its chat template, examples as earlier turns.
-      seed: of the examples that are drawn.
+        tasks: names of the harness', or of those in `asking.include`.
+        asking: how they are asked.
 
     Raises:
         JpruneError: there is no such task, or its data cannot be had.
     """
-    manager = TaskManager(include_path=include)
+    result = _asked(model, tasks, asking, items=False)
+    return {name: result[name] for name in ("results", "n-shot", "n-samples", "versions", "higher_is_better")}
+
+
+Answers = dict[tuple[str, str, str], dict[int, bool]]
+"""Of every task, metric and filter, whether each item, by its number, was right."""
+
+
+def answers(model: Model, tasks: Sequence[str], asking: Asking) -> tuple[Answers, tuple[str, ...]]:
+    """Which items of tasks a model has right, by the metrics that say so of each; and the tasks that have none.
+
+    Arguments and errors are those of `evaluate`.
+    """
+    found: Answers = {}
+    samples = _asked(model, tasks, asking, items=True)["samples"]
+    for task, items in samples.items():
+        for item in items:
+            for metric in item["metrics"]:
+                found.setdefault((task, metric, item["filter"]), {})[item["doc_id"]] = item[metric]
+    right = {
+        key: {number: bool(value) for number, value in values.items()}
+        for key, values in found.items()
+        if all(isinstance(value, bool | int | float | np.number) and value in (0, 1) for value in values.values())
+    }
+    return right, tuple(task for task in samples if task not in {name for name, *_ in right})
+
+
+def _asked(model: Model, tasks: Sequence[str], asking: Asking, *, items: bool) -> Mapping[str, Any]:
+    manager = TaskManager(include_path=None if asking.include is None else str(asking.include))
     if unknown := [name for name in tasks if not manager.match_tasks([name])]:
         raise JpruneError(
             f"expected tasks of lm-evaluation-harness, got {', '.join(unknown)}; `lm-eval ls tasks` lists them, and "
@@ -201,16 +218,16 @@ def evaluate(
         result = simple_evaluate(
             model=model,
             tasks=list(tasks),
-            num_fewshot=fewshot,
-            limit=limit,
+            num_fewshot=asking.fewshot,
+            limit=asking.limit,
             task_manager=manager,
-            apply_chat_template=chat,
-            log_samples=False,
-            bootstrap_iters=1000,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            apply_chat_template=asking.chat,
+            log_samples=items,
+            bootstrap_iters=0 if items else 1000,
+            random_seed=asking.example_seed,
+            numpy_random_seed=asking.example_seed,
+            torch_random_seed=asking.example_seed,
+            fewshot_random_seed=asking.example_seed,
         )
     except (ConnectionError, FileNotFoundError, OSError) as error:
         words = (str(error).strip().splitlines() or [""])[0]
@@ -219,7 +236,7 @@ def evaluate(
             "a network (HF_HOME says where it is kept), or use tasks of local files with `--include`"
         ) from error
     assert result is not None
-    return {name: result[name] for name in ("results", "n-shot", "n-samples", "versions", "higher_is_better")}
+    return result
 
 
 def _special(checkpoint: Checkpoint, name: str, otherwise: Sequence[int]) -> int | None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jprune.errors import JpruneError
+from jprune.evaluate.flips import flips
 from jprune.evaluate.intervals import mean
 
 
@@ -43,3 +44,16 @@ def test_what_has_no_interval():
     for values in (np.zeros(0), np.array([1.0, np.nan])):
         with pytest.raises(JpruneError, match="expected finite values"):
             mean(values)
+
+
+def test_flips():
+    """Equal accuracy, and four items that changed: counted by hand."""
+    first = np.array([1, 1, 1, 0, 0, 0, 0, 1], bool)
+    other = np.array([0, 1, 0, 1, 1, 0, 0, 1], bool)
+    found = flips(first, other)
+    assert (found.lost, found.gained) == (2, 2)
+    assert (found.accuracy.value, found.change.value) == (0.5, 0)
+    assert not found.change.tells
+    assert found.change.low < 0 < found.change.high
+    same = flips(first, first)
+    assert (same.lost, same.gained, same.change.low, same.change.high) == (0, 0, 0, 0)

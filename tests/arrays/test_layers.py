@@ -37,7 +37,7 @@ FLOOR = {room: level for level, rooms in enumerate([*FLOORS, GROUND]) for room i
 PIPELINE = {
     "rounds": {"oneshot", "training", "forecast", "recipe"},
     "auto": {"recipe"},
-    "compare": set(),
+    "compare": {"tasks"},
     "page": {"compare"},
     "sweep": {"auto", "compare", "oneshot", "recipe"},
     "tasks": set(),

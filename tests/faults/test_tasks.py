@@ -133,6 +133,51 @@ def test_the_harness_finds_the_same(folders, capsys):
                     assert value == pytest.approx(theirs[name][metric], rel=1e-5), (name, metric)
 
 
+def test_flips_are_those_of_the_harness(folders, capsys, tmp_path):
+    """`compare --tasks`: items that each model has right, counted in what the harness' own backend answers."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    dense, pruned, tasks = folders
+    jprune.prune_model(dense, tmp_path / "most", method=jprune.Magnitude(), pattern=jprune.Unstructured(0.95))
+    models, names = (dense, pruned, tmp_path / "most"), ["jprune_choice", "jprune_generating", "jprune_rolling"]
+    words = ["compare", *map(str, models), "--tasks", ",".join(names), "--include", str(tasks), "--windows", "1"]
+    words += ["--text", str(tasks / "rows.txt"), "--sequence-length", "16", "--out", str(tmp_path / "page.html")]
+    (tasks / "rows.txt").write_text(" ".join(f"w{i}" for i in range(4, 90)))
+    assert main([*words, "--json"]) == 0
+    said = capsys.readouterr()
+    assert "jprune_rolling has no metric that says of each item whether it is right" in said.err
+    found = json.loads(said.out.strip().splitlines()[-1])["tasks"]
+    assert [(t["task"], t["metric"]) for t in found] == [
+        ("jprune_choice", "acc"), ("jprune_choice", "acc_norm"), ("jprune_generating", "exact_match"),
+    ]  # fmt: skip
+    right = []
+    for model in models:
+        theirs = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=2, max_length=64),
+            tasks=names[:2],
+            task_manager=TaskManager(include_path=str(tasks)),
+        )["samples"]
+        right.append(theirs)
+    flipped = 0
+    for task in found:
+        answers = [
+            np.array([s[task["metric"]] for s in sorted(own[task["task"]], key=lambda s: s["doc_id"])]) for own in right
+        ]
+        assert task["items"] == 8
+        for own, theirs in zip(task["models"], answers, strict=True):
+            assert own["accuracy"]["value"] == theirs.mean()
+            assert own["lost"] == np.sum((answers[0] == 1) & (theirs == 0))
+            assert own["gained"] == np.sum((answers[0] == 0) & (theirs == 1))
+            assert own["change"]["value"] == pytest.approx(theirs.mean() - answers[0].mean())
+            flipped += own["lost"] + own["gained"]
+    assert flipped, "a test of flips without any"
+    page = (tmp_path / "page.html").read_text()
+    assert "What they answer" in page
+    assert "not distinguishable" in page
+
+
 def test_what_cannot_be_asked(folders, capsys):
     model, _, tasks = folders
     assert main(["eval", "tasks", str(model), "--tasks", "no_such_task"]) == 1

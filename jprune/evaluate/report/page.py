@@ -30,6 +30,7 @@ def page(comparison: Json) -> str:
             [(own["model"], own["perplexity"], interval(own["perplexity"], ".4g")) for own in models],
             "perplexity, logarithmic",
         ),
+        *_tasks(models, comparison["tasks"]),
         *_texts(comparison["continuations"]),
         *_curves(models, comparison["curves"]),
         *_maps(models, comparison["records"]),
@@ -78,6 +79,36 @@ def _findings(comparison: Json) -> Iterable[str]:
                 f'<p class="warn">The perplexity of {html.escape(own["model"])} is not distinguishable from that of '
                 f"{html.escape(first['model'])} on this text.</p>"
             )
+
+
+def _tasks(models: Sequence[Json], tasks: Sequence[Json]) -> Iterable[str]:
+    """Answers to the items of tasks."""
+    if not tasks:
+        return
+    first = models[0]["model"]
+    yield "<h2>What they answer</h2>"
+    yield (
+        f'<p class="soft">Items that each has right, and the change from {html.escape(first)} item by item, with 95 % '
+        "intervals by bootstrap over items. The last columns count items that one of the two alone has right: "
+        "models of equal accuracy may have lost as many as they gained.</p>"
+    )
+    columns = ["task", "metric", "items", "model", "right, %", "change, %", "right to wrong", "wrong to right"]
+    rows = []
+    for task in tasks:
+        of = f"{task['metric']} ({task['filter']})"
+        for own, found in zip(models, task["models"], strict=True):
+            other = own is not models[0]
+            said = "" if not other or tells(found["change"]) else '<small class="warn">not distinguishable</small>'
+            cells = [
+                f'<td class="name">{html.escape(task["task"])}</td><td>{html.escape(of)}</td>',
+                cell(task["items"], f"{task['items']:,}"),
+                f'<td class="name">{html.escape(own["model"])}{said}</td>',
+                measured(found["accuracy"], ".2f", 100),
+                measured(found["change"], "+.2f", 100) if other else cell(0, "-"),
+                *(cell(found[name], str(found[name]) if other else "-") for name in ("lost", "gained")),
+            ]
+            rows.append(f"<tr>{''.join(cells)}</tr>")
+    yield sortable(columns, rows)
 
 
 def _texts(continuations: Sequence[Json]) -> Iterable[str]:

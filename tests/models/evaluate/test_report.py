@@ -63,6 +63,11 @@ RECORD = {
     "peak_memory_bytes": 950_000_000,
 }
 LOSSES = {"loss": [[1, 4.5, ""], [2, 2.25, "mean of 3"]], "evaluation_loss": [[2, 3.125, ""]]}
+ANSWERS = [
+    {"accuracy": interval(0.75, 0.7, 0.8), "change": interval(0, 0, 0), "lost": 0, "gained": 0},
+    {"accuracy": interval(0.625, 0.5, 0.7), "change": interval(-0.125, -0.25, -0.0625), "lost": 31, "gained": 6},
+    {"accuracy": interval(0.745, 0.7, 0.8), "change": interval(-0.005, -0.03, 0.02), "lost": 9, "gained": 8},
+]
 COMPARISON = {
     "models": [DENSE, PRUNED, UNKNOWN],
     "text": "pydoc",
@@ -72,6 +77,7 @@ COMPARISON = {
     "continuations": [
         {"prompt": "<b>Once", "texts": [{"model": m["model"], "text": "</div> upon"} for m in (DENSE, PRUNED, UNKNOWN)]}
     ],
+    "tasks": [{"task": "sums", "metric": "acc", "filter": "none", "items": 200, "models": ANSWERS}],
     "records": [None, RECORD, None],
     "curves": [{}, {"losses": LOSSES}, {}],
     "notices": ["9 % of <the windows>"],
@@ -158,6 +164,13 @@ def test_a_long_line_is_thinned():
     assert len(found) == 91
     assert (found[0].x, found[0].y, found[0].said) == (11, 6.0, "mean of 11")
     assert sum(p.y * (11 if p.said else 1) for p in found[:-1]) + found[-1].y * 11 == pytest.approx(sum(range(1, 1002)))
+
+
+def test_answers(read):
+    text = " ".join(read.text)
+    for number in ("62.50", "-12.50", "[-25.00, -6.25]", "31", "74.50"):
+        assert number in text, number
+    assert text.count("not distinguishable") == 2, "of a perplexity, and of the answers of the last"
 
 
 def test_what_is_of_others_is_text(read):
