@@ -3,7 +3,7 @@
     python scripts/make_family_table.py [--out docs/families.md]
 
 For every variant that a family names (`Family.variants`), tied and untied, a model of random weights is made and saved
-by transformers, loaded by jprune, and both compute the same 2 x 40 tokens in float32. Runs on a CPU in about a minute.
+by transformers, loaded by jprune, and both compute the same 2 x 40 tokens in float32. Runs on a CPU in a few minutes.
 """
 
 import argparse
@@ -51,9 +51,9 @@ In mixtures of experts each expert computes the tokens that it was sent, and no 
 through it in tiles of at most 128 ([how fast](results.md#experts-that-compute-what-they-are-sent)); for a single token
 only the kernels of its experts are read. What is read instead of run (`observe`, `stages`, and so the calibration of
 one-shot pruning) is the same sum with every expert on every token and zeros where a token is not sent, which costs
-`experts / experts_per_token` times as much. `prune layers` shortens such models; `prune llm-pruner` refuses them, since
-the channels of experts cannot be made fewer yet. Of BLOOM it can remove no heads, whose ALiBi slopes follow from their
-numbers.
+`experts / experts_per_token` times as much. [`prune experts`](structured.md#remove-experts) removes whole experts and
+`prune layers` layers; `prune llm-pruner` refuses such models, since the channels of experts cannot be made fewer yet.
+Of BLOOM it can remove no heads, whose ALiBi slopes follow from their numbers.
 """
 
 

@@ -105,8 +105,20 @@ def _checked_positions(config: DecoderConfig, keep: Keep) -> dict[str, dict[int,
                 raise JpruneError(
                     f"{what} ({name}): expected positions in order, each once, between 0 and {size - 1}; got {kept!r}"
                 )
+            if name == "experts":
+                _check_groups(config, indices, size, what)
             positions.setdefault(path, {})[axis] = indices
     return positions
+
+
+def _check_groups(config: DecoderConfig, kept: np.ndarray, size: int, what: str) -> None:
+    """Groups of experts are told by their numbers."""
+    counts = np.bincount(kept // (size // config.expert_groups), minlength=config.expert_groups)
+    if len(set(counts.tolist())) > 1:
+        raise JpruneError(
+            f"{what} (experts): they are in {config.expert_groups} groups, of each of which equally many must stay; "
+            f"got {', '.join(map(str, counts))}"
+        )
 
 
 def _renumbered(path: str, left: list[int]) -> str | None:

@@ -13,7 +13,7 @@ from jprune.checkpoints.select import Keep
 from jprune.errors import JpruneError
 from jprune.models import decoder, generate
 from jprune.models.config import LayerSizes
-from jprune.models.parameters import shapes
+from jprune.models.parameters import parameters, shapes
 
 HEADS = {0: [0, 1, 2, 3], 1: [2, 3]}  # query heads that stay in each layer; two to a key/value head
 KV_HEADS = {0: [0, 1], 1: [1]}
@@ -95,6 +95,28 @@ def test_heads_and_channels_by_layer(make, family):
     }
     same(view, cut(whole.params(), keep))
     assert view.side_files == whole.side_files
+
+
+def test_equally_many_experts_stay_of_each_group(tmp_path):
+    """Of DeepSeek's: which group an expert is of follows from its number."""
+    hf_families = pytest.importorskip("hf_families")
+    family, architecture, variant = hf_families.VARIANTS["DeepseekV3-1"]
+    options = hf_families.sizes(family) | variant | {"n_routed_experts": 6, "num_experts_per_tok": 1}
+    whole = load(hf_families.save(hf_families.model(architecture, options), tmp_path))
+    names = parameters(whole.config)
+
+    def left(*experts):
+        keep = {path: {axes.index("experts"): experts} for path, axes in names.items() if "experts" in axes}
+        return whole.select(keep)
+
+    same(left(0, 2, 3, 4), {path: cut_experts(path, values) for path, values in trees.flatten(whole.params()).items()})
+    with pytest.raises(JpruneError, match="in 2 groups, of each of which equally many must stay; got 1, 3"):
+        left(1, 3, 4, 5)
+
+
+def cut_experts(path, values):
+    axis = -1 if path.endswith("router/kernel") else 0 if "/experts/" in path or path.endswith("correction") else None
+    return values if axis is None else np.take(values, [0, 2, 3, 4], axis)
 
 
 def test_fingerprints_differ(make):
