@@ -7,15 +7,18 @@ converter does to values is undone here:
     gpt2                    Conv1D kernels are transposed
     bloom, gptneox          q, k, v of each head side by side become all q, all k, all v
     falcon                  the same, where a key/value head lies behind its query heads
+    qwen2moe, qwen3moe      the experts of a layer are one tensor
 """
 
+import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jprune.checkpoints.gguf.header import Header
+from jprune.checkpoints.gguf.header import Header, Tensor
 from jprune.checkpoints.gguf.tensors import read_tensor
 from jprune.errors import JpruneError
 from jprune.models import families
@@ -32,6 +35,8 @@ class Layout(NamedTuple):
     architecture: str
     settings: Callable[[Header, Number], dict[str, Any]] = lambda header, number: {}  # beside sizes
     undo: Callable[[Mapping[str, Any], str, Values], Values] = lambda hf, key, values: values
+    experts: bool = False
+    """Whether its layers have some."""
 
 
 def _gemma(hf: Mapping[str, Any], key: str, values: Values) -> Values:
@@ -117,6 +122,27 @@ def _falcon_settings(header: Header, number: Number) -> dict[str, Any]:
     }
 
 
+def _qwen2moe_settings(header: Header, number: Number) -> dict[str, Any]:
+    # Whether weights are normalised is not stored: llama.cpp does so for Qwen3's and not for Qwen2's.
+    return _experts(header, number) | {
+        "norm_topk_prob": False,
+        "shared_expert_intermediate_size": number("expert_shared_feed_forward_length"),
+    }
+
+
+def _qwen3moe_settings(header: Header, number: Number) -> dict[str, Any]:
+    return _experts(header, number) | {"norm_topk_prob": True}
+
+
+def _experts(header: Header, number: Number) -> dict[str, Any]:
+    return {
+        "num_experts": number("expert_count"),
+        "num_experts_per_tok": number("expert_used_count"),
+        "moe_intermediate_size": number("expert_feed_forward_length"),
+        "rope_theta": number("rope.freq_base", 10000.0),
+    }
+
+
 LAYOUTS = {
     "gemma": Layout("GemmaForCausalLM", undo=_gemma),
     "gemma2": Layout("Gemma2ForCausalLM", _gemma2_settings, _gemma),
@@ -126,6 +152,8 @@ LAYOUTS = {
     "bloom": Layout("BloomForCausalLM", undo=_side_by_side),
     "gptneox": Layout("GPTNeoXForCausalLM", _gptneox_settings, _side_by_side),
     "falcon": Layout("FalconForCausalLM", _falcon_settings, _falcon),
+    "qwen2moe": Layout("Qwen2MoeForCausalLM", _qwen2moe_settings, experts=True),
+    "qwen3moe": Layout("Qwen3MoeForCausalLM", _qwen3moe_settings, experts=True),
 }
 _NOT_WEIGHTS = ("rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -163,8 +191,8 @@ def hugging_face_config(header: Header, arch: str, vocab: int, number: Number) -
     }
 
 
-def names(header: Header, arch: str, hf: Mapping[str, Any]) -> dict[str, tuple[str, Callable[[Values], Values]]]:
-    """For every tensor of the file: its Hugging Face key, and what puts its values back as they were.
+def tensors(header: Header, arch: str, hf: Mapping[str, Any]) -> dict[str, tuple[Tensor, Callable[[Values], Values]]]:
+    """By Hugging Face key: where a tensor lies in the file, and what puts its values back as they were.
 
     Tensors that are not the model's keep their names.
     """
@@ -175,13 +203,27 @@ def names(header: Header, arch: str, hf: Mapping[str, Any]) -> dict[str, tuple[s
     which = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[arch]
     name_map = gguf.get_tensor_name_map(which, config.layers)
     sizes = {"num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads}
-    found = {name: (name, lambda values: values) for name in header.tensors if name not in _NOT_WEIGHTS}
+    strange = {name: tensor for name, tensor in header.tensors.items() if name not in _NOT_WEIGHTS}
+    found: dict[str, tuple[Tensor, Callable[[Values], Values]]] = {}
     for entry in families.table(config).values():
-        for key in entry.keys:
+        for i, key in enumerate(entry.keys):
+            together = re.sub(r"\.experts\.\d+\.", ".experts.", key)
             options = {"try_suffixes": (".weight", ".bias")}
-            name = name_map.get_name(key, **options) or name_map.get_name(key.removeprefix(family.prefix), **options)
+            name = name_map.get_name(together, **options)
+            name = name or name_map.get_name(together.removeprefix(family.prefix), **options)
             if name is None:
                 raise JpruneError(f"{header.path}: the gguf package knows no name for {key!r} in architecture {arch!r}")
-            if name in found:
-                found[name] = key, functools.partial(LAYOUTS[arch].undo, sizes, key)
-    return found
+            if name in header.tensors:
+                tensor = header.tensors[name]
+                own = _row(header, tensor, i, len(entry.keys)) if together != key else tensor
+                found[key] = own, functools.partial(LAYOUTS[arch].undo, sizes, key)
+                strange.pop(name, None)
+    return found | {name: (tensor, lambda values: values) for name, tensor in strange.items()}
+
+
+def _row(header: Header, tensor: Tensor, i: int, count: int) -> Tensor:
+    """One of the tensors that lie one after the other in a tensor: quantisation goes along the last axis."""
+    if tensor.shape[0] != count:
+        raise JpruneError(f"{header.path}: {tensor.name!r} has {tensor.shape[0]} experts, and the model {count}")
+    each = tensor.nbytes // count
+    return dataclasses.replace(tensor, shape=tensor.shape[1:], begin=tensor.begin + i * each, nbytes=each)

@@ -66,8 +66,8 @@ def open_source(path: Path) -> Source:
     config = hugging_face_config(header)
     if (arch := header.metadata["general.architecture"]) in gguf_families.LAYOUTS:
         tensors = {
-            key: _put_back(_stored(header, header.tensors[name], {}), undo)
-            for name, (key, undo) in gguf_families.names(header, arch, config).items()
+            key: _put_back(_stored(header, tensor, {}), undo)
+            for key, (tensor, undo) in gguf_families.tensors(header, arch, config).items()
         }
         return _source(path, header, config, tensors)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -118,7 +118,7 @@ def hugging_face_config(header: gguf_header.Header) -> dict:
             )
         return float(str(np.float32(value))) if isinstance(value, float) else value  # 1e-05, not 9.99999974e-06
 
-    if number("expert_count", 0) > 0:
+    if number("expert_count", 0) > 0 and not (arch in gguf_families.LAYOUTS and gguf_families.LAYOUTS[arch].experts):
         raise JpruneError(f"{path}: mixture-of-experts models are not supported in GGUF files of architecture {arch!r}")
     if arch in gguf_families.LAYOUTS:
         return gguf_families.hugging_face_config(header, arch, _vocab_size(header), number)

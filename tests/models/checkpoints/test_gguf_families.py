@@ -3,6 +3,8 @@
 The names are those of the gguf package; what is done to values is written out by hand. No real file was at hand.
 """
 
+import re
+
 import gguf as package
 import numpy as np
 import pytest
@@ -23,6 +25,14 @@ SIZES = {
 LONG = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 4.0, 6.0, 8.0]}
 LINEAR = {"rope_type": "linear", "factor": 8.0}
 GEMMA = {"num_key_value_heads": 2, "head_dim": 12}
+EXPERTS = {
+    "num_key_value_heads": 2,
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "rms_norm_eps": 1e-5,
+}
+COUNTS = {"expert_count": 3, "expert_used_count": 2, "expert_feed_forward_length": 64}
 CASES = {
     "gemma": ("gemma", GEMMA, {}),
     "gemma2": (
@@ -46,6 +56,12 @@ CASES = {
     "gptneox": ("gpt_neox", {}, {"rope.dimension_count": 2, "use_parallel_residual": True}),
     "falcon": ("falcon", {"new_decoder_architecture": True, "num_key_value_heads": 2}, {}),
     "falcon-7b": ("falcon", {"num_key_value_heads": 1}, {}),
+    "qwen2moe": (
+        "qwen2_moe",
+        EXPERTS | {"shared_expert_intermediate_size": 32, "norm_topk_prob": False},
+        COUNTS | {"expert_shared_feed_forward_length": 32},
+    ),
+    "qwen3moe": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "head_dim": 8}, COUNTS),
 }
 
 
@@ -68,6 +84,33 @@ def convert(arch, key, tensor, config):
     return tensor
 
 
+def together(tensors):
+    """The experts of a layer as one tensor."""
+    found = {}
+    for key, tensor in tensors.items():
+        found.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", key), []).append(tensor)
+    return {key: np.stack(own) if ".experts." in key else own[0] for key, own in found.items()}
+
+
+def apart(tensors):
+    """The experts of a layer one by one, of which transformers has those of gate and up side by side."""
+    found = {}
+    for key, tensor in tensors.items():
+        if ".experts." not in key:
+            found[key] = tensor
+        elif key.endswith("gate_up_proj"):
+            gate, up = np.split(np.asarray(tensor), 2, axis=1)
+            found |= expert_by_expert(key.replace("gate_up_proj", "gate_proj"), gate)
+            found |= expert_by_expert(key.replace("gate_up_proj", "up_proj"), up)
+        else:
+            found |= expert_by_expert(key, tensor)
+    return found
+
+
+def expert_by_expert(key, tensor):
+    return {f"{key.replace('.experts.', f'.experts.{i}.')}.weight": own for i, own in enumerate(tensor)}
+
+
 def write(path, arch, hf, metadata, tensors, config):
     writer = package.GGUFWriter(path, arch)
     for key, value in {
@@ -86,7 +129,7 @@ def write(path, arch, hf, metadata, tensors, config):
         add(f"{arch}.{key}", value)
     number = next(n for n, name in package.MODEL_ARCH_NAMES.items() if name == arch)
     names = package.get_tensor_name_map(number, config.layers)
-    for key, tensor in tensors.items():
+    for key, tensor in together(tensors).items():
         options = [names.get_name(k, try_suffixes=(".weight", ".bias")) for k in (key, key.split(".", 1)[1])]
         writer.add_tensor(next(filter(None, options)), convert(arch, key, tensor, config))
     if scaling := hf.get("rope_scaling", {}):
@@ -129,11 +172,11 @@ def test_a_gguf_gives_the_model_it_was_made_of(case, made):
         np.testing.assert_allclose(loaded.read(path), expected, atol=1e-6, err_msg=path)
 
 
-@pytest.mark.parametrize("case", ["gemma2", "gemma3", "gpt2", "phi3", "bloom", "falcon-7b"])
+@pytest.mark.parametrize("case", ["gemma2", "gemma3", "gpt2", "phi3", "bloom", "falcon-7b", "qwen2moe", "qwen3moe"])
 def test_tensors_are_those_that_transformers_reads(case, made, tiny):
     """transformers undoes what the converter does in code of its own (for 40B's layout of Falcon it has none)."""
     path, hf, _ = made(case)
-    theirs = tiny.read_by_transformers(path, hf)
+    theirs = apart(tiny.read_by_transformers(path, hf))
     loaded = load(path)
     for name, e in families.table(loaded.config).items():
         expected = e.read(*(theirs[key] for key in e.keys))
