@@ -82,15 +82,17 @@ def mix(
     """
     if is_read():
         return dense(expert, kernels, x, routes, count)
+
+    def rows(kernels: PyTree, x: Array, routes: Routes) -> tuple[Array, Array]:
+        tokens = x.reshape(-1, x.shape[-1])
+        flat = Routes(*(part.reshape(len(tokens), -1) for part in routes))
+        y, norms = _sum(expert, count, kernels, tokens, flat)
+        return y.reshape(*x.shape[:-1], -1), norms.reshape(routes.weights.shape)
+
+    y, norms = devices.rows_over(rows, kernels, x, routes)
     if (seen := _watching.get()) is not None:
-        y, norms = _both(expert, count, kernels, *_flat(x, routes))
-        seen.append(Watched(routes, norms.reshape(routes.weights.shape), count))
-        return y.reshape(*x.shape[:-1], -1)
-
-    def rows(kernels: PyTree, x: Array, routes: Routes) -> Array:
-        return _sum(expert, count, kernels, *_flat(x, routes)).reshape(*x.shape[:-1], -1)
-
-    return devices.rows_over(rows, kernels, x, routes)
+        seen.append(Watched(routes, jax.lax.stop_gradient(norms), count))
+    return y
 
 
 def dense(
@@ -228,16 +230,19 @@ def _tile(routes: Routes, count: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sum(expert: Expert, count: int, kernels: PyTree, x: Array, routes: Routes) -> Array:
-    """`mix` of tokens [n, d_in]. Its backward pass begins with these operands: nothing is kept for it."""
-    return _both(expert, count, kernels, x, routes)[0]
+def _sum(expert: Expert, count: int, kernels: PyTree, x: Array, routes: Routes) -> tuple[Array, Array]:
+    """`mix` of tokens [n, d_in], and norms, which have no gradient. Its backward pass begins with these operands."""
+    ways = (functools.partial(way, expert, count=count) for way in (routed, ragged))
+    return _whichever(*ways, kernels, x, routes)
 
 
-def _forward(expert: Expert, count: int, *operands: Any) -> tuple[Array, Any]:
+def _forward(expert: Expert, count: int, *operands: Any) -> tuple[tuple[Array, Array], Any]:
     return _sum(expert, count, *operands), operands
 
 
-def _backward(expert: Expert, count: int, operands: Any, dy: Array) -> tuple[PyTree, Array, Routes]:
+def _backward(expert: Expert, count: int, operands: Any, pulled: tuple[Array, Array]) -> tuple[PyTree, Array, Routes]:
+    dy, _ = pulled
+
     def by_tile(kernels: PyTree, x: Array, routes: Routes, dy: Array) -> tuple[PyTree, Array, Array]:
         return routed_backward(expert, kernels, x, routes, dy, count)
 
@@ -253,11 +258,6 @@ def _backward(expert: Expert, count: int, operands: Any, dy: Array) -> tuple[PyT
 
 
 _sum.defvjp(_forward, _backward)
-
-
-def _both(expert: Expert, count: int, kernels: PyTree, x: Array, routes: Routes) -> tuple[Array, Array]:
-    ways = (functools.partial(way, expert, count=count) for way in (routed, ragged))
-    return _whichever(*ways, kernels, x, routes)
 
 
 def _whichever(by_tile: Callable[..., Any], by_rows: Callable[..., Any], kernels: PyTree, *operands: Any) -> Any:
@@ -277,12 +277,6 @@ def _whichever(by_tile: Callable[..., Any], by_rows: Callable[..., Any], kernels
 def _linear(x: Array, kernel: Any, bias: Array | None) -> Array:
     y = multiply(x, kernel)
     return y if bias is None else y + bias.astype(y.dtype)
-
-
-def _flat(x: Array, routes: Routes) -> tuple[Array, Routes]:
-    """Tokens and their routes without the axis of sequences."""
-    tokens = x.reshape(-1, x.shape[-1])
-    return tokens, Routes(*(part.reshape(len(tokens), -1) for part in routes))
 
 
 def _norms(y: Array) -> Array:
