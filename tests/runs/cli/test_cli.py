@@ -253,7 +253,7 @@ def test_bad_input(run, tiny_model, token_file, tmp_path):
     fails(prune("--sparsity", 0.5, "--samples", 7), "6 rows")
     fails(prune("--sparsity", 0.5, "--calibration", token_file(vocab=200)), "outside [0, 96)")
     fails(prune("--sparsity", 0.5, "--calibration", "pydoc"), "tokenizer")
-    fails(prune("--sparsity", 0.5, model=_changed(folder, architectures=["MambaForCausalLM"])), "Mamba", "Llama")
+    fails(prune("--sparsity", 0.5, model=_changed(folder, architectures=["NobodysForCausalLM"])), "Nobodys", "Llama")
     fails(prune("--sparsity", 0.5, model=_changed(folder, num_attention_heads=8)), "shape", "q_proj")
     fails(run("generate", folder, "--prompt", "hello"), "tokenizer")
     assert not out.exists()
