@@ -58,6 +58,23 @@ def ragged(kernels, x, routes):
     return experts.ragged(EXPERT, kernels, x, routes, COUNT)[0]
 
 
+def test_what_is_watched_can_be_trained_through(rng):
+    """Norms come beside the gradient, which they do not change."""
+    kernels, x, routes = made(rng, 20, 2)
+
+    def loss(kernels):
+        with experts.watched() as seen:
+            y = mixed(kernels, x, routes)
+        return jnp.sum(y**2), seen[0].norms
+
+    gradient, norms = jax.jit(jax.grad(loss, has_aux=True))(kernels)
+    truth = jax.jit(jax.grad(lambda kernels: jnp.sum(mixed(kernels, x, routes) ** 2)))(kernels)
+    jax.tree.map(np.testing.assert_array_equal, gradient, truth)
+    for j in range(2):
+        alone = Routes(routes.experts[:, j : j + 1], jnp.ones((20, 1)))
+        np.testing.assert_allclose(norms[:, 0, j], np.linalg.norm(by_hand(kernels, x, alone), axis=1), rtol=1e-5)
+
+
 @pytest.mark.parametrize("n", [1, 7, 60])
 @pytest.mark.parametrize(("k", "only"), [(2, None), (1, [3]), (2, [0, 4]), (5, None)], ids=str)
 @pytest.mark.parametrize("way", [dense, ragged, mixed])

@@ -21,6 +21,7 @@ OPTIONS = {"calibration": TEXT}
 EXPERTS = {
     "Mixtral-0": {"num_local_experts": 5},
     "Qwen3Moe-0": {"num_experts": 6, "mlp_only_layers": [0]},
+    "GptOss-0": {"num_local_experts": 5},
     "Glm4Moe-0": {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2},
 }
 
@@ -92,7 +93,12 @@ def test_the_result_is_a_plain_folder(models, name, tmp_path):
     assert report.sizes[1]["experts"] == after.config.experts == before.config.experts - 2
     for own in report.experts:
         kept = list(own.kept)
-        for part, axis in (("router/kernel", 1), ("router/correction", 0), ("experts/down/kernel", 0)):
+        for part, axis in (
+            ("router/kernel", 1),
+            ("router/correction", 0),
+            ("experts/down/kernel", 0),
+            ("experts/down/bias", 0),
+        ):
             if (path := f"blocks/{own.layer}/mlp/{part}") in before.shapes:
                 np.testing.assert_array_equal(after.read(path), np.take(before.read(path), kept, axis))
         if before.config.expert_groups > 1:
