@@ -157,7 +157,7 @@ class RemoveExperts(UnitMethod):
           JpruneError: no layer has experts, too few would stay, or none would go.
         """
         if not counts:
-            raise JpruneError("the model has no experts; `prune llm-pruner` and `prune layers` make it smaller")
+            raise JpruneError("the model has no experts; other methods remove heads, channels and layers")
         kept = {layer: self._kept(count, layer) for layer, count in counts.items()}
         for layer, stay in kept.items():
             if stay < least:

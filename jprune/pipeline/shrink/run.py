@@ -2,7 +2,7 @@
 
 The smaller model is a view of the larger one from the first step on (`Checkpoint.select`): it is measured, pruned
 further and written as any checkpoint is, a block at a time. Where what is left is refitted (`compensation`), the run
-goes through the model once more, and what it has done outlives an interruption.
+goes through the model once more, and what it has done outlives an interruption, as does what is known of experts.
 """
 
 import contextlib
@@ -51,13 +51,13 @@ def shrink_model(
     progress: Callable[[Progress], None] = lambda _: None,
     **options: Any,
 ) -> ShrinkReport:
-    """Removes heads, channels, hidden dimensions or layers of a model and writes the smaller one.
+    """Removes heads, channels, experts, hidden dimensions or layers of a model and writes the smaller one.
 
     Args:
       model: a checkpoint, or what `jprune.load` takes.
       out: folder of the result; it appears when everything is done.
       method: e.g. `LLMPruner()`.
-      target: how small; methods that say themselves which layers stay need none.
+      target: how small; methods that say themselves which layers or experts stay need none.
       calibration: source of the text that importance is read from and that what is left is refitted by, or token
         windows [n, length] for both.
       dtype: of the activations; float32 on CPU and for float16 weights, elsewhere what the weights have. Gradients
@@ -65,8 +65,8 @@ def shrink_model(
       progress: called often.
       **options: the fields of `Evaluation`, `Result` and `Machine` in `jprune.pipeline.options`: evaluate,
         evaluate_length, evaluate_windows, format (by default "hf" if all layers end up equal, else "jprune"),
-        overwrite, resume, memory, run. A run that refits nothing has nothing to resume: what is interrupted leaves
-        nothing behind.
+        overwrite, resume, memory, run. A run that neither refits nor looks at experts has nothing to resume: what is
+        interrupted leaves nothing behind.
 
     Raises:
       JpruneError: anything that does not fit; `out` is then untouched.
