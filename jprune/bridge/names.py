@@ -7,7 +7,7 @@ parameter is read by itself, and written back under the names and in the shapes 
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,11 +52,19 @@ class Pieces:
 
     def read(self, *stored: np.ndarray) -> np.ndarray:
         """The parameter, out of its stored tensors."""
+        return self.read_in_turn(stored)
+
+    def read_in_turn(self, stored: Iterable[np.ndarray]) -> np.ndarray:
+        """`read`, of tensors of one dtype that come one by one."""
+        tensors = iter(stored)
+        tensor = next(tensors)
         if not self.stacked:
-            return stored[0]
-        found = np.empty(self._laid_out, stored[0].dtype)
-        for index, tensor in zip(self.pieces, stored, strict=True):
+            return tensor
+        found = np.empty(self._laid_out, tensor.dtype)
+        for index in self.pieces[:-1]:
             found[index] = tensor
+            tensor = next(tensors)
+        found[self.pieces[-1]] = tensor
         return found if self.swapped is None else np.ascontiguousarray(np.swapaxes(found, *self.swapped))
 
     def write(self, parameter: np.ndarray) -> np.ndarray:

@@ -5,9 +5,10 @@ asked.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -59,6 +60,10 @@ class Entry(Protocol):
 
     def read(self, *stored: np.ndarray) -> np.ndarray:
         """The parameter, out of its stored tensors."""
+        ...
+
+    def read_in_turn(self, stored: Iterable[np.ndarray]) -> np.ndarray:
+        """The same, of tensors that come one by one."""
         ...
 
     def write(self, parameter: np.ndarray) -> np.ndarray:
@@ -117,11 +122,12 @@ def joined(stored: Sequence[StoredTensor], entry: Entry) -> StoredTensor:
     """A parameter in our layout, out of the tensors that store it."""
     share = math.prod(entry.path_shape) / sum(math.prod(tensor.shape) for tensor in stored)  # of fused tensors a part
     quantised = all(tensor.stored_bytes is not None for tensor in stored)
+    dtype = functools.reduce(np.promote_types, (tensor.dtype for tensor in stored))
     return StoredTensor(
         shape=entry.path_shape,
-        dtype=stored[0].dtype,
+        dtype=dtype,
         where=stored[0].where,
-        read=lambda: entry.read(*(tensor.read() for tensor in stored)),
+        read=lambda: entry.read_in_turn(tensor.read().astype(dtype, copy=False) for tensor in stored),
         stored_bytes=round(share * sum(tensor.stored_bytes or 0 for tensor in stored)) if quantised else None,
     )
 

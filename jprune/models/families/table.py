@@ -23,7 +23,7 @@ joined axes, taking a part and permuting are views, so writing is an assignment 
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,9 +82,20 @@ class Entry:
 
         Mostly a view of the stored tensor; a copy if several are stacked, or if it lies there in pieces.
         """
-        if self.stacked:
-            return np.stack([self._view(tensor) for tensor in stored]).reshape(self.path_shape)
-        return self._view(*stored).reshape(self.path_shape)
+        return self.read_in_turn(stored)
+
+    def read_in_turn(self, stored: Iterable[np.ndarray]) -> np.ndarray:
+        """`read`, of tensors of one dtype that come one by one: of a stack one alone is there beside the parameter."""
+        tensors = iter(stored)
+        first = self._view(next(tensors))
+        if not self.stacked:
+            return first.reshape(self.path_shape)
+        out = np.empty((len(self.keys), *first.shape), first.dtype)
+        out[0] = first
+        del first
+        for index, tensor in enumerate(tensors, start=1):
+            out[index] = self._view(tensor)
+        return out.reshape(self.path_shape)
 
     def write(self, parameter: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The stored tensor of an entry with one key, contiguous: the exact inverse of `read`.

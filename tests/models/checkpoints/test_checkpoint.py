@@ -1,9 +1,15 @@
+import json
+import tracemalloc
+
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jprune.checkpoints import dtypes, load
 from jprune.errors import JpruneError
+from jprune.models import families
 from jprune.tuning.weights import compute_dtype
 
 
@@ -17,6 +23,35 @@ def test_paths_shapes_and_layout(folder, tiny):
         for i in range(8):
             np.testing.assert_array_equal(checkpoint.read("blocks/1/attn/q/kernel")[:, head, i], q[8 * head + i])
     np.testing.assert_array_equal(checkpoint.read("head/kernel"), stored["lm_head.weight"].T)
+
+
+def test_experts_are_read_one_after_the_other(tmp_path):
+    """In the memory of their stack and of one of them; each its own dtype's numbers, where they differ."""
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_local_experts": 8,
+    }
+    hf = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_attention_heads": 2} | sizes
+    hf |= {"num_key_value_heads": 1}
+    entries = families.table(families.config(hf))
+    tensors = {key: np.full(e.shape, 1, ml_dtypes.bfloat16) for e in entries.values() for key in e.keys}
+    path = "blocks/0/mlp/experts/up/kernel"
+    odd = np.full(entries[path].shape, 1 / 3, np.float32)
+    tensors[entries[path].keys[3]] = odd
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    checkpoint = load(tmp_path)
+    assert checkpoint.shapes[path].dtype == np.float32
+    np.testing.assert_array_equal(checkpoint.read(path)[3], odd.T)
+    down = path.replace("up", "down")
+    tracemalloc.start()
+    assert checkpoint.read(down).nbytes == 8 * 128 * 256 * 2
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.4 * 8 * 128 * 256 * 2
 
 
 def test_params_below_a_prefix(folder):
