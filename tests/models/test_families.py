@@ -1,5 +1,7 @@
 """Tables and configs of the families: round trips, Hugging Face's defaults and old keys, and what is refused."""
 
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -138,6 +140,34 @@ def test_missing_keys_have_hugging_face_defaults(architecture):
     hf_class = transformers.CONFIG_MAPPING[families.ARCHITECTURES[architecture].model_type]
     given = {"architectures": [architecture]} | IMPOSSIBLE.get(architecture, {})
     assert families.config(given) == families.config(hf_class().to_dict() | given)
+
+
+V2_LITE = {
+    "model_type": "deepseek_v2",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "q_lora_rank": None,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("hf", "billions"),
+    [
+        ({"model_type": "gpt_oss"}, "116.83"),  # arXiv:2508.10925, table 1
+        ({"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32}, "20.91"),
+        ({"model_type": "deepseek_v3"}, "671"),  # arXiv:2412.19437, section 1
+        (V2_LITE, "15.7"),  # arXiv:2405.04434, appendix B
+    ],
+    ids=["gpt-oss-120b", "gpt-oss-20b", "DeepSeek-V3", "DeepSeek-V2-Lite"],
+)
+def test_published_models_have_as_many_parameters_as_their_reports_say(hf, billions):
+    count = sum(math.prod(shape) for shape in shapes(families.config(hf)).values())
+    assert f"{count / 1e9:.{len(billions.partition('.')[2])}f}" == billions
 
 
 def test_model_type_serves_where_architectures_are_missing():
