@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from jprune.errors import JpruneError
+from jprune.patterns import Unstructured
 from jprune.pipeline.registry import name_of
 
 if TYPE_CHECKING:
@@ -66,21 +67,26 @@ class Auto:
         if self.quality not in get_args(Quality):
             raise JpruneError(f"quality is one of {', '.join(get_args(Quality))}; got {self.quality!r}")
 
-    def chosen(self) -> Chosen:
-        """What to prune by. Under all patterns that were measured the same was best."""
-        from jprune.methods import Admm, SparseGPT
+    def chosen(self, recipe: "Recipe") -> Chosen:
+        """What to prune by."""
+        from jprune.methods import Admm, Alps, SparseGPT
 
         if self.quality == "fast":
             return Chosen(self.quality, SparseGPT(damping=DAMPING, refit=4), {}, WHY[self.quality])
-        method = Admm(damping=DAMPING, iterations=10, dense_targets=0.5)
-        return Chosen(self.quality, method, {} if self.quality == "balanced" else {"reconstruct": 8}, WHY[self.quality])
+        if self.quality == "balanced":
+            method = Admm(damping=DAMPING, iterations=10, dense_targets=0.5)
+            return Chosen(self.quality, method, {}, WHY[self.quality])
+        # An N:M pattern is for hardware that wants the same of every kernel.
+        shared = isinstance(recipe.pattern, Unstructured) and not recipe.keep_zeros
+        options = {"allocate": "loss"} if shared else {}
+        return Chosen(self.quality, Alps(damping=DAMPING, dense_targets=0.5), options, WHY[self.quality])
 
 
 def decided(method: "Method | Auto", recipe: "Recipe") -> tuple["Method", "Recipe", Chosen | None]:
     """The method and the recipe of a run. Options of the recipe that the user has changed stay as they are."""
     if not isinstance(method, Auto):
         return method, recipe, None
-    chosen = method.chosen()
+    chosen = method.chosen(recipe)
     usual = {field.name: field.default for field in dataclasses.fields(recipe)}
     free = {name: value for name, value in chosen.options.items() if getattr(recipe, name) == usual[name]}
     return chosen.method, dataclasses.replace(recipe, **free), chosen._replace(options=free)

@@ -13,29 +13,34 @@ from jprune.pipeline.oneshot.run import prune_model
 from jprune.pipeline.recipe import Recipe
 
 QUALITIES = typing.get_args(Quality)
+RECIPE = Recipe(pattern=Unstructured(0.5))
 
 
 @pytest.mark.parametrize("quality", QUALITIES)
-def test_the_command_that_is_printed_is_what_is_done(quality):
-    method, recipe, chosen = decided(Auto(quality=quality), Recipe(pattern=NM(2, 4)))
+@pytest.mark.parametrize("pattern", [Unstructured(0.6), NM(2, 4)], ids=str)
+def test_the_command_that_is_printed_is_what_is_done(quality, pattern):
+    method, recipe, chosen = decided(Auto(quality=quality), Recipe(pattern=pattern))
     words = chosen.command.split()[1:]
     typed = parse(" ".join(words[:2]), ["demo", *words[2:]])
     assert typed.method == method
-    assert typed.details["reconstruct"] == recipe.reconstruct
+    assert recipe == Recipe(pattern=pattern, **typed.details)
     assert chosen.why
 
 
 def test_better_costs_more():
-    """Of a block of LLaMA's shape; what is trained comes on top of the method."""
-    chosen = [Auto(quality=quality).chosen() for quality in QUALITIES]
-    costs = [(each.options.get("reconstruct", 0), each.method.flops(4096, 4096)) for each in chosen]
+    """Of a block of LLaMA's shape."""
+    chosen = [Auto(quality=quality).chosen(RECIPE) for quality in QUALITIES]
+    costs = [each.method.flops(4096, 4096) for each in chosen]
     assert costs == sorted(set(costs))
 
 
 def test_what_the_user_gives_stays():
-    _, recipe, chosen = decided(Auto(quality="best"), Recipe(pattern=Unstructured(0.7), reconstruct=2))
-    assert recipe.reconstruct == 2
-    assert "--reconstruct" not in chosen.command
+    best = Auto(quality="best")
+    _, recipe, chosen = decided(best, Recipe(pattern=Unstructured(0.7), allocate="linear"))
+    assert recipe.allocate == "linear"
+    assert "--allocate" not in chosen.command
+    further = Recipe(pattern=Unstructured(0.7), keep_zeros=True)  # zeros that are there cannot be shared out
+    assert decided(best, further)[1] == further
 
 
 def test_a_quality_that_is_none():
@@ -49,5 +54,5 @@ def test_the_record_says_what_was_chosen(tiny_model, token_file, tmp_path):
     report = prune_model(tiny_model(), tmp_path / "out", method=Auto(quality="fast"), **options)
     assert report.method == "sparsegpt"
     record = json.loads((tmp_path / "out" / "jprune.json").read_text())
-    assert record["chosen"] == report.chosen == Auto(quality="fast").chosen().json()
-    assert record["recipe"]["refit"] == Auto(quality="fast").chosen().method.refit
+    assert record["chosen"] == report.chosen == Auto(quality="fast").chosen(RECIPE).json()
+    assert record["recipe"]["refit"] == Auto(quality="fast").chosen(RECIPE).method.refit
