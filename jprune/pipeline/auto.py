@@ -73,13 +73,13 @@ class Auto:
 
         if self.quality == "fast":
             return Chosen(self.quality, SparseGPT(damping=DAMPING, refit=4), {}, WHY[self.quality])
-        if self.quality == "balanced":
-            method = Admm(damping=DAMPING, iterations=10, dense_targets=0.5)
-            return Chosen(self.quality, method, {}, WHY[self.quality])
         # An N:M pattern is for hardware that wants the same of every kernel.
         shared = isinstance(recipe.pattern, Unstructured) and not recipe.keep_zeros
         options = {"allocate": "loss"} if shared else {}
-        return Chosen(self.quality, Alps(damping=DAMPING, dense_targets=0.5), options, WHY[self.quality])
+        method: Method = Admm(damping=DAMPING, iterations=10, dense_targets=0.5)
+        if self.quality == "best":
+            method = Alps(damping=DAMPING, dense_targets=0.5)
+        return Chosen(self.quality, method, options, WHY[self.quality])
 
 
 def decided(method: "Method | Auto", recipe: "Recipe") -> tuple["Method", "Recipe", Chosen | None]:
