@@ -30,6 +30,7 @@ DTYPES = {
 """What quantised weights and their scales are stored as, beside floats, by its name in safetensors files."""
 BFLOAT16 = FLOAT_DTYPES["bfloat16"]
 _KEYS = ("quantization_config", "compression_config")  # compressed-tensors once had a key of its own
+_SCALES = (*FLOAT_DTYPES.values(), DTYPES["F8_E8M0"])
 _CHUNK = 1 << 24  # elements of a tensor that are floats at a time
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 _E2M1 = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -47,7 +48,7 @@ def scheme(config: Mapping[str, Any], folder: Path) -> str | None:
     if given is None:
         return None
     method = given.get("quant_method") if isinstance(given, dict) else given
-    if method not in _SCHEMES or "quantization_config" not in config:
+    if given is not config.get("quantization_config") or not isinstance(given, dict) or str(method) not in _SCHEMES:
         raise JpruneError(
             f"{folder}: the weights are quantised ({method}); only {' and '.join(_SCHEMES)} are read. Give the "
             "unquantised model, or a GGUF of it"
@@ -94,10 +95,10 @@ def _fp8(settings: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> dic
     for key in [key for key in stored if key.endswith(".weight_scale_inv")]:
         name = key.removesuffix("_scale_inv")
         weight, scale = stored.get(name), stored[key]
-        if weight is None or weight.dtype != DTYPES["F8_E4M3"]:
-            continue
+        if weight is None or weight.dtype != DTYPES["F8_E4M3"] or scale.dtype not in _SCALES:
+            continue  # which is refused, if it is needed
         grid = tuple(-(-size // each) for size, each in zip(weight.shape, block))
-        if scale.shape != grid:
+        if len(weight.shape) != 2 or scale.shape != grid:
             raise JpruneError(
                 f"{scale.where}: {key!r} has shape {scale.shape}, but {name!r} of shape {weight.shape} has "
                 f"{grid} blocks of {tuple(block)}"
@@ -131,11 +132,12 @@ def _mxfp4(settings: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> d
     for key in [key for key in stored if key.endswith("_blocks")]:
         name = key.removesuffix("_blocks")
         blocks, scales = stored[key], stored.get(f"{name}_scales")
-        if scales is None or len(blocks.shape) != 4 or blocks.shape[:3] != scales.shape or blocks.shape[3] != 16:
+        bytes_ = scales is not None and {blocks.dtype, scales.dtype} == {DTYPES["U8"]}
+        if scales is None or len(blocks.shape) != 4 or (*scales.shape, 16) != blocks.shape or not bytes_:
             raise JpruneError(
                 f"{blocks.where}: {key!r} has shape {blocks.shape} and its scales "
-                f"{None if scales is None else scales.shape}; expected [experts, outputs, groups, 16] and the same "
-                "without the 16"
+                f"{None if scales is None else scales.shape}; expected bytes, [experts, outputs, groups, 16], and the "
+                "same without the 16"
             )
         experts, outputs, groups, _ = blocks.shape
         read = functools.partial(_mxfp4_rows, blocks, scales)

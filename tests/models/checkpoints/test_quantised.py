@@ -160,6 +160,7 @@ def test_a_tensor_is_read_in_the_memory_that_it_takes(tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, r"quantised \(gptq\); only fp8 and mxfp4 are read.*unquantised model, or a GGUF"),
+        ({"quant_method": ["fp8"]}, r"quantised \(\['fp8'\]\); only"),
         ({"weight_block_size": None}, "weight_block_size of fp8 weights is .*expected two positive numbers"),
         ({"weight_block_size": [4, 8]}, r"weight_scale_inv' has shape .* blocks of \(4, 8\)"),
     ],
@@ -170,6 +171,30 @@ def test_what_is_not_read_is_refused(fp8, change, message):
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": FP8 | change}))
     with pytest.raises(JpruneError, match=message):
         load(folder)
+
+
+def test_damaged_files_of_either_kind_are_refused(fp8):
+    folder, tensors = fp8()
+    key, path = "model.layers.1.mlp.up_proj.weight", folder / "model.safetensors"
+
+    def refused(tensors, message, **config):
+        save_file(tensors, path, PT)
+        content = json.loads((folder / "config.json").read_text()) | config
+        (folder / "config.json").write_text(json.dumps(content))
+        with pytest.raises(JpruneError, match=message):
+            load(folder)
+
+    flat, scale = tensors[key].reshape(24, 4, 4), tensors[f"{key}_scale_inv"]
+    refused(
+        tensors | {key: flat, f"{key}_scale_inv": scale[:, :1].contiguous()}, r"has shape \(3, 1\), but .* \(24, 4, 4\)"
+    )
+    refused(tensors | {f"{key}_scale_inv": scale.to(torch.uint8)}, "do not say its scales")
+    refused(tensors, "quantised .fp8.; only", quantization_config="fp8")
+    mxfp4 = {"quantization_config": {"quant_method": "mxfp4"}}
+    blocks, scales = every_byte((3, 5, 2, 16)), every_byte((3, 5, 2))
+    refused({"x_blocks": blocks}, "x_blocks' has shape .* its scales None", **mxfp4)
+    refused({"x_blocks": blocks, "x_scales": scales[:2].contiguous()}, r"its scales \(2, 5, 2\)")
+    refused({"x_blocks": blocks.float(), "x_scales": scales}, "expected bytes")
 
 
 @pytest.mark.parametrize("said", [True, False])
