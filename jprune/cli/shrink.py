@@ -10,7 +10,7 @@ from jprune.cli.flags import Flags, keywords
 from jprune.cli.prune import costs_json, print_costs
 from jprune.cli.tune import Training, print_report
 from jprune.cli.words import TargetWords
-from jprune.pipeline.options import Calibration, Evaluation, Machine, Output, Result
+from jprune.pipeline.options import CalibrationText, Evaluation, Machine, Output, Result
 from jprune.pipeline.shrink.plan import ShrinkPlan, plan_shrink
 from jprune.pipeline.shrink.report import ShrinkReport
 from jprune.pipeline.shrink.run import shrink_model
@@ -26,7 +26,7 @@ class Shrink(Planning):
     """Remove parts of a model, so that it really becomes smaller."""
 
     method: UnitMethod
-    calibration: Annotated[Calibration, Flags(only=("calibration",))]
+    calibration: CalibrationText
     dtype: str | None = None
     """Dtype of the activations: float32, bfloat16 or float16. By default float32 on CPU and
     for float16 weights, else that of the weights."""

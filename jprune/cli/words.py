@@ -133,6 +133,13 @@ def sources(flag: str, given: Any) -> str | dict[str, str] | None:
     return _once(flag, [(found[1], found[2]) for found in named if found])
 
 
+def mixed(flag: str, given: Any) -> str | dict[str, str] | None:
+    """One source, or sources by name that stand in one word, separated by commas."""
+    if isinstance(given, str) and _NAMED.match(given):
+        given = tuple(part.strip() for part in re.split(r",(?=\s*[\w.-]+=)", given))
+    return sources(flag, given)
+
+
 def numbers(flag: str, given: Any) -> dict[str, float] | None:
     """Numbers by name, of words such as a=1,b=2; None if there are none."""
     if isinstance(given, Mapping):
@@ -178,7 +185,8 @@ def _once(flag: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 _SOURCES = "SOURCE, or NAME=SOURCE for each domain"
 WORDS: dict[str, Word] = {
-    "calibration": Word(type=str),
+    "calibration": Word(type=str, made=mixed),
+    "calibration_proportions": Word(type=Repeated, default=(), looks="NAME=SHARE,...", made=numbers),
     "where": Word(type=Repeated),
     "skip": Word(type=Repeated),
     "overrides": Word(flag="override", type=Repeated, default=(), looks="REGEX=PATTERN", made=overrides),

@@ -4,11 +4,15 @@ Sources with splits keep the two apart; local files do only if the user names tw
 32 tokens in the training windows is hashed, and the runs of the evaluation windows are looked up.
 """
 
+import dataclasses
+from collections.abc import Iterator
+
 import numpy as np
 
 from jprune.annotations import Integer
 from jprune.data.batches import Batches
 from jprune.data.mixture import Mixture
+from jprune.data.windows import Windows
 
 RUN = 32
 """Tokens in a row that are no coincidence, about 25 words."""
@@ -16,24 +20,60 @@ RUN = 32
 WINDOWS_AT_ONCE = 1024
 
 
-def overlap(training: Batches | Mixture, evaluation: Batches | Integer[np.ndarray, "n length"]) -> float:
+def beside(evaluation: Windows, *read: Windows | None) -> Windows:
+    """Evaluation windows with the share of them that has text in common with what a run reads, and a notice of it.
+
+    Args:
+        evaluation: what a model is measured on.
+        read: the windows that a method calibrates on, or reads the importance from; None where there are none.
+    """
+    known = [overlap(windows.tokens, evaluation.tokens) for windows in read if windows is not None]
+    if not known:
+        return evaluation
+    share = max(known)
+    told = (overlap_notice(share),) if share else ()
+    return dataclasses.replace(evaluation, overlap=share, notices=(*evaluation.notices, *told))
+
+
+def overlap_notice(share: float) -> str:
+    """What is to be known of numbers on windows of which a share was calibrated on."""
+    return (
+        f"{100 * share:.2g} % of the evaluation windows share text with the calibration windows: what is measured on "
+        "these is no evidence for other text"
+    )
+
+
+def overlap(
+    training: Batches | Mixture | Integer[np.ndarray, "m other"], evaluation: Batches | Integer[np.ndarray, "n length"]
+) -> float:
     """The share of the evaluation windows, from 0 to 1, that have a run of 32 tokens in common with a training window.
+
+    Windows of token ids may be given as arrays.
 
     Windows that are shorter than 32 tokens have no such runs, and so no overlap.
     """
     tokens = evaluation if isinstance(evaluation, np.ndarray) else _tokens(evaluation, 0, evaluation.windows)
-    if tokens.shape[1] < RUN or training.length < RUN:
+    length = training.shape[1] if isinstance(training, np.ndarray) else training.length
+    if tokens.shape[1] < RUN or length < RUN:
         return 0.0
     wanted = _hashes(tokens)
     found = np.zeros(wanted.shape, bool)
-    for part in training.domains.values() if isinstance(training, Mixture) else [training]:
-        for start in range(0, part.windows, WINDOWS_AT_ONCE):
-            chunk = _hashes(_tokens(part, start, min(start + WINDOWS_AT_ONCE, part.windows)))
-            found |= np.isin(wanted, chunk)
+    for chunk in _chunks(training):
+        found |= np.isin(wanted, _hashes(chunk))
     # Runs of one token over and over are padding, or say nothing.
     runs = np.lib.stride_tricks.sliding_window_view(tokens, RUN, axis=1)
     found &= (runs != runs[..., :1]).any(-1)
     return float(found.any(axis=1).mean())
+
+
+def _chunks(training: Batches | Mixture | np.ndarray) -> Iterator[np.ndarray]:
+    """The tokens of all windows, some at a time."""
+    if isinstance(training, np.ndarray):
+        yield from np.split(training, range(WINDOWS_AT_ONCE, len(training), WINDOWS_AT_ONCE))
+        return
+    for part in training.domains.values() if isinstance(training, Mixture) else [training]:
+        for start in range(0, part.windows, WINDOWS_AT_ONCE):
+            yield _tokens(part, start, min(start + WINDOWS_AT_ONCE, part.windows))
 
 
 def _tokens(batches: Batches, start: int, stop: int) -> np.ndarray:

@@ -90,7 +90,7 @@ class Conversations:
         cut = left_out = unstable = 0
         digest = hashlib.sha256(f"conversations {form.length} {form.pad_id}".encode())
         for record in records:
-            ids, learnt, skipped = _encode(record, form)
+            ids, learnt, skipped = encode(record, form)
             unstable += skipped
             cut += len(ids) > form.length
             ids, learnt = ids[: form.length], learnt[: form.length]
@@ -165,8 +165,8 @@ def alpaca(record: Record) -> tuple[str, str]:
     return prompt.format(instruction=values["instruction"], input=values["input"]), values["output"]
 
 
-def _encode(record: Record, form: Format) -> tuple[np.ndarray, np.ndarray, int]:
-    """Token ids, which of them are learnt, and how many answers had to be left out."""
+def encode(record: Record, form: Format) -> tuple[np.ndarray, np.ndarray, int]:
+    """Token ids of a whole record, which of them are learnt, and how many answers had to be left out."""
     skipped = 0
     if kind(record) == "alpaca":
         prompt, answer = alpaca(record)

@@ -1,5 +1,6 @@
 """Training data of any kind for a model: one call chooses between text, token ids and instruction data."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from itertools import islice
@@ -82,7 +83,7 @@ def training_batches(
         "process_index": process_index,
         "process_count": process_count,
     }
-    found = _instructions(spec, "calibration")
+    found = records_of(spec, "calibration")
     if found is not None:
         examples, told = _conversations(found, str(spec), model, length, windows_at_most, train_on_prompt)
         return Batches(examples=examples, source=str(spec), notices=told, **order)  # type: ignore[arg-type]
@@ -114,7 +115,7 @@ def evaluation_batches(
     The last batch is filled up with rows of weight 0. Text is cut as for perplexity (`jprune.data.evaluation`);
     arguments and errors are those of `training_batches`.
     """
-    found = _instructions(spec, "evaluation")
+    found = records_of(spec, "evaluation")
     examples: Rows | instructions.Conversations
     if found is not None:
         examples, notices = _conversations(found, str(spec), model, length, windows_at_most, train_on_prompt)
@@ -156,9 +157,9 @@ Found = tuple[Iterator[records.Record], records.Reader | None]
 """Records, and who reads them if it is a file."""
 
 
-def _instructions(spec: Spec, split: sources.Split) -> Found | None:
+def records_of(spec: Spec, split: sources.Split) -> Found | None:
     """The records of instruction data; None for everything else, which is read as text or token ids."""
-    if isinstance(spec, np.ndarray):
+    if isinstance(spec, np.ndarray | windows.Windows):
         return None
     name = str(spec)
     reader = None
@@ -175,6 +176,19 @@ def _instructions(spec: Spec, split: sources.Split) -> Found | None:
     return None if kind == "text" else (rows, reader)
 
 
+def form_of(model: Model, source: str, length: int) -> instructions.Format:
+    """How the instructions of a source become tokens of a model."""
+    pad_id = special_id(model, "pad")
+    return instructions.Format(
+        tokenizer=windows.require_tokenizer(model.tokenizer, source),
+        length=length,
+        template=chat.template(model.side_files),
+        eos_id=special_id(model, "eos"),
+        pad_id=pad_id if pad_id is not None and 0 <= pad_id < model.config.vocab else 0,
+        vocab_size=model.config.vocab,
+    )
+
+
 def _conversations(
     found: Found,
     source: str,
@@ -189,16 +203,7 @@ def _conversations(
     length = min(INSTRUCTION_LENGTH, context) if length is None else windows.checked_length(length, context)
     if at_most is not None:
         windows.check_count("number of windows", at_most)
-    pad_id = special_id(model, "pad")
-    form = instructions.Format(
-        tokenizer=windows.require_tokenizer(model.tokenizer, source),
-        length=length,
-        template=chat.template(model.side_files),
-        eos_id=special_id(model, "eos"),
-        pad_id=pad_id if pad_id is not None and 0 <= pad_id < model.config.vocab else 0,
-        vocab_size=model.config.vocab,
-        train_on_prompt=train_on_prompt,
-    )
+    form = dataclasses.replace(form_of(model, source, length), train_on_prompt=train_on_prompt)
     examples = instructions.Conversations(islice(rows, at_most), source, form)
     notices = (reader.notices if reader else ()) + examples.notices
     for notice in notices:

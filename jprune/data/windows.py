@@ -14,7 +14,7 @@ import functools
 import hashlib
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -49,6 +49,8 @@ class Windows:
         seed: what they were drawn with; None when nothing was drawn (evaluation, or a .npy).
         sha256: of the tokens and their shape: equal when, and only when, the tokens are.
         notices: what the user should know about how they were made, one sentence each.
+        parts: of windows of several sources, what is recorded of each by name.
+        overlap: the share of them that has text in common with what a run calibrates on; None where nobody looked.
     """
 
     tokens: Int32[np.ndarray, "n length"]
@@ -56,6 +58,8 @@ class Windows:
     seed: int | None
     sha256: str
     notices: tuple[str, ...] = ()
+    parts: Mapping[str, Any] | None = None
+    overlap: float | None = None
 
     def first(self, count: int) -> "Windows":
         """The first `count` of them, or all if there are fewer."""
@@ -71,6 +75,8 @@ class Windows:
             "sequence_length": length,
             "seed": self.seed,
             "sha256": self.sha256,
+            **({} if self.parts is None else {"parts": dict(self.parts)}),
+            **({} if self.overlap is None else {"overlap": self.overlap}),
         }
 
 
@@ -128,7 +134,7 @@ def calibration(
                 f"need at least {length + 1}. Give more text, or shorter windows (`sequence_length`)."
             )
         tokens = draws.from_stream(ids, samples, length, rng)
-    return _windows(tokens, spec, seed, vocab_size, notices)
+    return made(tokens, spec, seed, vocab_size, notices)
 
 
 def evaluation(
@@ -165,7 +171,7 @@ def evaluation(
             f"tokens need {wanted * length}. Give more text, fewer windows, or shorter ones (`sequence_length`)."
         )
     tokens = ids[: wanted * length].reshape(wanted, length)
-    return _windows(tokens, spec, None, vocab_size, notices)
+    return made(tokens, spec, None, vocab_size, notices)
 
 
 def is_rows(spec: Spec | None) -> bool:
@@ -212,13 +218,13 @@ def _from_rows(
         raise JpruneError(f"{spec} has {rows} rows of {row_length} token ids; {count} rows of {length} were asked for.")
     if row_length > length:
         notices += (f"{spec}: of each row of {row_length} tokens the first {length} are used.",)
-    return _windows(source.rows[:count, :length], spec, None, vocab_size, notices)
+    return made(source.rows[:count, :length], spec, None, vocab_size, notices)
 
 
-def _windows(
+def made(
     tokens: np.ndarray, spec: str | Path, seed: int | None, vocab_size: int | None, notices: tuple[str, ...]
 ) -> Windows:
-    """Check the ids and note what is recorded of them."""
+    """The tokens as windows, when their ids are checked, with what is recorded of them."""
     check_ids(tokens, spec, vocab_size)
     tokens = np.array(tokens, dtype=np.int32)
     for notice in notices:

@@ -18,6 +18,7 @@ from jprune.checkpoints import Checkpoint
 from jprune.checkpoints.dtypes import activation_dtype
 from jprune.checkpoints.formats import Format
 from jprune.cross_gram import streams
+from jprune.data.held_out import beside
 from jprune.data.windows import Windows
 from jprune.errors import JpruneError
 from jprune.methods import Method
@@ -98,7 +99,8 @@ class Job:
         if measured.evaluate is None:
             return job
         length = calibration.tokens.shape[1] if calibration else window_shape(self.checkpoint, self.recipe)[1]
-        return dataclasses.replace(job, evaluation=measured.text(self.checkpoint, length=length))
+        evaluation = measured.text(self.checkpoint, length=length)
+        return dataclasses.replace(job, evaluation=evaluation and beside(evaluation, calibration, job.scored))
 
     def with_calibration(self) -> "Job":
         """The same job with the windows that its method and its allocation need; errors are those of `with_text`."""

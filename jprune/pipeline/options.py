@@ -25,12 +25,21 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Calibration:
+class CalibrationText:
     """The text that a method calibrates on."""
 
-    calibration: Spec = "pydoc"
-    """Calibration text: pydoc, a text file, .jsonl, .jsonl.gz, .parquet, .npy of token ids, or hf:DATASET. In Python
-    also token windows [n, length]."""
+    calibration: Spec | Mapping[str, Spec] = "pydoc"
+    """Calibration text: pydoc, a text file, .jsonl, .jsonl.gz, .parquet, .npy of token ids, or hf:DATASET; records of
+    messages are put into the model's chat template. NAME=SOURCE,NAME=SOURCE mixes several. In Python also token windows
+    [n, length]."""
+    calibration_proportions: Mapping[str, int | float] | None = None
+    """Weights of the sources that are mixed. By default they are equal."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration(CalibrationText):
+    """The windows of it."""
+
     samples: int | None = None
     """Calibration windows. By default 128, or 16 for the demo model."""
     sequence_length: int | None = None

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jprune import paths
 from jprune.checkpoints import Checkpoint, load, record, writing
 from jprune.checkpoints.huggingface import adapters
+from jprune.data.held_out import overlap_notice
 from jprune.data.windows import Windows
 from jprune.errors import JpruneError
 from jprune.evaluate.report import page, thinned
@@ -38,12 +39,17 @@ def page_of(comparison: Comparison, command: str) -> str:
     """
     folders = [paths.real(own.model) for own in comparison.models]
     known = [record.read(folder) if (folder / record.NAME).is_file() else None for folder in folders]
+    told = [*comparison.notices]
+    for own, made in zip(comparison.models, known, strict=True):
+        on = (made or {}).get("evaluation") or {}
+        if on.get("sha256") == comparison.sha256 and on.get("overlap"):
+            told.append(f"{own.model}: {overlap_notice(on['overlap'])}")
     return page(
         {
             **comparison.json(),
             "records": [own and {n: x for n, x in own.items() if n not in ("files", "checksum")} for own in known],
             "curves": [curves(folder) for folder in folders],
-            "notices": list(comparison.notices),
+            "notices": told,
             "command": command,
         }
     )
@@ -141,13 +147,15 @@ def _prompts(dense: Checkpoint, result: Checkpoint, tokens: Windows) -> tuple[li
     room = min(room, memory.device_limit() or room)
     if dense.tokenizer is None:
         return [], (f"{dense.source} has no tokenizer: the report has no text that the models continue",)
+    if dense.road != "native":
+        return [], (f"{dense.source} is computed by {dense.road}: the report has no text that the models continue",)
     if needed > room:
         return [], (
             f"the report has no text that the models continue: both in memory take {needed / 1e9:.3g} GB, and "
             f"{room / 1e9:.3g} GB may be taken",
         )
-    length = min(PROMPT_TOKENS, tokens.tokens.shape[1], dense.config.context - CONTINUED)
+    length = min(PROMPT_TOKENS, tokens.tokens.shape[1], dense.model.context - CONTINUED)
     places = itertools.islice(range(0, len(tokens.tokens), max(1, len(tokens.tokens) // PROMPTS)), PROMPTS)
     if length < 1:
-        return [], (f"a context of {dense.config.context} tokens leaves no room for text to continue",)
+        return [], (f"a context of {dense.model.context} tokens leaves no room for text to continue",)
     return [dense.tokenizer.decode(tokens.tokens[i, :length].tolist()) for i in places], ()

@@ -62,6 +62,8 @@ class Recipe(Choice, Calibration):
         """The recipe as the record of a result has it, without where the calibration text comes from."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["calibration"]
+        if fields["calibration_proportions"] is None:
+            del fields["calibration_proportions"]
         overrides = {regex: pattern.json() for regex, pattern in self.overrides.items()}
         own = self.allocate if isinstance(self.allocate, str) else allocation_json(self.allocation)
         return fields | {"pattern": self.pattern.json(), "overrides": overrides, "allocate": own}
@@ -110,5 +112,10 @@ def window_shape(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int]:
 def calibration_windows(checkpoint: Checkpoint, recipe: Recipe) -> windows.Windows:
     """The calibration tokens of a recipe."""
     return for_model.calibration_windows(
-        checkpoint, recipe.calibration, samples=recipe.samples, length=recipe.sequence_length, seed=recipe.seed
+        checkpoint,
+        recipe.calibration,
+        samples=recipe.samples,
+        length=recipe.sequence_length,
+        seed=recipe.seed,
+        proportions=recipe.calibration_proportions,
     )

@@ -26,7 +26,8 @@ from jprune import paths
 from jprune.checkpoints import Checkpoint, load, record, writing
 from jprune.checkpoints.dtypes import activation_dtype
 from jprune.checkpoints.formats import Format
-from jprune.data.windows import Spec, Windows
+from jprune.data.held_out import beside
+from jprune.data.windows import Windows
 from jprune.errors import JpruneError
 from jprune.evaluate.distance import Distance, Reference
 from jprune.methods import Method
@@ -161,7 +162,8 @@ class _Texts:
         method, recipe, _ = decided(cell.method, cell.recipe)
         if method.statistic is None:
             return None
-        key = (str(recipe.calibration), recipe.samples, recipe.sequence_length, recipe.seed)
+        text = (str(recipe.calibration), str(recipe.calibration_proportions))
+        key = (*text, recipe.samples, recipe.sequence_length, recipe.seed)
         if key not in self._known:
             self._known[key] = calibration_windows(self._checkpoint, recipe)
         return self._known[key]
@@ -189,7 +191,9 @@ class _Sweep:
             (reference, first), result = self._reference, load(place)
             distance = reference.to(result, progress=self._told(tell))
             found = compared(cell.title, result, distance, first)
-            self._write(number, {**_measured(found), **_spent(report)})
+            apart = beside(dataclasses.replace(self.tokens, notices=()), calibration)
+            told = {**_measured(found), **_spent(report), "overlap": apart.overlap}
+            self._write(number, told | {"notices": [*report.notices, *apart.notices]})
         if not self.keep:
             shutil.rmtree(place, ignore_errors=True)
 
@@ -202,7 +206,7 @@ class _Sweep:
         if (place / record.NAME).is_file():  # it appears whole, and was not yet measured
             return Report.from_record(record.read(place), place)
         forget_peak_memory()
-        spec: Spec = cell.recipe.calibration if calibration is None else calibration
+        spec = cell.recipe.calibration if calibration is None else calibration
         recipe = dataclasses.replace(cell.recipe, calibration=spec)
         options = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
         report = prune_model(

@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from jprune.checkpoints import Checkpoint, formats
 from jprune.checkpoints.formats import Format
 from jprune.data import windows
 from jprune.data.batches import Batches
+from jprune.data.blend import named
 from jprune.data.training import training_batches
 from jprune.errors import JpruneError
 from jprune.methods import Method
@@ -61,7 +61,8 @@ class RoundsJob:
           JpruneError: anything that would stop a round and can be known before the first.
         """
         tuning = tuning_of_a_round(checkpoint, tuning)
-        if not windows.is_rows(recipe.calibration):  # later rounds do not know what the model suggests
+        # Later rounds do not know what the model suggests.
+        if isinstance(recipe.calibration, Mapping) or not windows.is_rows(recipe.calibration):
             samples, length = window_shape(checkpoint, recipe)
             recipe = dataclasses.replace(recipe, samples=samples, sequence_length=length)
         assert isinstance(recipe.pattern, Unstructured)
@@ -106,7 +107,7 @@ class RoundsJob:
             **dataclasses.asdict(self.tuning),
             "tune_length": self.batches.length,
             **recipe,
-            "calibration": str(calibration) if isinstance(calibration, str | Path) else None,
+            "calibration": named(calibration),
         }
 
     def settings(self) -> dict[str, Any]:

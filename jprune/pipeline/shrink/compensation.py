@@ -14,11 +14,10 @@ from jax.typing import DTypeLike
 
 from jprune.anatomy.kernels import Kernel, matmul_kernels
 from jprune.checkpoints import Checkpoint
-from jprune.data.windows import Spec
 from jprune.errors import JpruneError
 from jprune.pipeline.forecast.forecast import Forecast
 from jprune.pipeline.job import Job
-from jprune.pipeline.options import Machine
+from jprune.pipeline.options import CalibrationText, Machine
 from jprune.pipeline.recipe import Recipe
 from jprune.pipeline.shrink.scores import Positions, units_of
 from jprune.structured.base import UnitMethod
@@ -30,7 +29,7 @@ def job_of(
     checkpoint: Checkpoint,
     method: UnitMethod,
     *,
-    calibration: Spec,
+    text: CalibrationText,
     dtype: DTypeLike,
     keep: Positions | None,
 ) -> Job | None:
@@ -39,7 +38,7 @@ def job_of(
     Args:
       checkpoint: the whole model.
       method: what goes, and how the rest makes up for it.
-      calibration: source of the text.
+      text: where the text comes from; the method says how many windows, and which.
       dtype: of the activations.
       keep: the positions that stay, by path and axis; None if that is not known yet, so that all may.
     """
@@ -47,7 +46,8 @@ def job_of(
         return None
     recipe = Recipe(
         pattern=Rows(kept=1),  # each kernel has its own
-        calibration=calibration,
+        calibration=text.calibration,
+        calibration_proportions=text.calibration_proportions,
         samples=wanted.samples,
         sequence_length=wanted.sequence_length,
         seed=method.seed,

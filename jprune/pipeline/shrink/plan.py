@@ -9,10 +9,9 @@ import numpy as np
 from jprune import paths
 from jprune.checkpoints import Checkpoint, load
 from jprune.checkpoints.dtypes import activation_dtype
-from jprune.data.windows import Spec
 from jprune.errors import JpruneError
 from jprune.pipeline.forecast.forecast import Forecast, Plan
-from jprune.pipeline.options import Machine, sorted_into
+from jprune.pipeline.options import CalibrationText, Machine, sorted_into
 from jprune.pipeline.registry import name_of
 from jprune.pipeline.shrink.compensation import job_of, too_large
 from jprune.pipeline.shrink.scores import Positions, chosen, experts_left, positions_of_experts, units_of
@@ -43,26 +42,25 @@ def plan_shrink(
     method: UnitMethod,
     target: Target | None = None,
     out: str | Path = ".",
-    calibration: Spec = "pydoc",
     dtype: str | None = None,
     **options: Any,
 ) -> ShrinkPlan:
     """What `shrink_model` would do, without a weight or a text; a folder with a config.json is enough.
 
-    Of the other options it takes those of `Machine` in `jprune.pipeline.options`. Where kernels are refitted, it
-    compiles what that takes, and measures this machine for two seconds.
+    Of the other options it takes those of `CalibrationText` and `Machine` in `jprune.pipeline.options`. Where kernels
+    are refitted, it compiles what that takes, and measures this machine for two seconds.
 
     Raises:
       JpruneError: as `shrink_model`, for what can be known from shapes.
     """
-    (machine,) = sorted_into(options, Machine)
+    text, machine = sorted_into(options, CalibrationText, Machine)
     checkpoint = model if isinstance(model, Checkpoint) else load(model, weights=False)
     check_target(method, target)
     units = units_of(checkpoint, method) if target else ()
     keep = stays(checkpoint, method, target)
     smaller = planned(checkpoint, method, target)
     activations = activation_dtype(checkpoint, dtype)
-    job = job_of(checkpoint, method, calibration=calibration, dtype=activations, keep=keep)
+    job = job_of(checkpoint, method, text=text, dtype=activations, keep=keep)
     why = None if job is None else too_large(job, machine, paths.given(out))
     return ShrinkPlan(
         parameters=(checkpoint.parameters, smaller.parameters if smaller else None),

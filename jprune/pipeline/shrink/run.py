@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jprune import paths
 from jprune.checkpoints import Checkpoint, formats, load, record
 from jprune.checkpoints.dtypes import activation_dtype
-from jprune.data import windows
+from jprune.data.held_out import beside
 from jprune.errors import JpruneError
 from jprune.evaluate.perplexity import Perplexity
 from jprune.pipeline.job import Job
-from jprune.pipeline.options import Evaluation, Machine, Result, sorted_into
+from jprune.pipeline.options import CalibrationText, Evaluation, Machine, Result, sorted_into
 from jprune.pipeline.shrink import compensation
 from jprune.pipeline.shrink.compensated import shrink_and_refit
 from jprune.pipeline.shrink.experts import unseen
@@ -46,7 +46,6 @@ def shrink_model(
     *,
     method: UnitMethod,
     target: Target | None = None,
-    calibration: windows.Spec = "pydoc",
     dtype: str | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     **options: Any,
@@ -58,20 +57,20 @@ def shrink_model(
       out: folder of the result; it appears when everything is done.
       method: e.g. `LLMPruner()`.
       target: how small; methods that say themselves which layers or experts stay need none.
-      calibration: source of the text that importance is read from and that what is left is refitted by, or token
-        windows [n, length] for both.
       dtype: of the activations; float32 on CPU and for float16 weights, elsewhere what the weights have. Gradients
         are float32.
       progress: called often.
-      **options: the fields of `Evaluation`, `Result` and `Machine` in `jprune.pipeline.options`: evaluate,
-        evaluate_length, evaluate_windows, format (by default "hf" if all layers end up equal, else "jprune"),
-        overwrite, resume, memory, run. A run that neither refits nor looks at experts has nothing to resume: what is
-        interrupted leaves nothing behind.
+      **options: `calibration` and `calibration_proportions`, the source of the text that importance is read from and
+        that what is left is refitted by, or token windows [n, length] for both (the method says how many and which);
+        and the fields of `Evaluation`, `Result` and `Machine` in `jprune.pipeline.options`: evaluate, evaluate_length,
+        evaluate_windows, format (by default "hf" if all layers end up equal, else "jprune"), overwrite, resume, memory,
+        run. A run that neither refits nor looks at experts has nothing to resume: what is interrupted leaves nothing
+        behind.
 
     Raises:
       JpruneError: anything that does not fit; `out` is then untouched.
     """
-    measured, wanted, machine = sorted_into(options, Evaluation, Result, Machine)
+    text, measured, wanted, machine = sorted_into(options, CalibrationText, Evaluation, Result, Machine)
     stopwatch = Stopwatch()
     shown, out = paths.given(out), paths.real(out)
     place = paths.real(machine.run) if machine.run else default_folder(out)
@@ -90,10 +89,14 @@ def shrink_model(
             target=target,
             dtype=activation_dtype(checkpoint, dtype),
             format=wanted.format,
-            examples=examples(checkpoint, method, calibration),
+            examples=examples(checkpoint, method, text),
             evaluation=measured.text(checkpoint),
         )
-        job, why = _refitting(work, calibration, machine, place, resume=wanted.resume)
+        job, why = _refitting(work, text, machine, place, resume=wanted.resume)
+        if work.evaluation is not None:
+            evaluation = beside(work.evaluation, work.examples, job.calibration if job else None)
+            work = dataclasses.replace(work, evaluation=evaluation)
+            job = job and dataclasses.replace(job, evaluation=evaluation)
     if job is None:
         report = _shrink(work, shown, place, wanted, stopwatch, progress, () if why is None else (why,))
     else:
@@ -104,10 +107,10 @@ def shrink_model(
 
 
 def _refitting(
-    work: Work, calibration: windows.Spec, machine: Machine, place: Path, *, resume: bool
+    work: Work, text: CalibrationText, machine: Machine, place: Path, *, resume: bool
 ) -> tuple[Job | None, str | None]:
     """What is to be refitted, with its text; or None, and why nothing is though it was to be."""
-    job = compensation.job_of(work.checkpoint, work.method, calibration=calibration, dtype=work.dtype, keep=None)
+    job = compensation.job_of(work.checkpoint, work.method, text=text, dtype=work.dtype, keep=None)
     if job is None:
         return None, None
     job, why = compensation.with_text(dataclasses.replace(job, evaluation=work.evaluation))

@@ -1,6 +1,7 @@
 """What a structured run is to do, as one object, and what its record says of it."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -8,6 +9,8 @@ from jax.typing import DTypeLike
 from jprune.checkpoints import Checkpoint
 from jprune.checkpoints.formats import Format
 from jprune.data import windows
+from jprune.data.for_model import calibration_windows
+from jprune.pipeline.options import CalibrationText
 from jprune.pipeline.registry import name_of
 from jprune.pipeline.shrink.report import ShrinkReport
 from jprune.runs.report import environment
@@ -59,17 +62,17 @@ class Work:
         }
 
 
-def examples(checkpoint: Checkpoint, method: UnitMethod, source: windows.Spec) -> windows.Windows | None:
+def examples(checkpoint: Checkpoint, method: UnitMethod, text: CalibrationText) -> windows.Windows | None:
     """The texts that importance is read from; None for methods that read only weights."""
     if method.needs in ("nothing", "weights"):
         return None
-    rows = windows.is_rows(source)
-    return windows.calibration(
+    source = text.calibration
+    rows = not isinstance(source, Mapping) and windows.is_rows(source)
+    return calibration_windows(
+        checkpoint,
         source,
-        checkpoint.tokenizer,
         samples=None if rows else method.examples,
         length=None if rows else min(method.sequence_length, checkpoint.config.context),
         seed=method.seed,
-        vocab_size=checkpoint.config.vocab,
-        context=checkpoint.config.context,
+        proportions=text.calibration_proportions,
     )

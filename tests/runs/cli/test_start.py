@@ -55,7 +55,7 @@ def test_what_is_not_needed_is_not_imported(words, absent):
         (f"sparsity = {10**400}", "key 'sparsity' must be a number"),
         ("sparsity = 1979-05-27", "key 'sparsity' must be a number; got datetime"),
         ("seed = true", "key 'seed' must be a whole number; got True"),
-        ("calibration = {a = 1}", "key 'calibration' must be text"),
+        ("calibration = {a = 1}", "key 'calibration': is text; got 1"),
         ("overrides = 3", "is text; got 3"),
         ("overrides = {mlp = {sparsty = 1}}", "is no pattern"),
         ("[[sparsity]]\na = 1", "key 'sparsity' must be a number"),
