@@ -139,6 +139,8 @@ def _unwatched_first(kinds: list[str], scratch: Path) -> None:
     """What the first use of each kind imports and caches is nobody's fault, nor how long a plan measures a machine."""
     from jprune.pipeline.forecast import speed
 
+    with contextlib.suppress(ImportError):  # PyTorch, which the first config without a table would import
+        import jprune.bridge.model  # noqa: F401
     speed.measure = functools.cache(speed.measure)
     model(_fresh(scratch / "warm"))
     command("prune", "magnitude", scratch / "warm", "--sparsity", "0.5", "--plan")

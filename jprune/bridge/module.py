@@ -174,16 +174,16 @@ def _class(hf_config: Mapping[str, Any], source: str, why: str) -> tuple[Any, An
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
     kind = hf_config.get("model_type")
-    if kind not in NAMES:
+    if not isinstance(kind, str) or kind not in NAMES:
         raise JpruneError(
             f"{why}. PyTorch's module cannot stand in: transformers {transformers.__version__} has no causal language "
             f"model of the model_type {kind!r}"
         )
     named = hf_config.get("architectures")
-    if named and NAMES[kind] not in named:
+    if named and (not isinstance(named, list) or NAMES[kind] not in named):
         raise JpruneError(
             f"{why}. PyTorch's module cannot stand in: of the model_type {kind!r} transformers has {NAMES[kind]}, and "
-            f"the config.json of {source} names {', '.join(map(str, named))}"
+            f"the config.json of {source} names {named!r}"
         )
     with explained(f"{source}: the config.json of a {NAMES[kind]}"):
         config = transformers.CONFIG_MAPPING[kind].from_dict(dict(hf_config))
