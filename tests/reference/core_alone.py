@@ -31,7 +31,7 @@ def names() -> None:
         assert isinstance(error, ImportError)
         assert f"jprune.{name} needs the package {error.name}" in str(error), error
         assert "pip install jprune" in str(error), error
-    assert {"decoder", "prune_model", "tune_model"} <= missing.keys()
+    assert {"decoder", "tune_model"} <= missing.keys()
     rooms = {(jprune._LAZY.get(name) or jprune._MODULES[name]).split(".")[1] for name in missing}
     assert rooms <= set(WHOLE_MODELS), rooms
 
