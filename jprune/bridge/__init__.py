@@ -6,6 +6,7 @@ of it is a `jprune.models.blocks.InBlocks`, as of a native model, and the pipeli
 
     environment  torchax: what it needs to load, its operators, and how what it lacks is refused
     experts      experts as products of all tokens with all experts, of which each reads what it is sent
+    scans        Mamba's recurrence as one loop
     module       the module without weights, its decoder layers, and one traced call of it
     cut          a jaxpr in parts: before the layers, each layer, and behind them
     model        these parts as functions of parameters by path

@@ -50,6 +50,13 @@ with warnings.catch_warnings(), _lenient():
     from torchax.view import View
 
 
+def _type_as(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return self.to(other.dtype)
+
+
+Tensor.type_as = _type_as  # torchax's own changes the tensor itself, and does not know views
+
+
 class Environment(torchax.tensor.Environment):
     """Computes at once what depends on no tracer, and takes tensors of PyTorch's, which modules hold, as constants."""
 

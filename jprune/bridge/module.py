@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import initialization
 
-from jprune.bridge import experts
+from jprune.bridge import experts, scans
 from jprune.bridge.environment import constant, environment, explained, running, tensor
 from jprune.errors import JpruneError
 
@@ -51,6 +51,7 @@ class Module:
         experts.register()
         with explained(self.what):
             self.module = _made(cls, config)
+        scans.replace_in(self.module)
         self.config = self.module.config.get_text_config(decoder=True)
         floats = {name: b for name, b in self.module.state_dict(keep_vars=True).items() if b.is_floating_point()}
         first: dict[int, str] = {}
@@ -173,21 +174,26 @@ def _class(hf_config: Mapping[str, Any], source: str, why: str) -> tuple[Any, An
     """The class of a causal language model, and its config."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-    kind = hf_config.get("model_type")
-    if not isinstance(kind, str) or kind not in NAMES:
-        raise JpruneError(
-            f"{why}. PyTorch's module cannot stand in: transformers {transformers.__version__} has no causal language "
-            f"model of the model_type {kind!r}"
-        )
-    named = hf_config.get("architectures")
-    if named and (not isinstance(named, list) or NAMES[kind] not in named):
+    kind, named = hf_config.get("model_type"), hf_config.get("architectures")
+    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
+    known = isinstance(kind, str) and kind in NAMES
+    content = transformers.PreTrainedConfig._decode_special_floats(dict(hf_config))  # infinities, which JSON has not
+    if known and named and (not isinstance(named, list) or NAMES[kind] not in named):
         raise JpruneError(
             f"{why}. PyTorch's module cannot stand in: of the model_type {kind!r} transformers has {NAMES[kind]}, and "
             f"the config.json of {source} names {named!r}"
         )
-    with explained(f"{source}: the config.json of a {NAMES[kind]}"):
-        config = transformers.CONFIG_MAPPING[kind].from_dict(dict(hf_config))
-        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
+    with explained(f"{source}: the config.json of a {name or kind}"):
+        if known:
+            config = transformers.CONFIG_MAPPING[kind].from_dict(content)
+            return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
+        if name in NAMES.values():  # whose config is a part of another, as of the text of a model of images
+            cls = getattr(transformers, name)
+            return cls, cls.config_class.from_dict(content)
+    raise JpruneError(
+        f"{why}. PyTorch's module cannot stand in: transformers {transformers.__version__} has no causal language "
+        f"model of the model_type {kind!r}"
+    )
 
 
 def _made(cls: Any, config: Any) -> Any:
