@@ -213,19 +213,22 @@ def write(out, rows, kinds):
 def write_page(page, rows):
     """The table between two comments of a page."""
     roads = {"native": "native", "PyTorch's module": "module"}
-    lines = ["| model_type | architecture | road | largest difference of a logit | kernels | left out |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    lines = ["| model_type | architecture | road | difference of a logit | kernels, % | left out | SparseGPT |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
         names = f"| `{row['kind']}` | `{row['architecture']}` |"
         if row["state"] != "works":
-            reason = row.get("reason", f"differs by {row.get('difference', 0):.1e}").replace("|", "\\|")
-            lines.append(f"{names} {row['state']} | {reason} | | |")
+            reason = row.get("reason", "traced, logits not compared" if row["state"] == "opened" else "")
+            if row["state"] == "differs":
+                reason = f"by {row['difference']:.1e}"
+            lines.append(f"{names} {row['state']} | {reason.replace('|', '/')} | | | |")
             continue
         left = ", ".join(dict.fromkeys(path.split("/", 2)[2] for path in row["left"] if path.startswith("blocks/")))
-        unread = sum(count for path, count in row["left"].items() if path.startswith("unused/"))
+        unread = any(path.startswith("unused/") for path in row["left"])
         left = "; ".join(filter(None, [left, "what no call on tokens reads" if unread else ""]))
-        measured = f"{row['difference'] / max(1.0, row['largest']):.1e} | {row['share']:.1%}"
-        lines.append(f"{names} {roads[row['road']]} | {measured} | {left} |")
+        relative, share = row["difference"] / max(1.0, row["largest"]), 100 * row["share"]
+        did = "pruned" if "pruned" in row else "not run"
+        lines.append(f"{names} {roads[row['road']]} | {relative:.1e} | {share:.1f} | {left} | {did} |")
     text = page.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     page.write_text(f"{before}{BEGIN}\n{chr(10).join(lines)}\n{END}{after}")

@@ -41,7 +41,9 @@ It was run with jax {jax}, transformers {transformers} and torch {torch}.
 
 What is not supported is refused with the reason: Falcon with ALiBi (Falcon-RW), GPT-2 with cross-attention, OPT without
 scales in its norms, OLMoE with clipped queries, DeepSeek-V2 whose experts' weights are normalised, encoders such as
-EmbeddingGemma, and every architecture that is not in the table.
+EmbeddingGemma.
+
+Architectures that are not in this table go [the other road](two-roads.md), if they can; the last section says which.
 
 Latent attention (DeepSeek) keeps in its cache the narrow vectors that keys and values are made of. `prune llm-pruner`
 refuses it: the widths of those vectors cannot be made fewer yet. Layers that predict the token after next
@@ -55,6 +57,9 @@ one-shot pruning) is the same sum with every expert on every token and zeros whe
 `prune layers` layers; `prune llm-pruner` refuses such models, since the channels of experts cannot be made fewer yet.
 Of BLOOM it can remove no heads, whose ALiBi slopes follow from their numbers.
 """
+
+OTHERS = "## Every causal language model of transformers"
+"""Where the part of the page begins that `scripts/make_bridge_table.py` writes."""
 
 
 def difference(family: families.Family, architecture: str) -> float:
@@ -90,7 +95,10 @@ def main() -> None:
                 raise SystemExit(f"{architecture} differs from transformers by {worst}")
             rows.append(f"| `{architecture}` | {what} | {worst:.1e} |")
     versions = {"jax": jax.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
-    args.out.write_text(PAGE.format(rows="\n".join(rows), **versions), encoding="utf-8")
+    before = args.out.read_text(encoding="utf-8") if args.out.exists() else ""
+    others = before[before.index(OTHERS) :] if OTHERS in before else ""
+    page = PAGE.format(rows="\n".join(rows), **versions)
+    args.out.write_text(f"{page}\n{others}" if others else page, encoding="utf-8")
 
 
 if __name__ == "__main__":

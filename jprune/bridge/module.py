@@ -188,7 +188,7 @@ def _class(hf_config: Mapping[str, Any], source: str, why: str) -> tuple[Any, An
             config = transformers.CONFIG_MAPPING[kind].from_dict(content)
             return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
         if name in NAMES.values():  # whose config is a part of another, as of the text of a model of images
-            cls = getattr(transformers, name)
+            cls = getattr(transformers, str(name))
             return cls, cls.config_class.from_dict(content)
     raise JpruneError(
         f"{why}. PyTorch's module cannot stand in: transformers {transformers.__version__} has no causal language "
