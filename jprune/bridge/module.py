@@ -170,6 +170,11 @@ class Module:
         return name, len(members)
 
 
+DIFFERENT = ("deepseek_v32", "glm_moe_dsa")
+"""Models whose logits were other than transformers': their layers choose the keys that a query sees by scores, of which
+many are equal."""
+
+
 def _class(hf_config: Mapping[str, Any], source: str, why: str) -> tuple[Any, Any]:
     """The class of a causal language model, and its config."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
@@ -182,6 +187,11 @@ def _class(hf_config: Mapping[str, Any], source: str, why: str) -> tuple[Any, An
         raise JpruneError(
             f"{why}. PyTorch's module cannot stand in: of the model_type {kind!r} transformers has {NAMES[kind]}, and "
             f"the config.json of {source} names {named!r}"
+        )
+    if kind in DIFFERENT:
+        raise JpruneError(
+            f"{why}. PyTorch's module cannot stand in: of the model_type {kind!r} what it computes as a JAX function "
+            "was found to differ from what it computes in PyTorch (see docs/families.md)"
         )
     with explained(f"{source}: the config.json of a {name or kind}"):
         if known:
@@ -198,7 +208,10 @@ def _class(hf_config: Mapping[str, Any], source: str, why: str) -> tuple[Any, An
 
 def _made(cls: Any, config: Any) -> Any:
     """The module, evaluated (no dropout), with parameters on the meta device; buffers have their values."""
-    original = torch.nn.Module.register_parameter
+    original, allocate = torch.nn.Module.register_parameter, torch.empty
+
+    def empty(*size: Any, device: Any = None, **options: Any) -> Any:
+        return allocate(*size, device="meta" if device is None else device, **options)
 
     def register_parameter(self: Any, name: str, param: Any) -> None:
         if param is not None and param.device.type != "meta":
@@ -206,6 +219,9 @@ def _made(cls: Any, config: Any) -> Any:
         original(self, name, param)
 
     torch.nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
+    torch.empty = (
+        empty  # of a layer's experts there may be tens of gigabytes, which not even for a moment must be there
+    )
     try:
         with initialization.no_init_weights():
             options = {"attn_implementation": "eager", "dtype": torch.float32}
@@ -214,6 +230,7 @@ def _made(cls: Any, config: Any) -> Any:
             module = cls._from_config(config, **options)
     finally:
         torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
+        torch.empty = allocate
     module.tie_weights()
     return module.eval()
 
