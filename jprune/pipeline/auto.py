@@ -22,12 +22,12 @@ DAMPING = 0.1
 """Where weights are solved for once more, or towards the dense model's outputs. With the usual 0.01 the text of
 calibration gains no more, and other texts little or nothing."""
 WHY: dict[Quality, str] = {
-    "fast": "the demo model at 60 % has a tenth less perplexity than after sparsegpt, on the text of calibration and "
-    "on another, for 1.2 times the time",
-    "balanced": "the demo model at 60 % has a third less perplexity than after sparsegpt, on the text of calibration "
-    "and on another, for 2.5 times the processor time",
-    "best": "as balanced, its blocks trained: 37 % less perplexity on the text of calibration, 34 % on another, for "
-    "ten times the processor time",
+    "fast": "the demo model at 60 % has a tenth less perplexity than after sparsegpt on the text of calibration, and a "
+    "quarter less on another, for 1.2 times the time",
+    "balanced": "the demo model at 60 % has 40 % less perplexity than after sparsegpt on the text of calibration, and "
+    "half on another, for 2.7 times the processor time",
+    "best": "the demo model at 60 % has 42 % less perplexity than after sparsegpt on the text of calibration, and "
+    "half on another, for eight times the processor time",
 }
 """What was measured, in words; docs/results.md has the table."""
 
@@ -60,8 +60,8 @@ class Auto:
     """Prune by the method and options that measured best, for those who do not want to choose."""
 
     quality: Quality = "balanced"
-    """What it may cost: fast (about 1.2 times what sparsegpt takes), balanced (about 2.5 times, no gradients) or best
-    (about ten times). What is chosen is printed, and stands in the record."""
+    """What it may cost: fast (about 1.2 times what sparsegpt takes), balanced (about 2.7 times, no gradients) or best
+    (about eight times). What is chosen is printed, and stands in the record."""
 
     def __post_init__(self):
         if self.quality not in get_args(Quality):
