@@ -297,8 +297,8 @@ def test_damaged_config(folder, content):
 
 
 def test_unsupported_architecture(folder):
-    (folder / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"]}))
-    fails(folder, "MambaForCausalLM", "LlamaForCausalLM")
+    (folder / "config.json").write_text(json.dumps({"architectures": ["NobodysForCausalLM"]}))
+    fails(folder, "NobodysForCausalLM", "LlamaForCausalLM")
 
 
 def test_quantised_weights_are_refused(folder, tiny):
