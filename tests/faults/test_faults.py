@@ -297,14 +297,16 @@ def test_a_shard_that_is_gone(interrupted, undisturbed):
 @pytest.mark.parametrize("damage", ["bit", "truncated", "gone"])
 def test_damaged_activations(interrupted, undisturbed, solved, damage):
     options = interrupted(at=4.2)
-    (saved,) = (options["out"].parent / "out.run" / "hidden").glob("*.bin")
-    match damage:
-        case "bit":
-            flip(saved, saved.stat().st_size // 2)
-        case "truncated":
-            os.truncate(saved, 100)
-        case "gone":
-            saved.unlink()
+    kept = list((options["out"].parent / "out.run" / "hidden").glob("*.bin"))  # of one block, or of two on a slow disk
+    assert kept
+    for saved in kept:
+        match damage:
+            case "bit":
+                flip(saved, saved.stat().st_size // 2)
+            case "truncated":
+                os.truncate(saved, 100)
+            case "gone":
+                saved.unlink()
     solved.clear()
     resumed(options, undisturbed)
     assert blocks_of(solved) == [4, 5]  # the blocks before are gone through, not solved for again
@@ -481,10 +483,12 @@ def test_methods_without_data_resume_too(interrupted, recipe, tmp_path, solved):
     prune_model(**recipe | {"method": Magnitude()}, out=tmp_path / "whole")
     options = interrupted(at=3, method=Magnitude())
     solved.clear()
+    done = {int(path.stem.split("-")[1]) for path in (tmp_path / "out.run" / "done").glob("blocks-*.json")}
     prune_model(**options, resume=True)
     assert killable.digest(tmp_path / "out") == killable.digest(tmp_path / "whole")
     # What was solved but not yet written in the background is done again.
-    assert blocks_of(solved) in ([2, 3, 4, 5], [3, 4, 5])
+    assert done
+    assert blocks_of(solved) == sorted(set(range(BLOCKS)) - done)
 
 
 def test_resuming_what_is_finished(tmp_path, recipe, undisturbed):
