@@ -18,24 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blocks_to_solve import SHAPES, random_gram, random_kernels
 from machine import describe
 
-SHAPES: dict[str, list[tuple[int, dict[str, int]]]] = {
-    "tiny": [(48, {"q": 48, "k": 16}), (128, {"down": 48})],
-    "smollm2-135m": [
-        (576, {"q": 576, "k": 192, "v": 192}),
-        (576, {"o": 576}),
-        (576, {"gate": 1536, "up": 1536}),
-        (1536, {"down": 576}),
-    ],
-    "llama-7b": [
-        (4096, {"q": 4096, "k": 4096, "v": 4096}),
-        (4096, {"o": 4096}),
-        (4096, {"gate": 11008, "up": 11008}),
-        (11008, {"down": 4096}),
-    ],
-}
-"""Kernels by the input that they share: (d_in, {kernel: d_out})."""
 METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "sparsegpt": ("SparseGPT", {}),
     "sparsegpt, refit": ("SparseGPT", {"refit": 10}),
@@ -48,16 +33,11 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
 def block(shape: str, only: Sequence[str]) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """A Gram matrix and kernels for every input of the block."""
     rng = np.random.default_rng(0)
-    inputs = []
-    for d_in, outputs in SHAPES[shape]:
-        if only and not set(only) & set(outputs):
-            continue
-        scales = rng.lognormal(0, 1, (d_in, 1)).astype(np.float32)
-        low_rank = rng.standard_normal((d_in, min(256, d_in)), dtype=np.float32) * scales
-        gram = low_rank @ low_rank.T + np.diag(rng.lognormal(3, 1, d_in).astype(np.float32))
-        kernels = {name: rng.standard_normal((d_in, n), dtype=np.float32) * 0.02 for name, n in outputs.items()}
-        inputs.append((gram, kernels))
-    return inputs
+    return [
+        (random_gram(rng, d_in), random_kernels(rng, d_in, outputs))
+        for d_in, outputs in SHAPES[shape]
+        if not only or set(only) & set(outputs)
+    ]
 
 
 def measure(method: str, args: argparse.Namespace, answer: Any) -> None:

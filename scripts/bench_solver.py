@@ -18,32 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from blocks_to_solve import SHAPES, random_gram, random_kernels
 from machine import describe
 from torch_sparsegpt import prune_kernel
 
 from jprune import Unstructured
 from jprune.solvers.sparsegpt import factorise, sweep
-
-# Kernels by the input that they share: (d_in, {kernel: d_out}).
-SHAPES = {
-    "smollm2-135m": [
-        (576, {"q": 576, "k": 192, "v": 192}),
-        (576, {"o": 576}),
-        (576, {"gate": 1536, "up": 1536}),
-        (1536, {"down": 576}),
-    ],
-    "llama-7b": [
-        (4096, {"q": 4096, "k": 4096, "v": 4096}),
-        (4096, {"o": 4096}),
-        (4096, {"gate": 11008, "up": 11008}),
-        (11008, {"down": 4096}),
-    ],
-}
-
-
-def random_gram(rng: np.random.Generator, d_in: int) -> np.ndarray:
-    low_rank = rng.standard_normal((d_in, 256), dtype=np.float32) * rng.lognormal(0, 1, (d_in, 1)).astype(np.float32)
-    return low_rank @ low_rank.T + np.diag(rng.lognormal(3, 1, d_in).astype(np.float32))
 
 
 def ours(gram: jax.Array, kernels: list[jax.Array], sparsity: float):
@@ -55,7 +35,7 @@ def bench(shapes: list, sparsity: float, repeats: int) -> dict:
     rows = []
     for d_in, outputs in shapes:
         gram = random_gram(rng, d_in)
-        kernels = [rng.standard_normal((d_in, d_out), dtype=np.float32) * 0.02 for d_out in outputs.values()]
+        kernels = list(random_kernels(rng, d_in, outputs).values())
         on_device = [jnp.asarray(k) for k in kernels]
         start = time.perf_counter()
         results = ours(jnp.asarray(gram), on_device, sparsity)
@@ -94,7 +74,7 @@ def bench(shapes: list, sparsity: float, repeats: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["smollm2-135m", "llama-7b"])
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--repeats", type=int, default=5, help="of SmolLM2's shapes; LLaMA's are run a third as often")
     parser.add_argument("--out", type=Path)
@@ -102,7 +82,7 @@ def main() -> None:
     result: dict = {"machine": describe(), "sparsity": args.sparsity, "blocks": {}}
     for name in args.shapes:
         print(name)
-        repeats = args.repeats if name == "smollm2-135m" else max(1, args.repeats // 3)
+        repeats = max(1, args.repeats // 3) if name == "llama-7b" else args.repeats
         result["blocks"][name] = bench(SHAPES[name], args.sparsity, repeats)
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
