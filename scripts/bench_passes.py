@@ -1,21 +1,29 @@
 """What the jobs cost in forward passes of the same tokens: the unit that does not depend on the machine.
 
-    python scripts/bench_passes.py [--model demo] [--samples 16] [--sequence-length 512] [--out passes.json]
+    python scripts/bench_passes.py [--model demo] [--samples 64] [--sequence-length 512] [--out passes.json]
+    python scripts/bench_passes.py --against COMMIT [--out passes.json]  # the same jobs in that commit too, in turn
 
-wanda       calibration and solving, of a forward pass of the blocks; limit 1.2
-sparsegpt   the same beyond the forward pass that it contains: Grams and solving; limit 0.45
-perplexity  of the windows, head and loss included, of a forward pass of the blocks; limit 1.1
-lora        a step of LoRA (all kernels, rank 8), of the perplexity of its windows; limit 3.3
+A pass goes from the tokens to the logits, in the batches that calibration takes.
 
-Each is run twice in this process, and the second run counts; they take turns, so that whatever slows the machine down
-slows all of them. A forward pass is that of the blocks, one after the other, in the batches that calibration takes.
+wanda       calibration and solving; limit 1.2 passes
+sparsegpt   the same beyond the pass that it contains: Grams and solving; limit 0.45
+perplexity  of the windows, from the tokens to the loss; limit 1.1
+lora        a step of LoRA (all kernels, rank 8), of a pass of its windows; limit 3.3
+full        a step of all weights, of a pass of its windows
+
+Each is run --rounds times in its process, and the best but for the first counts, which compiles. They take turns, so
+that whatever slows the machine down slows all of them. With --against, each commit has processes of its own, in turn.
 """
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,75 +40,128 @@ from jprune.models import decoder
 from jprune.models.batching import windows_at_once
 from jprune.pipeline import prune_model
 from jprune.train.step import Functions, micro_batches
-from jprune.tuning import Lora
+from jprune.tuning import Full, Lora
 
 LIMITS = {"wanda": 1.2, "sparsegpt": 0.45, "perplexity": 1.1, "lora": 3.3}
+Seconds = dict[str, float]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--step-windows", type=int, default=4, help="of a step of LoRA")
-    parser.add_argument("--rounds", type=int, default=3, help="the first of which compiles, the best of the rest count")
+    parser.add_argument("--step-windows", type=int, default=2, help="of a step of training")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--against", metavar="COMMIT", help="measure the same jobs there, before this tree's")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    checkpoint = jprune.load(args.model)
-    shape = {"samples": args.samples, "length": args.sequence_length}
-    tokens = np.asarray(data.calibration("pydoc", checkpoint.tokenizer, **shape).tokens)
-    few = tokens[: args.step_windows]
-    jobs = {
-        "forward": timed(forward(checkpoint, tokens)),
-        "wanda": lambda: pruning(checkpoint, tokens, Wanda()),
-        "sparsegpt": lambda: pruning(checkpoint, tokens, SparseGPT()),
-        "perplexity": timed(lambda: mean_nll(checkpoint, tokens)),
-        "perplexity of a step's windows": timed(lambda: mean_nll(checkpoint, few)),
-        "lora": timed(lora(checkpoint, few)),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(args.rounds):
-        for name, job in jobs.items():
-            took = job()
-            if number:
-                seconds[name].append(took)
-    best = {name: min(values) for name, values in seconds.items()}
-    passes = {
-        "wanda": best["wanda"] / best["forward"],
-        "sparsegpt": best["sparsegpt"] / best["forward"] - 1,
-        "perplexity": best["perplexity"] / best["forward"],
-        "lora": best["lora"] / best["perplexity of a step's windows"],
-    }
-    for name, value in passes.items():
-        print(f"{name:12} {value:6.2f} (limit {LIMITS[name]:g})")
-    result = {
-        "machine": describe(),
-        "options": vars(args) | {"out": None},
-        "seconds": seconds,
-        "passes": passes,
-        "within": {name: bool(value <= LIMITS[name]) for name, value in passes.items()},
-    }
+    options = {name: value for name, value in vars(args).items() if name != "out"}
+    result: dict[str, Any] = {"machine": describe(), "options": options}
+    if args.against is None:
+        result["seconds"] = measure(args)
+    else:
+        with checked_out(args.against) as before:
+            result["before"] = elsewhere(before, args)
+        result["seconds"] = elsewhere(Path(__file__).resolve().parents[1], args)
+        result["faster"] = {name: result["before"][name] / now for name, now in result["seconds"].items()}
+    passes = in_passes(result["seconds"])
+    result |= {"passes": passes, "within": {name: bool(passes[name] <= limit) for name, limit in LIMITS.items()}}
+    show(result)
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def timed(job: Callable[[], Any]) -> Callable[[], float]:
+def in_passes(seconds: Seconds) -> Seconds:
+    """The jobs' seconds in forward passes."""
+    whole = {name: seconds[f"{name}: calibration"] + seconds[f"{name}: solving"] for name in ("wanda", "sparsegpt")}
+    return {
+        "wanda": whole["wanda"] / seconds["forward"],
+        "sparsegpt": whole["sparsegpt"] / seconds["forward"] - 1,
+        "perplexity": seconds["perplexity"] / seconds["forward"],
+        "lora": seconds["lora"] / seconds["forward of a step"],
+        "full": seconds["full"] / seconds["forward of a step"],
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    for name, value in result["passes"].items():
+        limit = f" (limit {LIMITS[name]:g})" if name in LIMITS else ""
+        print(f"{name:22} {value:6.2f} passes{limit}")
+    for name, now in result["seconds"].items():
+        before = f"{result['before'][name]:8.2f} s -> " if "before" in result else ""
+        faster = f", {result['faster'][name]:.2f}x" if "before" in result else ""
+        print(f"{name:22} {before}{now:8.2f} s{faster}")
+
+
+@contextmanager
+def checked_out(commit: str) -> Iterator[Path]:
+    """The files of a commit, in a folder that is removed afterwards."""
+    root = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = Path(scratch) / "tree"
+        subprocess.run(["git", "-C", root, "worktree", "add", "--quiet", "--detach", tree, commit], check=True)
+        try:
+            yield tree
+        finally:
+            subprocess.run(["git", "-C", root, "worktree", "remove", "--force", tree], check=True)
+
+
+def elsewhere(tree: Path, args: argparse.Namespace) -> Seconds:
+    """The seconds of the jobs with the package of another tree, by this script."""
+    words = [
+        f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items() if name not in ("against", "out")
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "seconds.json"
+        env = os.environ | {"PYTHONPATH": str(tree)}
+        subprocess.run(
+            [sys.executable, __file__, *words, f"--out={out}"], env=env, check=True, stdout=subprocess.DEVNULL
+        )
+        return json.loads(out.read_text())["seconds"]
+
+
+def measure(args: argparse.Namespace) -> Seconds:
+    """The best seconds of each job in this process."""
+    checkpoint = jprune.load(args.model)
+    shape = {"samples": args.samples, "length": args.sequence_length}
+    tokens = np.asarray(data.calibration("pydoc", checkpoint.tokenizer, **shape).tokens)
+    few = tokens[: args.step_windows]
+    jobs: dict[str, Callable[[], Seconds]] = {
+        "forward": timed(forward(checkpoint, tokens)),
+        "wanda": lambda: pruning(checkpoint, tokens, Wanda()),
+        "sparsegpt": lambda: pruning(checkpoint, tokens, SparseGPT()),
+        "perplexity": timed(lambda: mean_nll(checkpoint, tokens)),
+        "forward of a step": timed(forward(checkpoint, few)),
+        "lora": timed(training(checkpoint, few, Lora())),
+        "full": timed(training(checkpoint, few, Full())),
+    }
+    seconds: dict[str, list[float]] = {}
+    for number in range(args.rounds):
+        for name, job in jobs.items():
+            for part, took in job().items():
+                if number:
+                    seconds.setdefault(f"{name}: {part}" if part else name, []).append(took)
+    return {name: min(values) for name, values in seconds.items()}
+
+
+def timed(job: Callable[[], Any]) -> Callable[[], Seconds]:
     """The seconds that a job takes."""
 
-    def run() -> float:
+    def run() -> Seconds:
         start = time.perf_counter()
         job()
-        return time.perf_counter() - start
+        return {"": time.perf_counter() - start}
 
     return run
 
 
 def forward(checkpoint: Checkpoint, tokens: np.ndarray) -> Callable[[], Any]:
-    """One pass of the windows through the blocks."""
+    """One pass of the windows, from tokens to logits."""
     config, params = checkpoint.config, jax.tree.map(jnp.asarray, checkpoint.params())
     size = windows_at_once(tokens.shape[1])
     batches = [jnp.asarray(tokens[i : i + size]) for i in range(0, len(tokens), size)]
-    embed = jax.jit(decoder.embed(config))
+    embed, head = jax.jit(decoder.embed(config)), jax.jit(decoder.head(config))
     blocks = [jax.jit(decoder.block(config, i)) for i in range(config.layers)]
 
     def run() -> None:
@@ -108,22 +169,22 @@ def forward(checkpoint: Checkpoint, tokens: np.ndarray) -> Callable[[], Any]:
             x = embed(params, batch)
             for i, block in enumerate(blocks):
                 x = block(params["blocks"][str(i)], x)
-            jax.block_until_ready(x)
+            jax.block_until_ready(head(params, x))
 
     return run
 
 
-def pruning(checkpoint: Checkpoint, tokens: np.ndarray, method: Any) -> float:
+def pruning(checkpoint: Checkpoint, tokens: np.ndarray, method: Any) -> Seconds:
     """Seconds of calibration and solving of a run."""
     with tempfile.TemporaryDirectory() as scratch:
         pattern = Unstructured(0.5)
         report = prune_model(checkpoint, Path(scratch) / "out", method=method, pattern=pattern, calibration=tokens)
-    return report.seconds["calibration"] + report.seconds["solve"]
+    return {"calibration": report.seconds["calibration"], "solving": report.seconds["solve"]}
 
 
-def lora(checkpoint: Checkpoint, tokens: np.ndarray) -> Callable[[], Any]:
+def training(checkpoint: Checkpoint, tokens: np.ndarray, method: Any) -> Callable[[], Any]:
     """A step: gradients of one micro-batch, and the update."""
-    task = Lora().task(checkpoint, 100)
+    task = method.task(checkpoint, 100)
     functions = Functions(task.loss, task.optimizer, task.trainable, None)
     trainable, frozen = jax.tree.map(jnp.asarray, (task.trainable, task.frozen))
     batch = {"tokens": tokens, "weights": np.ones(tokens.shape, np.float32)}

@@ -117,8 +117,7 @@ def phases(samples: int, length: int) -> list[Row]:
                 row(f"Gram of {names}", taken, batches * blocks, tokens * d_in**2, read.nbytes + 8 * d_in**2)
                 kernels = {m.path: trees.to_matrix(flat[m.path], m.in_axes) for m in cut.matmuls[s]}
                 solve_rows(row, read, kernels, blocks)
-    head = decoder.head(config)
-    nll = perplexity._jit_nll(head, mesh)
+    nll = perplexity._jit_nll(decoder.head(config), decoder.head_of, mesh)
     row(
         "head and loss (evaluation)",
         seconds(lambda _: nll(params, x, windows)),

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jprune.annotations import Array, DTypeLike, Float, Int
+from jprune.models.remat import named
 
 # Queries at a time, and how many different chunks at most (each is traced and compiled by itself).
 CHUNK = 128
@@ -96,7 +97,7 @@ def attend(
             part = q[:, first:last], k[:, seen], v[:, seen]
             chunks.append(_attend(*part, start + first - low, window, scale, cap, slopes, sinks))
         out = jnp.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
-    return out.reshape(batch, time, heads, v.shape[3])
+    return named(out.reshape(batch, time, heads, v.shape[3]))
 
 
 def _one_by_one(time: int) -> bool:

@@ -10,6 +10,7 @@ from flax import nnx
 from jprune.annotations import Array, Float
 from jprune.models.kernels import multiply
 from jprune.models.options import NormOptions
+from jprune.models.remat import named
 
 Params = Mapping[str, Any]  # nested dicts; leaves are arrays
 
@@ -25,7 +26,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Apply to [..., *d_in]; gives [..., *d_out] in x's dtype."""
         y = multiply(x, self.kernel.get_value(), self.inputs)
-        return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
+        return named(y if self.bias is None else y + self.bias.get_value().astype(x.dtype))
 
 
 class Norm(nnx.Module):

@@ -7,8 +7,8 @@ all, so unstacking needs no other description, and regular expressions such as `
 
 Any tree with the model's paths can be stacked along: masks, adapters (``blocks/3/attn/q/kernel/a``), gradients.
 
-Every block is rematerialised: its backward pass recomputes it from its input, so that training keeps one hidden state
-``[B, L, d_model]`` per block instead of all intermediates.
+Every block is rematerialised: its backward pass recomputes it from its input and from what is kept of it
+(`jprune.models.remat`), so that training does not keep all intermediates.
 """
 
 import itertools
@@ -23,7 +23,7 @@ import numpy as np
 from jprune import trees
 from jprune.annotations import Array, Float, Int
 from jprune.errors import JpruneError
-from jprune.models import decoder
+from jprune.models import decoder, remat
 from jprune.models.config import DecoderConfig
 from jprune.models.decoder import Params
 from jprune.models.kernels import Kernel, flatten
@@ -157,11 +157,12 @@ def hidden(config: DecoderConfig, *, around: Around | None = None, every: bool =
             plain = decoder.block(config, layers(key)[0])
             block = _without_aside(plain) if around is None else around(plain)
             operands = params["blocks"][key], None if aside is None else aside[key]
+            kept = None if around is None else config.layers
             if len(layers(key)) == 1:
-                x = jax.checkpoint(block)(*operands, x)
+                x = _again(block, kept, *operands, x)
                 outputs.append(x[None])
             else:
-                x, seen = jax.lax.scan(_step(block, every), x, operands)
+                x, seen = jax.lax.scan(_step(block, kept, every), x, operands)
                 outputs.append(seen)
         return (x, jnp.concatenate(outputs)) if every else x
 
@@ -172,12 +173,16 @@ def _without_aside(block: Callable) -> Callable:
     return lambda params, aside, x: block(params, x)
 
 
-def _step(block: Callable, every: bool) -> Callable:
-    # In a scan nothing can be shared between the two computations anyway, and the barrier costs speed.
-    again = jax.checkpoint(block, prevent_cse=False)
+def _again(block: Callable, layers: int | None, *operands: PyTree, prevent_cse: bool = True) -> Array:
+    """The block's output, for a backward pass that computes it again; with `layers`, what is kept of each is kept."""
+    policy = None if layers is None else remat.keeping(block, layers, *operands)
+    return jax.checkpoint(block, prevent_cse=prevent_cse, policy=policy)(*operands)
 
+
+def _step(block: Callable, layers: int | None, every: bool) -> Callable:
     def step(x: Array, operands: tuple[PyTree, PyTree]) -> tuple[Array, Array | None]:
-        x = again(*operands, x)
+        # In a scan nothing can be shared between the two computations anyway, and the barrier costs speed.
+        x = _again(block, layers, *operands, x, prevent_cse=False)
         return x, x if every else None
 
     return step

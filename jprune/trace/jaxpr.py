@@ -38,7 +38,7 @@ CALLS = {
 CASTS = {"convert_element_type", "reduce_precision"}
 """Same shape, other precision."""
 
-IDENTITIES = {"copy", "copy_p", "stop_gradient", "sharding_constraint", "reshard", "mesh_cast", "pvary"}
+IDENTITIES = {"copy", "copy_p", "stop_gradient", "sharding_constraint", "reshard", "mesh_cast", "pvary", "name"}
 """Same shape, same values."""
 
 LAYOUTS = {"transpose", "reshape", "squeeze", "broadcast_in_dim"}
@@ -249,8 +249,8 @@ class _Inliner:
                 self.callers.append(self.source(equation))
                 results = self.run(_body(equation), operands)
                 self.callers.pop()
-            elif name in ("optimization_barrier", "name"):
-                # They only speak to the compiler, and a barrier would tie values together that nothing else does.
+            elif name == "optimization_barrier":
+                # It only speaks to the compiler, and would tie values together that nothing else does.
                 results = operands
             elif name == "scan" and self.unroll:
                 results = self.written_out(equation, operands)

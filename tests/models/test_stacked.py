@@ -10,8 +10,9 @@ import pytest
 
 from jprune import trees
 from jprune.errors import JpruneError
-from jprune.models import decoder, stacked
+from jprune.models import decoder, remat, stacked
 from jprune.models.config import DecoderConfig
+from jprune.train import lora
 
 CONFIG = DecoderConfig(
     architecture="LlamaForCausalLM", vocab=20, d_model=8, layers=5, heads=4, kv_heads=2, head_dim=2, d_ff=12,
@@ -121,6 +122,33 @@ def test_every_output_and_aside(getkey, rng):
         want = compiled.block(CONFIG, i)(params["blocks"][str(i)], want) + i
         np.testing.assert_allclose(every[i], want, atol=1e-5)
     np.testing.assert_array_equal(x, every[-1])
+
+
+def test_products_beside_adapters_are_kept_where_they_fit(getkey, rng, monkeypatch):
+    """The same gradients either way; kept, the products that a block's backward pass reads are not computed twice."""
+    config = dataclasses.replace(CONFIG, layers=1, windows=())
+    params, tokens = params_of(config, getkey), jnp.asarray(rng.integers(0, 20, (2, 16)))
+
+    def around(block):  # the block as `lora.adapt` sees it: read from its jaxpr
+        return lambda params, aside, x: lora.adapt(block, alpha=1)(params, aside, None, x)
+
+    adapters = lora.init(params["blocks"]["0"], {"mlp/up/kernel": (0,)}, rank=2, key=getkey())
+
+    def loss(adapters):
+        return jnp.sum(stacked.hidden(config, around=around)(params, tokens, {"0": adapters}) ** 2)
+
+    results = []
+    for room in (1 << 30, 0):  # half of the parameters of so small a model are less than its products take
+        monkeypatch.setattr(remat, "KEEP_BYTES", room)
+        step = jax.jit(jax.grad(lambda x: loss(x))).lower(adapters).compile()
+        results.append((step(adapters), step.cost_analysis()["flops"]))
+    (kept, few), (again, many) = results
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), kept, again)
+    block = params["blocks"]["0"]
+    twice = [block["attn"][name]["kernel"].size for name in "qkvo"] + [
+        block["mlp"][x]["kernel"].size for x in ("gate", "up")
+    ]
+    assert many - few >= 2 * tokens.size * sum(twice)
 
 
 def test_a_deep_model_is_one_block_to_the_compiler(getkey):
