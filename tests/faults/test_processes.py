@@ -100,7 +100,7 @@ def test_experts_and_outputs_over_two_processes(run, tiny_model, token_file, tmp
     sizes = {"num_local_experts": 3, "num_experts_per_tok": 1, "num_hidden_layers": 1}
     folder, tokens = tiny_model(architectures=["MixtralForCausalLM"], model_type="mixtral", **sizes), token_file(6)
     words = ["prune", "wanda", folder, "--pattern", "2:4", "--calibration", tokens, "--expert-tokens", "40"]
-    words += ["--evaluate", tokens, "--json", "--out"]
+    words += ["--evaluate", tokens, "--report", "--json", "--out"]
     first, second = run([*words, tmp_path / "two", "--model-axis", "4"])
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert main([*map(str, words), str(tmp_path / "one")]) == 0
@@ -108,6 +108,10 @@ def test_experts_and_outputs_over_two_processes(run, tiny_model, token_file, tmp
     assert perplexities[0]["before"] == pytest.approx(perplexities[1]["before"], rel=1e-6)
     assert perplexities[0]["after"] == pytest.approx(perplexities[1]["after"], rel=1e-5)
     assert not any(line.startswith("{") for line in second[1].splitlines())
+    page = (tmp_path / "two" / "report.html").read_text()  # of both processes' windows, by one of them
+    assert json.loads(first[1].splitlines()[-1])["report"] == str(tmp_path / "two" / "report.html")
+    assert f"{perplexities[0]['before']:.2f}" in page
+    assert f"{perplexities[0]['after']:.2f}" in page
     one, two = jprune.load(tmp_path / "one"), jprune.load(tmp_path / "two")
     for path in one.shapes:
         np.testing.assert_array_equal(one.read(path), two.read(path), err_msg=path)

@@ -68,3 +68,19 @@ def test_of_conversations(tiny_model, tmp_path):
     rows = np.array([[5, i, 6, 5, i + 1, 6] for i in range(10, 26)], np.int32).reshape(4, 24)
     jprune.prune_model(model, tmp_path / "rows", calibration=chat, evaluate=rows, **run)
     assert record.read(tmp_path / "rows")["perplexity"] == made["perplexity"]
+
+    # Instructions with an answer go into Alpaca's prompt, whatever the template; its words are unknown here, and so 0.
+    asked = [{"instruction": f"w{i}", "output": f"w{i + 1}"} for i in range(10, 90)]
+    (tmp_path / "alpaca.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    alpaca = str(tmp_path / "alpaca.jsonl")
+    jprune.prune_model(model, tmp_path / "alpaca", calibration=alpaca, evaluate=alpaca, evaluate_windows=4, **run)
+    prompt = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
+        "### Instruction: w{} ### Response: w{}"
+    )
+    words = " ".join(f"{prompt.format(i, i + 1)} w2" for i in range(10, 26)).split()  # 2 is the model's end of text
+    ids = [int(word[1:]) if word[0] == "w" and word[1:].isdigit() else 0 for word in words]
+    jprune.prune_model(
+        model, tmp_path / "ids", calibration=alpaca, evaluate=np.array(ids[:96], np.int32).reshape(4, 24), **run
+    )
+    assert record.read(tmp_path / "ids")["perplexity"] == record.read(tmp_path / "alpaca")["perplexity"]
