@@ -14,6 +14,15 @@ from jprune.errors import JpruneError
 from jprune.statistics import Gram, SquaredNorm
 
 
+def check_kind(statistic: Any, wanted: type | None, where: str, method: str) -> None:
+    """Raises a `JpruneError` that names `where` and `method` if this is not the kind of statistic that it wants."""
+    if wanted is not None and not isinstance(statistic, wanted):
+        raise JpruneError(
+            f"{where}: {method} needs a {wanted.__name__} of its inputs, got {type(statistic).__name__}; gather it "
+            "with jprune.observe, and see jprune.report if it leaves this kernel out"
+        )
+
+
 def check(statistic: Any, where: str) -> None:
     """Raises a `JpruneError` that names `where` if no inputs can have this statistic; nothing under a trace.
 

@@ -57,6 +57,7 @@ class Method(abc.ABC):
         keeps: Mapping[str, Bool[Array, "d_in _"]],
     ) -> dict[str, Pruned]:
         """Prunes kernels that read the same input, by name; for methods that share work between them."""
+        check_statistic(self, kernels, statistic)
         if self.statistic is not None:
             evidence.check(statistic, ", ".join(kernels))
         return {name: self(kernel, statistic, patterns[name], keeps.get(name)) for name, kernel in kernels.items()}
@@ -195,11 +196,13 @@ class ByScore(Refits):
 
     def __call__(self, kernel, statistic, pattern, keep=None) -> Pruned:
         """Prunes one kernel, see `Method`; the score is compiled once for each shape."""
+        check_statistic(self, {"kernel": kernel}, statistic)
         pruned = self._pruned(kernel, statistic, pattern, keep)
         return self._solved({"kernel": kernel}, statistic, {"kernel": pruned})["kernel"]
 
     def together(self, kernels, statistic, patterns, keeps) -> dict[str, Pruned]:
         """Prunes kernels that read the same input, see `Method`: one by one."""
+        check_statistic(self, kernels, statistic)
         if self.statistic is not None:
             evidence.check(statistic, ", ".join(kernels))
         pruned = {name: self._pruned(x, statistic, patterns[name], keeps.get(name)) for name, x in kernels.items()}
@@ -232,6 +235,22 @@ class ByScore(Refits):
 @functools.partial(jax.jit, static_argnums=0)
 def _score(method: ByScore, kernel: Any, statistic: Any) -> Array:
     return method.score(kernel, statistic)
+
+
+def check_statistic(method: Method, kernels: Mapping[str, Shaped[Array, "d_in _"]], statistic: Any) -> None:
+    """Raises a `JpruneError` unless this is the statistic that a method needs, of as many inputs as the kernels have.
+
+    Args:
+      method: whose statistic it is to be.
+      kernels: that read the same input, by name.
+      statistic: of that input.
+    """
+    if method.statistic is None:
+        return
+    evidence.check_kind(statistic, method.statistic, ", ".join(kernels), type(method).__name__)
+    for name, kernel in kernels.items():
+        if kernel.shape[0] != statistic.d_in:
+            raise JpruneError(f"{name}: expected a statistic of {kernel.shape[0]} inputs, got one of {statistic.d_in}")
 
 
 def masked(kernel: Float[Array, "d_in d_out"], mask: Bool[Array, "d_in d_out"]) -> Pruned:

@@ -189,11 +189,7 @@ def _check(place: Place, shape: tuple[int, ...], statistic: Any, method: Method)
 
 def _check_kind(key: str, statistic: Any, method: Method) -> None:
     each = statistic.each if isinstance(statistic, Stacked) else statistic
-    if method.statistic is not None and not isinstance(each, method.statistic):
-        raise JpruneError(
-            f"{key}: {type(method).__name__} needs a {method.statistic.__name__} of its inputs, got "
-            f"{type(each).__name__}; gather it with jprune.observe, and see jprune.report if it leaves this kernel out"
-        )
+    evidence.check_kind(each, method.statistic, key, type(method).__name__)
 
 
 def _check_keep(keep: Mapping[str, Any], kernels: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:

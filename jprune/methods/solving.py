@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from jprune import devices, evidence
 from jprune.annotations import Array, Bool, Float
 from jprune.errors import JpruneError
-from jprune.methods.base import Refits, of_dtypes
+from jprune.methods.base import Refits, check_statistic, of_dtypes
 from jprune.patterns import Scope
 from jprune.solvers import splitting
 from jprune.solvers._sweep import Factor
@@ -43,6 +43,7 @@ class Solves(Refits):
 
     def together(self, kernels, statistic, patterns, keeps) -> dict[str, Pruned]:
         """Prunes kernels that read the same input, with one factorisation for all of them."""
+        check_statistic(self, kernels, statistic)
         names = ", ".join(kernels)
         evidence.check_seen(statistic, names)
         factor = devices.on_one_device(factorise, statistic.total, self.damping)

@@ -101,6 +101,21 @@ def test_inputs_must_be_known_where_they_matter(rng):
         jax.tree.map(np.testing.assert_array_equal, result, expected)
 
 
+def test_a_kernel_alone_with_what_is_not_its_statistic(rng):
+    """Called without `jprune.prune`, which looks at what it is given by path."""
+    kernel, x = jnp.ones((8, 4)), jnp.asarray(rng.standard_normal((5, 8)), jnp.float32)
+    gram, norms = Gram.zeros(8).update(x), SquaredNorm.zeros(8).update(x)
+    wrong = [(Wanda(), gram, "Wanda needs a SquaredNorm of its inputs, got Gram"), (Wanda(), None, "got NoneType")]
+    wrong += [(Wanda(refit=1), norms, "Wanda needs a Gram"), (SparseGPT(), x, "SparseGPT needs a Gram")]
+    wrong += [(SparseGPT(dense_targets=0.5), gram, "needs a CrossGram of its inputs, got Gram")]
+    wrong += [
+        (Wanda(), SquaredNorm.zeros(6).update(x[:, :6]), "kernel: expected a statistic of 8 inputs, got one of 6")
+    ]
+    for method, statistic, message in wrong:
+        with pytest.raises(JpruneError, match=message):
+            method(kernel, statistic, Unstructured(0.5))
+
+
 def test_a_mask_to_keep_must_be_of_a_chosen_kernel(rng):
     params = attention_params(rng)
     keep = {"attn/o/kernel": jnp.ones((4, 6, 24), bool)}
