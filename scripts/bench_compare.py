@@ -85,6 +85,8 @@ def compare(shape: str, layers: int, dtype: str, args: argparse.Namespace) -> di
             "dtype": dtype,
             "peak_memory_bytes": int(done.stdout.splitlines()[-1]),
             "blocks_bytes": 2 * width * model.count(block),
+            "blocks_float32_bytes": 2 * 4 * model.count(block),
+            "blocks_stored_bytes": 2 * sum(model.read(path).nbytes for path in block),
             "heads_bytes": 2 * width * model.count(["head/kernel"]),
             "seconds": time.perf_counter() - start,
         }

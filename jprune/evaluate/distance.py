@@ -6,8 +6,9 @@ need", Dutta et al. 2024, https://arxiv.org/abs/2407.09141). Of every predicted 
 - the Kullback-Leibler divergence KL(dense || pruned) of the two distributions over the vocabulary, in nats,
 - and whether both models hold the same token for the most likely one.
 
-Both models pass block by block (`jprune.evaluate.passing`); hidden states of both and both heads are in memory, never a
-whole model. The heads see few enough tokens at a time that the logits of both fit `LOGITS_BYTES`.
+Both models pass block by block (`jprune.evaluate.passing`), one after the other: hidden states of both are in memory,
+and in the end both heads, never a whole model, nor a head beside a block. The heads see few enough tokens at a time
+that the logits of both fit `LOGITS_BYTES`.
 """
 
 import dataclasses
@@ -94,9 +95,10 @@ class Reference:
 
     def _measured(self, other: Passed) -> Distance:
         measure = _jit_distance(self._own.head, other.head, self._mesh)
+        params = self._own.read()
+        theirs = params if other is self._own else other.read()
         found = [
-            measure(self._own.params, other.params, x, y, windows)
-            for (x, windows), y in zip(self._own, other.hidden, strict=True)
+            measure(params, theirs, x, y, windows) for (x, windows), y in zip(self._own, other.hidden, strict=True)
         ]
         nll, divergence, agrees = (np.concatenate(each)[: other.count] for each in zip(*found))
         means = nll.astype(np.float64).mean(axis=1)

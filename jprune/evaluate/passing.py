@@ -35,8 +35,8 @@ class Passed:
     head: Callable[..., Any]
     head_of: Callable[..., Any]
     """As in `InBlocks`."""
-    params: dict[str, Any]
-    """Of the head."""
+    read: Callable[[], dict[str, Any]]
+    """Reads the head's parameters onto the devices: who keeps what passed need not keep these."""
     count: int
     """Windows, without what fills the last micro-batch."""
 
@@ -111,13 +111,12 @@ def pass_blocks(
         del params
         if progress is not None:
             progress(index + 1, model.layers + 1)
-    params = placed({name: weights.params(name) for name in model.head_parts}, model.head)
     return Passed(
         windows=list(batches),
         hidden=hidden,
         head=model.head,
         head_of=model.head_of,
-        params=params,
+        read=lambda: placed({name: weights.params(name) for name in model.head_parts}, model.head),
         count=sum(map(len, batches)),
     )
 

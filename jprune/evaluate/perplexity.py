@@ -91,8 +91,8 @@ def mean_nll(
     with jax.default_matmul_precision("highest"):  # float32 means float32: no TF32, no bfloat16 passes
         mesh = mesh or devices.make_mesh()
         passed = through_blocks(weights, tokens, batch=batch, dtype=dtype, mesh=mesh, progress=progress)
-        head_nll = _jit_nll(passed.head, passed.head_of, mesh)
-        nll = np.concatenate([head_nll(passed.params, x, windows) for x, windows in passed])
+        head_nll, params = _jit_nll(passed.head, passed.head_of, mesh), passed.read()
+        nll = np.concatenate([head_nll(params, x, windows) for x, windows in passed])
     nll = nll[: passed.count].astype(np.float64)
     check_finite(nll, dtype)
     if progress is not None:

@@ -79,9 +79,9 @@ def scores(
     sums, likeliest = np.zeros(len(sequences)), np.zeros(len(sequences), bool)
     with jax.default_matmul_precision("highest"):
         passed = pass_blocks(weights, inputs, dtype=dtype, mesh=mesh, progress=progress)
-        score = _jit_scores(passed.head, mesh)
+        score, params = _jit_scores(passed.head, mesh), passed.read()
         for (_, members), x, target in zip(batches, passed.hidden, targets, strict=True):
-            found, top = (np.asarray(own) for own in score(passed.params, x, target))
+            found, top = (np.asarray(own) for own in score(params, x, target))
             for row, index in enumerate(members):
                 stop = len(sequences[index]) - 1
                 own = slice(stop - counts[index], stop)

@@ -49,3 +49,17 @@ def test_models_that_have_nothing_to_do_with_each_other(models, getkey):
     reference = Reference(models[0], np.zeros((1, 3), np.int32))
     with pytest.raises(JpruneError, match="one vocabulary, got 37 tokens and 38"):
         reference.to(Model(decoder.init_params(other, getkey()), other))
+
+
+def test_no_head_is_in_memory_beside_blocks(models, rng):
+    """Neither model's, which in a small model of a large vocabulary would be most of what is in memory."""
+    dense, pruned = (Model(jax.tree.map(np.asarray, model.tree)) for model in models)
+
+    def heads():
+        return {id(x) for x in jax.live_arrays() if x.shape == (16, 37)}
+
+    fixtures, beside = heads(), []
+    reference = Reference(dense, rng.integers(0, 37, (2, 6), dtype=np.int32))
+    reference.to_itself()
+    reference.to(pruned, progress=lambda done, total: beside.append(heads() - fixtures))
+    assert beside == [set()] * CONFIG.layers
