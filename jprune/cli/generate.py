@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import time
+from typing import Literal
 
 from jprune import texts
 from jprune.cli.command import Command, Told
@@ -29,6 +30,8 @@ class Generate(Command):
     """Seed of the sampling."""
     unpack: bool = False
     """Unpack all kernels of a packed model once: more memory, and less time where no GPU multiplies by them packed."""
+    backend: Literal["pallas", "triton"] | None = None
+    """Whose kernels multiply by a packed model on an NVIDIA GPU, by default pallas; triton needs jax-triton."""
 
     def run(self) -> Told:
         """Generates; shows the text of one prompt as it grows."""
@@ -37,7 +40,7 @@ class Generate(Command):
         from jprune.checkpoints import load
         from jprune.models.continuation import Continuation
         from jprune.models.generate import ENDED, stream_batch
-        from jprune.sparse import runs_as
+        from jprune.sparse import on_backend, runs_as
 
         checkpoint = load(self.model)
         tokenizer = checkpoint.tokenizer
@@ -47,11 +50,16 @@ class Generate(Command):
         stop = [texts.argument(term, "--stop") for term in self.stop]
         if checkpoint.is_packed:
             print(self.spelled(runs_as(unpacked=self.unpack)), file=sys.stderr, flush=True)
+        if self.backend is not None and (self.unpack or not checkpoint.is_packed):
+            why = "`unpack` unpacks them all" if checkpoint.is_packed else "it has none"
+            raise UsageError(f"`backend` is of the packed kernels of {self.model}, and {why}; leave it out")
         start = time.perf_counter()
+        params = checkpoint.params(packed=not self.unpack)
+        params = params if self.backend is None else on_backend(params, self.backend)
         written = [Continuation(tokenizer.decode, stop) for _ in given]
         for tokens in stream_batch(
             checkpoint.config,
-            checkpoint.params(packed=not self.unpack),
+            params,
             [tokenizer.encode(prompt, add_special_tokens=True) for prompt in given],
             max_tokens=self.max_tokens,
             temperature=self.temperature,

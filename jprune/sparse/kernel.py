@@ -15,8 +15,9 @@ import numpy as np
 
 import pallas_kernels
 from jprune.annotations import Array, Float, Int
+from jprune.errors import JpruneError
 from jprune.models.kernels import Kernel
-from pallas_kernels import Bitmap, Capped
+from pallas_kernels import Bitmap, Capped, backends
 
 
 @jax.tree_util.register_dataclass
@@ -27,10 +28,12 @@ class PackedKernel(Kernel):
     Attributes:
       packed: the matrix view of the kernel, packed.
       own: shape of one kernel, `[*d_in, *d_out]`.
+      backend: whose kernels multiply by it on a GPU, see `pallas_kernels.matmul`.
     """
 
     packed: Bitmap | Capped
     own: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    backend: backends.Backend = dataclasses.field(default="pallas", kw_only=True, metadata={"static": True})
 
     own_axes: ClassVar[int] = 4
     """Axes of the bits of one kernel; those before them number the kernels of a stack."""
@@ -52,9 +55,9 @@ class PackedKernel(Kernel):
 
     @property
     def kind(self) -> Hashable:
-        """Format, shapes and dtypes; how many values a bitmap stores does not matter."""
+        """Format, shapes, dtypes and backend; how many values a bitmap stores does not matter."""
         packed = self.packed
-        return (packed.format, packed.dtype, packed.values, packed.tile, packed.version, self.shape)
+        return (packed.format, packed.dtype, packed.values, packed.tile, packed.version, self.shape, self.backend)
 
     @property
     def _stack(self) -> tuple[int, ...]:
@@ -68,7 +71,8 @@ class PackedKernel(Kernel):
     def multiply(self, x: Float[Array, "..."], inputs: int) -> Float[Array, "..."]:
         """[..., *d_in] x -> [..., *d_out] in x's dtype."""
         flat = x.reshape(*x.shape[: x.ndim - inputs], self.packed.shape[0])
-        return pallas_kernels.matmul(flat, self.packed).reshape(*flat.shape[:-1], *self.own[inputs:])
+        y = pallas_kernels.matmul(flat, self.packed, backend=self.backend)
+        return y.reshape(*flat.shape[:-1], *self.own[inputs:])
 
     def dense(self) -> Any:
         """The array it stands for: NumPy's if its own are NumPy's, else JAX's."""
@@ -107,6 +111,27 @@ class PackedKernel(Kernel):
         pad: Callable = np.pad if isinstance(self.packed.words, np.ndarray) else jnp.pad
         wide = pad(self.packed.words, [(0, 0)] * (self.packed.words.ndim - 1) + [(0, lack)])
         return dataclasses.replace(self, packed=dataclasses.replace(self.packed, words=wide))
+
+
+def on_backend(params: Any, backend: backends.Backend) -> Any:
+    """The same parameters, with packed kernels by which a GPU multiplies with the kernels of a backend.
+
+    Args:
+      params: with packed kernels, or without.
+      backend: see `pallas_kernels.matmul`.
+
+    Raises:
+      JpruneError: there is no such backend, or its packages are missing here.
+    """
+    try:
+        backends.load(backend)
+    except pallas_kernels.FormatError as error:
+        raise JpruneError(str(error)) from error
+
+    def moved(leaf: Any) -> Any:
+        return dataclasses.replace(leaf, backend=backend) if isinstance(leaf, PackedKernel) else leaf
+
+    return jax.tree.map(moved, params, is_leaf=lambda node: isinstance(node, PackedKernel))
 
 
 def runs_as(*, unpacked: bool) -> str:

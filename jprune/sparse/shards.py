@@ -43,7 +43,7 @@ class ShardedKernel(PackedKernel):
     def multiply(self, x: Float[Array, "..."], inputs: int) -> Float[Array, "..."]:
         """[..., *d_in] x -> [..., *d_out] in x's dtype; x is whole on every device, the outputs are shared out."""
         flat = x.reshape(*x.shape[: x.ndim - inputs], self.packed.shape[0])
-        y = matmul_shards(flat, self.packed, self.mesh, self.axis)
+        y = matmul_shards(flat, self.packed, self.mesh, self.axis, backend=self.backend)
         return y.reshape(*flat.shape[:-1], *self.own[inputs:])
 
     def whole(self) -> Any:
@@ -72,7 +72,7 @@ def shard(params: PyTree, mesh: Mesh, axis: str = MODEL) -> dict[str, Any]:
         if isinstance(leaf, PackedKernel) and shares > 1 and (parts := _parts(leaf, shares)) is not None:
             stacked = parts[0].stack(parts[1:]).packed
             where = NamedSharding(mesh, PartitionSpec(axis))
-            leaves[path] = ShardedKernel(jax.device_put(stacked, where), leaf.own, mesh, axis)
+            leaves[path] = ShardedKernel(jax.device_put(stacked, where), leaf.own, mesh, axis, backend=leaf.backend)
     return trees.unflatten(leaves)
 
 

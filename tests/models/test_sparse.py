@@ -1,5 +1,7 @@
 """Packed kernels with adapters beside them, and over several devices, against dense products."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 from jprune import devices, trees
 from jprune.errors import JpruneError
 from jprune.models.kernels import Kernel, flatten, multiply
-from jprune.sparse import PackedKernel, Packing
+from jprune.sparse import PackedKernel, Packing, on_backend
 from jprune.sparse.beside import Adapted, with_adapters
 from jprune.sparse.shards import ShardedKernel, shard
+from pallas_kernels import backends
 
 
 def packed(rng, shape, inputs=1, *, format="bitmap", values=None):
@@ -76,3 +79,32 @@ def test_outputs_shared_out_over_devices(rng, format, values):
     y = jax.jit(lambda x, kernel: multiply(x, kernel))(x, shared)
     np.testing.assert_allclose(y, np.einsum("bi,iho->bho", x, dense), rtol=1e-4, atol=1e-3)
     assert type(found["uneven"]["kernel"]) is PackedKernel
+
+
+@pytest.mark.parametrize("how", ["alone", "of a stack", "beside an adapter", "shared out"])
+def test_the_backend_that_multiplies_on_a_gpu(rng, monkeypatch, how):
+    """Of what is traced: the branch for a GPU asks for the kernels of the backend that was chosen, and no other."""
+    kernel, dense = packed(rng, (64, 128))
+    if how == "of a stack":
+        kernel = kernel.stack([kernel])
+    if how == "beside an adapter":
+        kernel = Adapted(kernel, np.zeros((64, 1), np.float32), np.zeros((1, 128), np.float32), 1.0)
+    chosen = on_backend({"o": {"kernel": kernel}, "scale": np.ones(3)}, "pallas")
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "load", lambda name, **options: None)  # its packages need not be here
+        chosen = on_backend(chosen, "triton")
+    assert isinstance(chosen["scale"], np.ndarray)
+    if how == "shared out":
+        chosen = shard(chosen, devices.make_mesh(2, devices=jax.devices()[:2]))
+    asked, pallas = [], backends.load("pallas")
+    monkeypatch.setattr(backends, "load", lambda name, **options: asked.append(name) or pallas)
+    x = jnp.asarray(rng.standard_normal((3, 64), np.float32))
+    y = jax.jit(lambda x, kernel: multiply(x, kernel[1] if how == "of a stack" else kernel))(x, chosen["o"]["kernel"])
+    np.testing.assert_allclose(y, x @ dense, rtol=1e-4, atol=1e-3)
+    assert set(asked) == {"triton"}
+
+
+def test_a_backend_that_cannot_run_here(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(JpruneError, match="needs triton and jax-triton, which are not installed"):
+        on_backend({}, "triton")

@@ -162,6 +162,8 @@ def test_generate(run, tiny_model, with_tokenizer):
     assert all(f"{own['prompt']}{own['text']}" in run("generate", folder, *several)[1] for own in both)
     sampled = [run("generate", folder, "--prompt", "w5", "--temperature", 2, "--seed", 3)[1] for _ in range(2)]
     assert sampled[0] == sampled[1]
+    refused = run("generate", folder, "--prompt", "w5", "--backend", "triton")
+    fails(refused, "--backend is of the packed kernels", "it has none", status=2)
 
 
 def test_calibration_from_text(run, tiny_model, with_tokenizer, tmp_path):
