@@ -1,7 +1,8 @@
 """Collects what the pins compare, in a process of its own: one CPU device, no checks of shapes, nothing patched.
 
     python tests/pins/collect.py found.json  # what the code does now
-    python tests/pins/collect.py --update    # makes that the snapshots, with XLA's optimisations and without
+    python tests/pins/collect.py --update    # revises the snapshots by that, and the bits where they are recorded
+    python tests/pins/collect.py --record    # records the bits of this environment too, with optimisations and without
 
 It uses what users use, and nothing else of jprune: the command line, the public names, and files. Weights and tokens
 are made of integers by NumPy, so that they are the same bits everywhere.
@@ -28,6 +29,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from revising import revised
 from typed import CALLS, HELP_OF_PARTS, RUNS, SAYS
 
 HERE = Path(__file__).parent
@@ -445,15 +447,20 @@ def in_fresh_process(**variables: str) -> dict[str, Any]:
         return json.loads(path.read_text())
 
 
-def update(found: dict[str, Any]) -> None:
-    """Makes what was found the snapshots; its bits those of its environment."""
+def update(found: dict[str, Any], *, record: bool) -> None:
+    """Revises the snapshots by what was found; and the bits of its environment, if they are known or to be recorded."""
     for name in SNAPSHOTS:
-        _write(snapshot(name), found[name])
+        known = json.loads(snapshot(name).read_text(encoding="utf-8"))
+        _write(snapshot(name), revised(name, known, found[name]))
     here = found["environment"]
     flags = "without optimisations" if here["xla_flags"] else ""
     name = re.sub(r"[^\w.]+", "-", f"jax {here['packages']['jax']} {here['processor']} {flags}")
     path = next((p for p, known in recorded_bits() if known["environment"] == here), None)
-    _write(path or HERE / "snapshots" / f"bits-{name.strip('-')}.json", {"environment": here, "bits": found["bits"]})
+    if path or record:
+        path = path or HERE / "snapshots" / f"bits-{name.strip('-')}.json"
+        _write(path, {"environment": here, "bits": found["bits"]})
+    else:
+        print(f"no bits are recorded for {name.strip('-')}; --record records them")
 
 
 def _write(path: Path, contents: Any) -> None:
@@ -465,12 +472,13 @@ if __name__ == "__main__":
     gc.set_threshold(100_000, 20, 100)  # what is traced stays, and looking through it takes long
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true")
+    parser.add_argument("--record", action="store_true")
     parser.add_argument("out", nargs="?", type=Path)
     options = parser.parse_args()
-    if options.update == (options.out is not None):
-        parser.error("give either a file for what is found, or --update")
-    if options.update:
+    if (options.update or options.record) == (options.out is not None):
+        parser.error("give either a file for what is found, or --update or --record")
+    if options.out is None:
         for xla_flags in ("", " ".join(WITHOUT_OPTIMISATIONS.split())):
-            update(in_fresh_process(XLA_FLAGS=xla_flags))
+            update(in_fresh_process(XLA_FLAGS=xla_flags), record=options.record)
     else:
         _write(options.out, collect())

@@ -32,13 +32,6 @@ def same(known, now):
     assert not lines, "\n".join([f"{len(lines)} differences", *lines[:40]])
 
 
-def without_new(known, now):
-    """What is there now, less names that were not: those do no harm."""
-    if isinstance(known, dict) and isinstance(now, dict):
-        return {key: without_new(known[key], now[key]) for key in known if key in now}
-    return now
-
-
 def same_keys(found, name):
     """Compares the keys of a run's JSON."""
     same(KNOWN["keys"][name], found["keys"].get(name))

@@ -3,12 +3,16 @@
 Prose is free: of a help text only the flags, what they take and their defaults are compared. Bits are compared where
 they were recorded for the same packages, kind of processor and flags of XLA; everything else is compared always.
 
-Where a change is meant, `python tests/pins/collect.py --update` rewrites the snapshots, and the diff is what to review.
+Where a change is meant, `python tests/pins/collect.py --update` revises the snapshots, and the diff is what to review.
+Public names that are to be pinned are added to names.json and python.json by hand.
 """
+
+import json
 
 import collect
 import pytest
-from comparing import KNOWN, differences, same, same_bits, same_keys, same_structure, without_new
+from comparing import KNOWN, differences, same, same_bits, same_keys, same_structure
+from revising import revised, without_new
 from typed import ELSEWHERE, RUNS, SAYS
 
 
@@ -96,3 +100,13 @@ def test_differences_are_told():
         "/c: was 2, is 2.0",
     ]
     assert differences({"a": 1, "b": [[1], [2]]}, {"b": [[2]], "a": 1}) == ["/b: is gone: [1]"]
+
+
+def test_an_update_changes_what_has_changed():
+    """Neither the order in which keys were, nor what is pinned of names."""
+    known = {"b": {"y": 1, "x": [{"n": 1, "m": 2}]}, "gone": 0, "a": 3}
+    now = {"new": 4, "a": 3, "after a": 5, "b": {"x": [{"m": 2, "n": 7}], "y": 1}}
+    expected = {"new": 4, "b": {"y": 1, "x": [{"n": 7, "m": 2}]}, "a": 3, "after a": 5}
+    assert json.dumps(revised("help", known, now)) == json.dumps(expected)
+    chosen = {"b": expected["b"], "a": 3}
+    assert json.dumps(revised("names", known, now)) == json.dumps(chosen)
