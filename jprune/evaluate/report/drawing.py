@@ -26,7 +26,8 @@ def whiskers(rows: Sequence[tuple[str, Mapping[str, float | None], str]], what: 
     parts = [f'<div class="whiskers" role="group" aria-label="{html.escape(what)}">']
     for name, own, written in rows:
         said = html.escape(f"{name}: {written}")
-        parts.append(f'<div>{html.escape(name)}</div><div class="track" role="img" title="{said}" aria-label="{said}">')
+        parts.append(f'<div>{html.escape(name)} <span class="soft">{html.escape(written)}</span></div>')
+        parts.append(f'<div class="track" role="img" title="{said}" aria-label="{said}">')
         value, first, last = (own[key] for key in ("value", "low", "high"))
         if first and last:
             parts.append(f'<i style="left:{place(first):.2f}%;width:{place(last) - place(first):.2f}%"></i>')
@@ -38,7 +39,7 @@ def whiskers(rows: Sequence[tuple[str, Mapping[str, float | None], str]], what: 
 
 
 def heat_map(values: Mapping[str, float], form: str, *, logarithmic: bool = False) -> str:
-    """A table of layers by kinds of kernels, coloured from the least value to the most.
+    """A table of layers by kinds of kernels, coloured from the least value to the most; where all are the same, a line.
 
     Args:
       values: by path of the kernel, ``blocks/LAYER/KIND/kernel``; others are left out.
@@ -49,10 +50,14 @@ def heat_map(values: Mapping[str, float], form: str, *, logarithmic: bool = Fals
     for path, value in values.items():
         if found := re.fullmatch(r"blocks/(\d+)/(.+?)(?:/kernel)?", path):
             cells.setdefault(int(found[1]), {})[found[2]] = value
+    known = [x for row in cells.values() for x in row.values()]
+    if len(known) > 1 and len({format(x, form) for x in known}) == 1:
+        return f"<p>{format(known[0], form)} in each of {len(known)} kernels</p>"
     kinds = list(dict.fromkeys(kind for row in cells.values() for kind in row))
-    shades = {x: math.log(x) if logarithmic and x > 0 else x for row in cells.values() for x in row.values()}
+    shades = {x: math.log(x) if logarithmic and x > 0 else x for x in known}
     low, high = min(shades.values(), default=0), max(shades.values(), default=0)
-    parts = ["<table><thead><tr><th>layer</th>", *(f"<th>{html.escape(kind)}</th>" for kind in kinds), "</tr></thead>"]
+    heads = "".join(f"<th>{html.escape(kind).replace('/', '/<wbr>')}</th>" for kind in kinds)
+    parts = [f"<table><thead><tr><th>layer</th>{heads}</tr></thead>"]
     parts.append("<tbody>")
     for layer in sorted(cells):
         parts.append(f"<tr><th scope=row>{layer}</th>")
@@ -66,7 +71,10 @@ def heat_map(values: Mapping[str, float], form: str, *, logarithmic: bool = Fals
             title = html.escape(f"layer {layer}, {kind}: {written}")
             parts.append(f'<td tabindex=0 title="{title}" style="background:{_colour(share)}">{written}</td>')
         parts.append("</tr>")
-    return "".join([*parts, "</tbody></table>"])
+    colours = ", ".join(_colour(step / 4) for step in range(5))
+    ends = [format(x, form) for x in (min(known), max(known))] if known else ["", ""]
+    bar = f'<i style="background:linear-gradient(90deg, {colours})"></i>'
+    return "".join([*parts, f'</tbody></table><p class="key soft">{ends[0]}{bar}{ends[1]}</p>'])
 
 
 def _colour(share: float) -> str:

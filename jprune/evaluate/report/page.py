@@ -52,20 +52,20 @@ def _about(comparison: Json) -> str:
 
 
 def _table(comparison: Json) -> str:
-    columns = ["model", "parameters", "MB", "zeros, %", "perplexity", "change, %", "KL", "KL, 99 %", "agreement, %"]
+    columns = ["model", "perplexity", "change, %", "KL", "KL, 99 %", "agreement, %", "zeros, %", "parameters", "MB"]
     rows = []
     for i, own in enumerate(comparison["models"]):
         sparsity = own["sparsity"]
         share = 100 * sparsity["zeros"] / max(sparsity["prunable_parameters"], 1)
         cells = [
-            cell(sparsity["total_parameters"], f"{sparsity['total_parameters']:,}"),
-            cell(own["nbytes"], f"{own['nbytes'] / 1e6:,.0f}"),
-            cell(share, f"{share:.2f}"),
             measured(own["perplexity"], ".3f"),
             measured(percent(own["change"]), "+.2f") if i else cell(0, "-"),
             measured(own["divergence"], ".4f") if i else cell(0, "-"),
             cell(own["tail"], number(own["tail"], ".3f") if i else "-"),
             measured(own["agreement"], ".2f", 100) if i else cell(100, "-"),
+            cell(share, f"{share:.2f}"),
+            cell(sparsity["total_parameters"], f"{sparsity['total_parameters']:,}"),
+            cell(own["nbytes"], f"{own['nbytes'] / 1e6:,.0f}"),
         ]
         rows.append(f'<tr><td class="name">{html.escape(own["model"])}</td>{"".join(cells)}</tr>')
     return sortable(columns, rows)
@@ -117,10 +117,8 @@ def _texts(continuations: Sequence[Json]) -> Iterable[str]:
     yield "<h2>What they write</h2>"
     for own in continuations:
         yield f"<h3>{html.escape(own['prompt'])}</h3>"
-        figures = [
-            f"<figure><figcaption>{html.escape(text['model'])}</figcaption>{html.escape(text['text'])}</figure>"
-            for text in own["texts"]
-        ]
+        shown = [(html.escape(text["model"]), html.escape(text["text"].lstrip(" "))) for text in own["texts"]]
+        figures = [f"<figure><figcaption>{name}</figcaption>{text}</figure>" for name, text in shown]
         yield f'<div class="texts">{"".join(figures)}</div>'
 
 

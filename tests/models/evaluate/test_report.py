@@ -9,8 +9,9 @@ import subprocess
 import pytest
 
 from jprune.evaluate.report import page, thinned
+from jprune.evaluate.report.drawing import heat_map
 
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "wbr"}
 
 
 def interval(value, low, high):
@@ -137,10 +138,20 @@ def test_the_numbers_are_those_of_the_object(read):
     assert {"12.125", "19.0625", "0.625", "50.0"} <= set(read.cells)
     assert f"{NAME}: 19.06 [18.5, 20.75]" in read.titles
     assert "layer 2, mlp/down: 52.0" in read.titles  # zeros
+    assert "19.06 [18.5, 20.75]" in read.text, "beside its name: a small screen shows no more of the table"
     assert "layer 2, mlp/down: 0.085" in read.titles  # loss / size
     assert text.count("is not distinguishable from") == 1, "the one whose interval is not known"
     assert "method sparsegpt, damping 0.01" in text
     assert "keep_zeros" not in text
+
+
+def test_a_map_says_what_its_colours_are():
+    """From the least to the most; and where all are the same there is none."""
+    drawn = heat_map({"blocks/0/attn/q/kernel": 0.25, "blocks/1/attn/q/kernel": 4.0}, ".3g", logarithmic=True)
+    assert re.findall(r'"key soft">(.*?)<i .*?</i>(.*?)<', drawn) == [("0.25", "4")]
+    assert heat_map({f"blocks/{i}/attn/q/kernel": 50.0 + i / 1000 for i in range(3)}, ".1f") == (
+        "<p>50.0 in each of 3 kernels</p>"
+    )
 
 
 def test_plots(read):
@@ -188,7 +199,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 PROBE = """<script>addEventListener("load", () => {
   const wide = document.documentElement.scrollWidth - innerWidth;
   const names = () => [...document.querySelector("table").tBodies[0].rows].map(r => r.cells[0].textContent);
-  const heading = document.querySelectorAll("th button")[4];
+  const heading = document.querySelectorAll("th button")[1];
   heading.click(); heading.click();
   const found = {wide, inner: innerWidth, names: names(), errors: window.errors ?? []};
   parent.document.body.dataset.found = JSON.stringify(found);
