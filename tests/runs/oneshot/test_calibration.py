@@ -46,8 +46,8 @@ def test_of_several_sources(tiny_model, token_file, tmp_path):
     assert parse("prune wanda", words).asked().calibration == files
 
 
-def test_of_conversations(tiny_model, tmp_path):
-    """Messages go through the model's own template, and are measured on through it too."""
+def test_of_conversations(tiny_model, tmp_path, monkeypatch):
+    """Messages, of a file or of the hub, go through the model's own template, and are measured on through it too."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     model = tiny_model()
@@ -68,6 +68,14 @@ def test_of_conversations(tiny_model, tmp_path):
     rows = np.array([[5, i, 6, 5, i + 1, 6] for i in range(10, 26)], np.int32).reshape(4, 24)
     jprune.prune_model(model, tmp_path / "rows", calibration=chat, evaluate=rows, **run)
     assert record.read(tmp_path / "rows")["perplexity"] == made["perplexity"]
+
+    class Rows(list):
+        column_names = ("messages",)
+
+    rows = Rows({"messages": messages} for messages in talk)
+    monkeypatch.setattr("jprune.data.sources.hugging_face_dataset", lambda spec, split: (spec, rows))
+    jprune.prune_model(model, tmp_path / "hub", calibration="hf:someone/talk", **run)
+    assert record.read(tmp_path / "hub")["calibration"]["sha256"] == made["calibration"]["sha256"]
 
     # Instructions with an answer go into Alpaca's prompt, whatever the template; its words are unknown here, and so 0.
     asked = [{"instruction": f"w{i}", "output": f"w{i + 1}"} for i in range(10, 90)]
