@@ -52,6 +52,10 @@ class Compare(OnText, OnDevices):
             raise JpruneError(f"{self.out.absolute().parent} is no folder to write {self.out.name} into; make it first")
         if self.tasks:
             check_harness()
+        elif self.asking != Asking():
+            raise UsageError(
+                "`fewshot`, `limit`, `include`, `chat` and `example_seed` say how `tasks` are asked; give --tasks"
+            )
         mesh = self.mesh()
         with processes.run_together():
             dtype = activation_dtype(load(self.model), self.dtype)

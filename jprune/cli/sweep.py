@@ -117,6 +117,8 @@ def _split(text: str) -> list[list[str]]:
 
 
 def _show(found: Mapping[str, Any], page: Path) -> None:
+    from jprune.evaluate.intervals import few
+
     evaluation, model = found["grid"]["evaluation"], found["grid"]["model"]["source"]
     print(
         f"{evaluation['windows']} windows of {evaluation['sequence_length']} tokens of {evaluation['source']}, "
@@ -131,6 +133,8 @@ def _show(found: Mapping[str, Any], page: Path) -> None:
     columns = ["method", "pattern", "zeros %", "perplexity", "change %", "KL", "agreement %", "seconds", "peak GB"]
     display.table(columns, rows)
     print("in brackets: 95% intervals by bootstrap over windows; KL in nats a token, against the dense model")
+    for notice in few(evaluation["windows"]):
+        print(notice)
     for asked, cell in zip(found["grid"]["cells"], found["cells"], strict=True):
         if "failed" in cell:
             print(f"{asked['name']} {asked['pattern']} failed: {cell['failed']}")

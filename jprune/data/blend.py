@@ -36,7 +36,8 @@ def blend(
             a source has none.
     """
     windows.check_count("number of samples", samples)
-    weights = normalised(dict.fromkeys(given, 1) if proportions is None else proportions, given)
+    weights = dict.fromkeys(given, 1) if proportions is None else proportions
+    weights = normalised(weights, given, what="`calibration_proportions`")
     counts = shares(weights, samples)
     if none := [name for name, count in counts.items() if weights[name] > 0 and not count]:
         raise JpruneError(

@@ -222,14 +222,16 @@ class MixtureIterator(Iterator[Batch]):
         self._weights = {name: float(state["weights"][name]) for name in names}  # not rounded anew
 
 
-def normalised(weights: Mapping[str, int | float], domains: Iterable[str]) -> dict[str, float]:
-    """The weights in the order of the domains, made to sum to 1.
+def normalised(
+    weights: Mapping[str, int | float], domains: Iterable[str], *, what: str = "proportions"
+) -> dict[str, float]:
+    """The weights in the order of the domains, made to sum to 1; `what` they are is for messages.
 
     Raises:
         JpruneError: a name that is no domain's, a domain without a weight, or a weight that is none.
     """
     domains = list(domains)
-    check_names("proportions", weights, domains)
+    check_names(what, weights, domains)
     for name, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
             raise JpruneError(f"the proportion of domain {name!r} must be a number of 0 or more; it is {weight}")

@@ -107,7 +107,7 @@ def stream_batch(
     A text that has ended has `ENDED` for a token from then on; when all have, nothing more is yielded.
     """
     _check_sampling(temperature, top_p)
-    checked = [_checked_prompt(config, prompt, max_tokens) for prompt in prompts]
+    checked = [check_prompt(config, prompt, max_tokens) for prompt in prompts]
     if not checked:
         raise JpruneError("there is no prompt; give at least one")
     ends = [] if eos_id is None else list(eos_id) if isinstance(eos_id, Collection) else [eos_id]
@@ -130,9 +130,10 @@ def _check_sampling(temperature: float, top_p: float) -> None:
         raise JpruneError(f"expected temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
 
 
-def _checked_prompt(
+def check_prompt(
     config: DecoderConfig, prompt_ids: Sequence[int] | np.ndarray, max_tokens: int
 ) -> Int[np.ndarray, " T"]:
+    """The tokens of a prompt, which a model can continue by so many; else a `JpruneError` says why it cannot."""
     prompt = np.asarray(prompt_ids, np.int32)
     length = len(prompt)
     if length == 0:

@@ -23,7 +23,7 @@ from jprune.evaluate import intervals
 from jprune.evaluate.distance import Distance, Reference
 from jprune.evaluate.flips import Flips, flips
 from jprune.evaluate.intervals import Interval
-from jprune.models.generate import stream
+from jprune.models.generate import check_prompt, stream
 from jprune.pipeline.options import Asking
 
 CONTINUED = 48
@@ -163,6 +163,9 @@ def held_against(
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Comparison:
     """Holds models of one tokenizer, each with what it is called, against the first; the rest is as of `compare`."""
+    given = [
+        _given(name, checkpoint, prompts) for name, checkpoint in models
+    ]  # what they cannot continue is said first
     tell = functools.partial(_told, models, progress)
     reference = Reference(models[0][1], tokens.tokens, dtype=dtype, mesh=mesh, progress=tell(0))
     first = reference.to_itself()
@@ -176,8 +179,8 @@ def held_against(
         windows=count,
         sequence_length=length,
         sha256=tokens.sha256,
-        continuations=_continued(models, prompts),
-        notices=tuple(tokens.notices),
+        continuations=_continued(models, prompts, given),
+        notices=(*tokens.notices, *intervals.few(count)),
     )
 
 
@@ -223,20 +226,30 @@ def _answered(
     return tuple(done), tuple(told)
 
 
-def _continued(models: Sequence[tuple[str, Checkpoint]], prompts: Sequence[str]) -> tuple[dict[str, Any], ...]:
+def _given(name: str, checkpoint: Checkpoint, prompts: Sequence[str]) -> list[list[int]]:
+    """The tokens of prompts for a model, which it can continue."""
+    if not prompts:
+        return []
+    if checkpoint.tokenizer is None:
+        raise JpruneError(f"{name} has no tokenizer to read prompts; put its tokenizer.json beside the weights")
+    given = [list(checkpoint.tokenizer.encode(prompt, add_special_tokens=True)) for prompt in prompts]
+    for each in given:
+        check_prompt(checkpoint.config, each, CONTINUED)
+    return given
+
+
+def _continued(
+    models: Sequence[tuple[str, Checkpoint]], prompts: Sequence[str], given: Sequence[list[list[int]]]
+) -> tuple[dict[str, Any], ...]:
+    """What each model makes of every prompt; of each model the prompts' tokens are given."""
     written: list[list[str]] = []
-    for name, model in models:
+    for (_, model), tokens in zip(models, given):
         if not prompts:
             break
-        if model.tokenizer is None:
-            raise JpruneError(f"{name} has no tokenizer to read prompts; put its tokenizer.json beside the weights")
-        params = model.params()
+        params, tokenizer = model.params(), model.tokenizer
         options: dict[str, Any] = {"max_tokens": CONTINUED, "eos_id": model.eos_token_ids}
-        own = []
-        for prompt in prompts:
-            given = model.tokenizer.encode(prompt, add_special_tokens=True)
-            own.append(model.tokenizer.decode(list(stream(model.config, params, given, **options))))
-        written.append(own)
+        assert tokenizer is not None
+        written.append([tokenizer.decode(list(stream(model.config, params, each, **options))) for each in tokens])
     return tuple(
         {"prompt": prompt, "texts": [{"model": n, "text": own[i]} for (n, _), own in zip(models, written)]}
         for i, prompt in enumerate(prompts)

@@ -208,6 +208,10 @@ def answers(model: Model, tasks: Sequence[str], asking: Asking) -> tuple[Answers
 
 
 def _asked(model: Model, tasks: Sequence[str], asking: Asking, *, items: bool) -> Mapping[str, Any]:
+    if asking.include is not None and not asking.include.is_dir():
+        raise JpruneError(
+            f"`include` is a folder with tasks as lm-evaluation-harness writes them; got {asking.include}"
+        )
     manager = TaskManager(include_path=None if asking.include is None else str(asking.include))
     if unknown := [name for name in tasks if not manager.match_tasks([name])]:
         raise JpruneError(

@@ -1,11 +1,14 @@
 """Bootstrap intervals: by enumeration, by the theory of normal means, and what they are said to hold."""
 
+import re
+
 import numpy as np
 import pytest
 
 from jprune.errors import JpruneError
+from jprune.evaluate import intervals
 from jprune.evaluate.flips import flips
-from jprune.evaluate.intervals import mean
+from jprune.evaluate.intervals import FEW, few, mean
 
 
 def test_by_enumeration():
@@ -26,6 +29,20 @@ def test_it_holds_the_truth_as_often_as_it_says(rng):
     """Of 60 values of a uniform distribution, whose mean is zero."""
     held = [found.high >= 0 and found.low <= 0 for found in (mean(rng.uniform(-1, 1, 60)) for _ in range(200))]
     assert 0.9 < np.mean(held) < 0.98
+
+
+def test_of_few_values_it_holds_the_truth_less_often(rng, monkeypatch):
+    """As often as is told of normal values; where nothing is told, about as often as it should."""
+    monkeypatch.setattr(intervals, "RESAMPLES", 500)
+    (told,) = few(2)
+    said = {int(n): int(share) / 100 for n, share in re.findall(r"over (\d+) (?:about )?(\d+) %", told)}
+    assert list(said) == [2, 5, FEW]
+    for n, share in said.items():
+        found = [mean(rng.standard_normal(n)) for _ in range(800)]
+        assert np.mean([own.low <= 0 <= own.high for own in found]) == pytest.approx(share, abs=0.04)
+    assert few(1)
+    assert few(FEW - 1)
+    assert not few(FEW)
 
 
 def test_pairs_tell_what_two_means_do_not(rng):

@@ -182,6 +182,8 @@ def test_what_cannot_be_asked(folders, capsys):
     model, _, tasks = folders
     assert main(["eval", "tasks", str(model), "--tasks", "no_such_task"]) == 1
     assert "expected tasks of lm-evaluation-harness, got no_such_task" in capsys.readouterr().err
+    assert main(["eval", "tasks", str(model), "--tasks", "jprune_choice", "--include", str(tasks / "none")]) == 1
+    assert "--include is a folder with tasks" in capsys.readouterr().err
     (tasks / "rows.jsonl").unlink()
     words = ["eval", "tasks", str(model), "--tasks", "jprune_choice", "--include", str(tasks)]
     assert main(words) == 1

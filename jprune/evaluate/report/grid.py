@@ -4,6 +4,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jprune.evaluate.intervals import few
 from jprune.evaluate.report.document import Json, cell, document, measured, percent, sortable, tells
 from jprune.evaluate.report.plot import Point, lines
 
@@ -28,6 +29,7 @@ def grid_page(sweep: Json) -> str:
     body = [
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="soft">{html.escape(about)}</p>',
+        *(f'<p class="warn">{html.escape(notice)}</p>' for notice in few(evaluation["windows"])),
         lines(
             _series(done, sweep["dense"], model),
             about=f"perplexity of {model} pruned, by sparsity, a line for each method",

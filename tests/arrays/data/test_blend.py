@@ -36,7 +36,7 @@ def test_a_blend(rng):
 @pytest.mark.parametrize(
     ("proportions", "samples", "why"),
     [
-        ({"a": 1}, 8, "none is given for 'b'"),
+        ({"a": 1}, 8, "`calibration_proportions`: none is given for 'b'"),
         ({"a": 99, "b": 1}, 8, "of 8 calibration windows there is none for b"),
         (None, 0, "number of samples must be at least 1"),
     ],

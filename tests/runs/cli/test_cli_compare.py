@@ -65,9 +65,14 @@ def test_what_cannot_be_compared(said, tiny_model, token_file):
     status, _, err = said("compare", dense, "--text", tokens)
     assert status == 2
     assert "expected two models or more" in err
-    status, _, err = said("compare", dense, tiny_model(name="other", vocab_size=97), "--text", tokens)
+    words = ("compare", dense, tiny_model(name="other", vocab_size=97), "--text", tokens)
+    status, _, err = said(*words)
     assert status == 1
     assert "one vocabulary, got 96 tokens and 97" in err
+    status, _, err = said(*words, "--prompt", "w5")
+    assert (status, "has no tokenizer to read prompts" in err) == (1, True), "before anything is measured"
+    status, _, err = said(*words, "--limit", 5)
+    assert (status, "say how --tasks are asked; give --tasks" in err) == (2, True)
 
 
 def test_the_report_of_a_run(said, tiny_model, token_file, tmp_path):
