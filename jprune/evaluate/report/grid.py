@@ -78,7 +78,7 @@ def _ends(own: Json) -> dict[str, Any]:
 
 
 def _table(done: Cells, dense: Json | None, model: str) -> str:
-    columns = ["method", "pattern", "zeros, %", "perplexity", "change, %", "KL", "KL, 99 %", "agreement, %"]
+    columns = ["method", "pattern", "perplexity", "change, %", "KL", "KL, 99 %", "agreement, %", "zeros, %"]
     columns += ["seconds", "peak GB"]
     rows = [] if dense is None else [_row({"name": model, "pattern": ""}, dense, [cell(0, "-"), cell(0, "-")])]
     for asked, own in done:
@@ -97,12 +97,12 @@ def _named(asked: Json) -> str:
 
 def _row(asked: Json, own: Json, spent: Iterable[str]) -> str:
     cells = [
-        cell(_share(own), f"{_share(own):.2f}"),
         measured(own["perplexity"], ".3f"),
         measured(percent(own["change"]), "+.2f"),
         measured(own["divergence"], ".4f"),
         cell(own["tail"], "-" if own["tail"] is None else f"{own['tail']:.3f}"),
         measured(own["agreement"], ".2f", 100),
+        cell(_share(own), f"{_share(own):.2f}"),
         *spent,
     ]
     return f"<tr>{_named(asked)}{''.join(cells)}</tr>"
