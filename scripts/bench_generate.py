@@ -1,12 +1,13 @@
 """Times our own text generation with several checkpoints against a baseline: how much faster a smaller model is.
 
-    python scripts/bench_generate.py --baseline DIR MODEL [MODEL ...] [--batch 8] [--tokens 64] [--json]
-    python scripts/bench_generate.py --baseline dense pruned packed packed-int8 packed:unpack
+    python scripts/bench_generate.py MODEL [MODEL ...] --baseline DIR [--tokens 64] [--json]
+    python scripts/bench_generate.py pruned packed packed-int8 packed:unpack --baseline dense --batch 1 8 32
 
-Each model has a process of its own, which loads it, generates once to compile, and then waits; the processes take
-turns, one generation each, so that whatever slows the machine down slows all of them. Times are medians over the
-repeats. The prompts are random tokens, the same for all models; every run yields exactly --tokens tokens of each,
-greedily. Packed models run packed, and unpacked once where ":unpack" follows their name.
+Of every batch, each model has a process of its own, which loads it, generates once to compile, and then waits; the
+processes take turns, one generation each, so that whatever slows the machine down slows all of them. Times are medians
+over the repeats. The prompts are random tokens, the same for all models; every run yields exactly --tokens tokens of
+each, greedily. Packed models run packed, and unpacked once where ":unpack" follows their name; on a GPU by the kernels
+of --backend.
 
 prefill   seconds until the first tokens of the answers are there (the prompts go through the model at once)
 decode    seconds per step after it (a token of every answer at a time, with the key/value cache)
@@ -41,6 +42,7 @@ def worker(source: str, options: dict[str, Any], pipe: Connection) -> None:
     from jprune.models.generate import stream_batch
     from jprune.models.kernels import Kernel
     from jprune.runs.stopwatch import peak_device_memory_bytes, peak_memory_bytes
+    from jprune.sparse import on_backend
 
     path, unpack, _ = source.partition(UNPACK)
     checkpoint = jprune.load(path)
@@ -52,7 +54,7 @@ def worker(source: str, options: dict[str, Any], pipe: Connection) -> None:
         """What a model is computed with: dense arrays in one dtype, packed ones as they are."""
         return jax.tree.map(jnp.asarray, leaf) if isinstance(leaf, Kernel) else jnp.asarray(leaf, dtype)
 
-    params = checkpoint.params(packed=not unpack)
+    params = on_backend(checkpoint.params(packed=not unpack), options["backend"])
     params = jax.tree.map(on_device, params, is_leaf=lambda leaf: isinstance(leaf, Kernel))
     rng = np.random.default_rng(0)
     shape = (options["batch"], options["prompt_length"])
@@ -102,40 +104,44 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="what jprune.load takes")
     parser.add_argument("--baseline", required=True, help="what they are compared with")
     parser.add_argument("--prompt-length", type=int, default=256, help="tokens")
-    parser.add_argument("--batch", type=int, default=1, help="prompts at a time")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts at a time; of several, one by one")
     parser.add_argument("--tokens", type=int, default=64, help="to generate, at least 2")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", help="of weights and activations; by default float32 on CPU, else what they have")
+    parser.add_argument("--backend", choices=["pallas", "triton"], default="pallas", help="of packed kernels, on a GPU")
     parser.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
     parser.add_argument("--out", type=Path, help="file for the JSON")
     args = parser.parse_args()
-    if args.tokens < 2 or args.repeats < 1:
-        parser.error("expected --tokens of at least 2 and --repeats of at least 1")
+    if args.tokens < 2 or args.repeats < 1 or min(args.batch) < 1:
+        parser.error("expected --tokens of at least 2, and --repeats and --batch of at least 1")
     sources = [args.baseline, *(model for model in args.models if model != args.baseline)]
     options = {
-        "batch": args.batch,
         "prompt_length": args.prompt_length,
         "tokens": args.tokens,
         "dtype": args.dtype,
+        "backend": args.backend,
         "vocab": min(vocabulary(source) for source in sources),
     }
     # A GPU is shared by all processes: none may take it whole.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    models = measure(sources, options, args.repeats)
-    baseline = models[args.baseline]
-    for row in models.values():
-        row["speedup"] = {part: baseline["seconds"][part] / row["seconds"][part] for part in ("prefill", "decode")}
-        row["smaller"] = baseline["parameters"] / row["parameters"]
-        row["tokens_per_second"] = args.batch / row["seconds"]["decode"]
-    result = {
+    result: dict[str, Any] = {
         "machine": describe(),
         "options": {k: v for k, v in options.items() if k != "vocab"} | {"repeats": args.repeats},
         "baseline": args.baseline,
-        "models": models,
+        "batches": {},
     }
-    show(models)
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    for batch in args.batch:
+        models = measure(sources, options | {"batch": batch}, args.repeats)
+        baseline = models[args.baseline]
+        for row in models.values():
+            row["speedup"] = {part: baseline["seconds"][part] / row["seconds"][part] for part in ("prefill", "decode")}
+            row["smaller"] = baseline["parameters"] / row["parameters"]
+            row["tokens_per_second"] = batch / row["seconds"]["decode"]
+        result["batches"][str(batch)] = models
+        print(f"batch {batch}")
+        show(models)
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=2) + "\n")
     if args.json:
         print(json.dumps(result))
 
