@@ -21,7 +21,7 @@ import numpy as np
 from bench_packed import half_of_random
 from machine import describe
 
-from jprune.checkpoints import huggingface, load
+from jprune.checkpoints import load
 
 RUN = """import runpy
 from jprune.runs.stopwatch import peak_memory_bytes
@@ -61,11 +61,7 @@ def compare(shape: str, layers: int, dtype: str, args: argparse.Namespace) -> di
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch)
         config = make_checkpoint.hf_config("llama", shape) | {"num_hidden_layers": layers}
-        dense = make_checkpoint.random_checkpoint(config)
-        (folder / "dense").mkdir()
-        with huggingface.Writer(folder / "dense", dense) as writer:
-            for path in dense.shapes:
-                writer.write(path, dense.read(path))
+        make_checkpoint.write(folder / "dense", make_checkpoint.random_checkpoint(config))
         half_of_random(folder / "pruned", shape, layers)
         length = min(args.sequence_length, config["max_position_embeddings"])
         tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (args.windows, length), dtype=np.int32)

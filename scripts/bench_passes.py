@@ -1,7 +1,6 @@
 """What the jobs cost in forward passes of the same tokens: the unit that does not depend on the machine.
 
     python scripts/bench_passes.py [--model demo] [--samples 64] [--sequence-length 512] [--out passes.json]
-    python scripts/bench_passes.py --against COMMIT [--out passes.json]  # the same jobs in that commit too, in turn
 
 A pass goes from the tokens to the logits, in the batches that calibration takes.
 
@@ -12,18 +11,14 @@ lora        a step of LoRA (all kernels, rank 8), of a pass of its windows; limi
 full        a step of all weights, of a pass of its windows
 
 Each is run --rounds times in its process, and the best but for the first counts, which compiles. They take turns, so
-that whatever slows the machine down slows all of them. With --against, each commit has processes of its own, in turn.
+that whatever slows the machine down slows all of them.
 """
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +48,10 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--step-windows", type=int, default=2, help="of a step of training")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--against", metavar="COMMIT", help="measure the same jobs there, before this tree's")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     options = {name: value for name, value in vars(args).items() if name != "out"}
-    result: dict[str, Any] = {"machine": describe(), "options": options}
-    if args.against is None:
-        result["seconds"] = measure(args)
-    else:
-        with checked_out(args.against) as before:
-            result["before"] = elsewhere(before, args)
-        result["seconds"] = elsewhere(Path(__file__).resolve().parents[1], args)
-        result["faster"] = {name: result["before"][name] / now for name, now in result["seconds"].items()}
+    result: dict[str, Any] = {"machine": describe(), "options": options, "seconds": measure(args)}
     passes = in_passes(result["seconds"])
     result |= {"passes": passes, "within": {name: bool(passes[name] <= limit) for name, limit in LIMITS.items()}}
     show(result)
@@ -88,37 +75,8 @@ def show(result: dict[str, Any]) -> None:
     for name, value in result["passes"].items():
         limit = f" (limit {LIMITS[name]:g})" if name in LIMITS else ""
         print(f"{name:22} {value:6.2f} passes{limit}")
-    for name, now in result["seconds"].items():
-        before = f"{result['before'][name]:8.2f} s -> " if "before" in result else ""
-        faster = f", {result['faster'][name]:.2f}x" if "before" in result else ""
-        print(f"{name:22} {before}{now:8.2f} s{faster}")
-
-
-@contextmanager
-def checked_out(commit: str) -> Iterator[Path]:
-    """The files of a commit, in a folder that is removed afterwards."""
-    root = Path(__file__).resolve().parents[1]
-    with tempfile.TemporaryDirectory() as scratch:
-        tree = Path(scratch) / "tree"
-        subprocess.run(["git", "-C", root, "worktree", "add", "--quiet", "--detach", tree, commit], check=True)
-        try:
-            yield tree
-        finally:
-            subprocess.run(["git", "-C", root, "worktree", "remove", "--force", tree], check=True)
-
-
-def elsewhere(tree: Path, args: argparse.Namespace) -> Seconds:
-    """The seconds of the jobs with the package of another tree, by this script."""
-    words = [
-        f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items() if name not in ("against", "out")
-    ]
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "seconds.json"
-        env = os.environ | {"PYTHONPATH": str(tree)}
-        subprocess.run(
-            [sys.executable, __file__, *words, f"--out={out}"], env=env, check=True, stdout=subprocess.DEVNULL
-        )
-        return json.loads(out.read_text())["seconds"]
+    for name, seconds in result["seconds"].items():
+        print(f"{name:22} {seconds:8.2f} s")
 
 
 def measure(args: argparse.Namespace) -> Seconds:

@@ -30,14 +30,17 @@ Sums = tuple[Float[Array, ""], Float[Array, ""]]
 LOGITS_BYTES = 2**26
 
 
-def causal_lm(config: DecoderConfig, *, around: stacked.Around | None = None) -> Callable[..., Sums]:
+def causal_lm(
+    config: DecoderConfig, *, around: stacked.Around | None = None, frozen: bool = False
+) -> Callable[..., Sums]:
     """``f(params, batch, aside=None) -> (sum of weighted cross-entropies in nats, sum of weights)``.
 
     Args:
       config: the decoder's.
       around: see `stacked.hidden`, also for `aside`. Params may be stacked or not.
+      frozen: see `stacked.hidden`.
     """
-    hidden, head = stacked.hidden(config, around=around), decoder.head(config)
+    hidden, head = stacked.hidden(config, around=around, frozen=frozen), decoder.head(config)
 
     def loss(params: PyTree, batch: Batch, aside: PyTree = None) -> Sums:
         x = hidden(params, batch["tokens"], aside)
@@ -58,12 +61,14 @@ def distillation(
     teacher_weight: float = 1.0,
     hidden_weight: float = 0.0,
     around: stacked.Around | None = None,
+    frozen: bool = False,
 ) -> Callable[..., Sums]:
     """``f(params, teacher's params, batch, aside=None) -> (loss sum, weight sum)`` of learning from a teacher.
 
     The loss of a token is ``(1 - teacher_weight) * cross-entropy + teacher_weight * KL + hidden_weight * distance``:
     the forward divergence of the logits at `temperature` (`distill.forward_kl`), and the mean over the student's blocks
     of `distill.hidden_distance` to the teacher's. Where the student has fewer blocks, they are matched by their depth.
+    `around` and `frozen` are of the student, see `stacked.hidden`.
 
     Raises:
       JpruneError: vocabularies differ, or hidden sizes do although hidden states are to be compared.
@@ -80,7 +85,7 @@ def distillation(
             "compared where they are equal; leave the hidden loss out"
         )
     every = bool(hidden_weight)
-    student_hidden = stacked.hidden(config, around=around, every=every)
+    student_hidden = stacked.hidden(config, around=around, frozen=frozen, every=every)
     teacher_hidden = stacked.hidden(teacher, every=every)
     student_head, teacher_head = decoder.head(config), decoder.head(teacher)
     matched = [math.ceil((i + 1) * teacher.layers / config.layers) - 1 for i in range(config.layers)]

@@ -134,13 +134,17 @@ def _pick(leaf: Any, position: int) -> Any:
     return leaf[position]
 
 
-def hidden(config: DecoderConfig, *, around: Around | None = None, every: bool = False) -> Callable[..., Any]:
+def hidden(
+    config: DecoderConfig, *, around: Around | None = None, frozen: bool = False, every: bool = False
+) -> Callable[..., Any]:
     """``f(params, tokens [B, L], aside=None) -> x [B, L, d_model]``: the last block's output, before the final norm.
 
     Args:
       config: the decoder's.
       around: changes what a block computes, for instance adds adapters to it. It is called inside the rematerialised
         function, so that nothing it makes (dequantised kernels, say) is kept for the backward pass.
+      frozen: the blocks' parameters are not trained, only what `around` adds: what `remat.keeping` says of a block is
+        kept for the backward pass.
       every: also return the outputs of all blocks, ``[layers, B, L, d_model]``.
 
     Params may be stacked or not; the blocks that are not are unrolled. With `around`, ``aside`` has the same keys as
@@ -157,7 +161,7 @@ def hidden(config: DecoderConfig, *, around: Around | None = None, every: bool =
             plain = decoder.block(config, layers(key)[0])
             block = _without_aside(plain) if around is None else around(plain)
             operands = params["blocks"][key], None if aside is None else aside[key]
-            kept = None if around is None else config.layers
+            kept = config.layers if frozen else None
             if len(layers(key)) == 1:
                 x = _again(block, kept, *operands, x)
                 outputs.append(x[None])

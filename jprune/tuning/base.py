@@ -212,6 +212,7 @@ class Taught(TrainedMethod):
             teacher_weight=self.teacher_weight,
             hidden_weight=self.hidden_loss,
             around=around,
+            frozen=not self.trains_weights,
         )
         return distance, read_stacked(teacher, stacked.runs(teacher.config, teacher.shapes), dtype=dtype)
 

@@ -84,7 +84,7 @@ def blockwise_loss(
     Returns:
       A loss of (trainable, frozen, batch, key); nothing is random if key is None.
     """
-    language_model = loss.causal_lm(checkpoint.config, around=around)
+    language_model = loss.causal_lm(checkpoint.config, around=around, frozen=True)
 
     def f(trainable: PyTree, frozen: PyTree, batch: Batch, key: Any) -> Sums:
         aside = {
