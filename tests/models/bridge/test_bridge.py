@@ -69,12 +69,7 @@ def test_both_roads_prune_alike(architecture, tmp_path, monkeypatch):
     assert (load(source).road, other.road) == ("native", ROAD)
     pruned(source, tmp_path / "native")
     pruned(other, tmp_path / "bridge")
-    native, through = (bridged.tensors(tmp_path / name) for name in ("native", "bridge"))
-    assert native.keys() == through.keys()
-    for key, values in native.items():
-        apart = (values == 0) != (through[key] == 0)
-        assert apart.mean() <= 0.01, key  # ties
-        np.testing.assert_allclose(through[key][~apart], values[~apart], atol=1e-4, err_msg=key)
+    bridged.check_alike(tmp_path / "native", tmp_path / "bridge")
     np.testing.assert_allclose(bridged.logits(other, TOKENS), bridged.logits(load(source), TOKENS), atol=1e-5)
 
 
