@@ -1,14 +1,14 @@
 """Times this tree's commands against those of another commit, phase by phase, in one run on one machine.
 
-    python scripts/bench_before.py COMMIT [--model demo] [--samples 64] [--rounds 2] [--out before.json]
+    python scripts/bench_before.py COMMIT [--model demo] [--jobs sparsegpt lora] [--rounds 2] [--out before.json]
 
 Commands of both trees run in turn, each as a process of its own, as a user starts them; the first of each, which
 compiles, does not count, and of --rounds others the best does. Every tree keeps a compile cache of its own.
 
-prune       the whole job of SparseGPT at 50 %, and its phases as its record has them
-magnitude   the whole job
+sparsegpt   the whole job at 50 %, and its phases as its record has them; -long with the same tokens in windows of 2048
+magnitude   the same
 perplexity  seconds a window of 2048 tokens, from the tokens to the loss: a run over 5 windows without one over 1
-lora, full  seconds a step of two windows of 512 tokens, and of one of 2048
+lora, full  seconds a step of two windows of 512 tokens; -long of one of 2048
 """
 
 import argparse
@@ -26,6 +26,7 @@ from typing import Any
 from machine import describe
 
 Seconds = dict[str, float]
+JOBS = ["sparsegpt", "sparsegpt-long", "magnitude", "perplexity", "lora", "lora-long", "full", "full-long"]
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -33,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit", help="what this tree is compared with")
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--jobs", nargs="+", default=JOBS, choices=JOBS)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path)
@@ -40,21 +42,27 @@ def main() -> None:
     options = {name: value for name, value in vars(args).items() if name != "out"}
     with tempfile.TemporaryDirectory() as scratch, checked_out(args.commit) as before:
         trees = {"before": before, "now": ROOT}
-        found: dict[str, dict[str, list[float]]] = {name: {} for name in trees}
-        for job in jobs(args.model, args.samples):
+        runs: dict[str, dict[str, list[float]]] = {name: {} for name in trees}
+        for job in (jobs(args.model, args.samples)[name] for name in args.jobs):
             for number in range(args.rounds + 1):
                 for name, tree in trees.items():
                     for phase, seconds in job(Command(tree, Path(scratch) / name)).items():
                         if number:
-                            found[name].setdefault(phase, []).append(seconds)
+                            runs[name].setdefault(phase, []).append(seconds)
                         print(f"{name:6} {phase:28} {seconds:8.2f} s{'' if number else ' (compiles)'}", flush=True)
-    best = {name: {phase: min(took) for phase, took in phases.items()} for name, phases in found.items()}
+            if args.out:
+                args.out.write_text(json.dumps({"machine": describe(), "options": options, **summary(runs)}, indent=2))
+    found = summary(runs)
+    for phase, ratio in found["faster"].items():
+        before, now = (found["seconds"][name][phase] for name in trees)
+        print(f"{phase:28} {before:8.2f} s -> {now:8.2f} s, {ratio:.2f}x")
+
+
+def summary(runs: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """The best seconds of every phase in both trees, how many times faster this one is, and all runs."""
+    best = {name: {phase: min(took) for phase, took in phases.items()} for name, phases in runs.items()}
     faster = {phase: best["before"][phase] / took for phase, took in best["now"].items() if took}
-    result = {"machine": describe(), "options": options, "seconds": best, "faster": faster, "runs": found}
-    for phase, ratio in faster.items():
-        print(f"{phase:28} {best['before'][phase]:8.2f} s -> {best['now'][phase]:8.2f} s, {ratio:.2f}x")
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    return {"seconds": best, "faster": faster, "runs": runs}
 
 
 class Command:
@@ -79,15 +87,19 @@ class Command:
         return time.perf_counter() - start, json.loads(done.stdout.splitlines()[-1])
 
 
-def jobs(model: str, samples: int) -> list[Callable[[Command], Seconds]]:
-    def prune(method: str, *words: str) -> Callable[[Command], Seconds]:
+def jobs(model: str, samples: int) -> dict[str, Callable[[Command], Seconds]]:
+    def prune(name: str, method: str, *words: str) -> Callable[[Command], Seconds]:
         def run(command: Command) -> Seconds:
             out = ("--sparsity", "0.5", "--out", command.out, "--overwrite")
             took, found = command("prune", method, model, *out, *words)
-            phases = {f"{method}: {name}": seconds for name, seconds in found["seconds"].items() if name != "total"}
-            return {f"{method}: whole": took} | phases
+            phases = {f"{name}: {phase}": seconds for phase, seconds in found["seconds"].items() if phase != "total"}
+            return {f"{name}: whole": took} | phases
 
         return run
+
+    def calibration(length: int) -> tuple[str, ...]:
+        count = str(samples * 512 // length)
+        return ("--calibration", "pydoc", "--samples", count, "--sequence-length", str(length))
 
     def perplexity(command: Command) -> Seconds:
         def seconds(windows: int) -> float:
@@ -107,13 +119,16 @@ def jobs(model: str, samples: int) -> list[Callable[[Command], Seconds]]:
 
         return run
 
-    steps = [tune(method, *shape) for method in ("lora", "full") for shape in ((2, 512), (1, 2048))]
-    return [
-        prune("sparsegpt", "--calibration", "pydoc", "--samples", str(samples)),
-        prune("magnitude"),
-        perplexity,
-        *steps,
-    ]
+    return {
+        "sparsegpt": prune("sparsegpt", "sparsegpt", *calibration(512)),
+        "sparsegpt-long": prune("sparsegpt-long", "sparsegpt", *calibration(2048)),
+        "magnitude": prune("magnitude", "magnitude"),
+        "perplexity": perplexity,
+        "lora": tune("lora", 2, 512),
+        "lora-long": tune("lora", 1, 2048),
+        "full": tune("full", 2, 512),
+        "full-long": tune("full", 1, 2048),
+    }
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Times the whole job on the demo model: a first run, a run with a warm compile cache, and plain PyTorch.
 
-    python scripts/bench_prune.py [--methods sparsegpt wanda magnitude] [--baseline] [--out results.json]
+    python scripts/bench_prune.py [--methods sparsegpt fast balanced] [--baseline] [--out results.json]
     python scripts/bench_prune.py --roofline [--out roofline.json]  # phase by phase; a picture beside the JSON
 
 Each jprune run is a process of its own, as a user starts it. "forward" is one pass of the calibration windows through
@@ -22,6 +22,15 @@ from pathlib import Path
 import numpy as np
 import roofline
 from machine import describe
+
+METHODS = {
+    "sparsegpt": ["sparsegpt"],
+    "wanda": ["wanda"],
+    "magnitude": ["magnitude"],
+    "fast": ["auto", "--quality", "fast"],
+    "balanced": ["auto", "--quality", "balanced"],
+}
+"""Words of `jprune prune` by the name of the row."""
 
 
 def jprune(*words: str, cache: Path | None = None) -> dict:
@@ -47,8 +56,7 @@ def spent() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    methods = ["sparsegpt", "wanda", "magnitude"]
-    parser.add_argument("--methods", nargs="+", default=methods, choices=methods)
+    parser.add_argument("--methods", nargs="+", default=["sparsegpt", "wanda", "magnitude"], choices=METHODS)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=512)
@@ -74,7 +82,8 @@ def main() -> None:
         show("forward", runs["forward"])
         for method in args.methods:
             for run in ("first", "warm"):
-                words = ["prune", method, "demo", "--out", str(folder / method), "--overwrite", *common]
+                name, *own = METHODS[method]
+                words = ["prune", name, "demo", *own, "--out", str(folder / method), "--overwrite", *common]
                 runs[f"{method} {run}"] = jprune(*words, cache=folder / f"cache-{method}")
                 show(f"{method} {run}", runs[f"{method} {run}"])
             result["perplexity"][method] = perplexity(str(folder / method), folder)
