@@ -1,4 +1,4 @@
-"""Counts from shares, by exact arithmetic: 0.29 of 100 are 29, though ``100 * 0.29`` is 28.999999999999996."""
+"""Counts, in words and of shares: by exact arithmetic, 0.29 of 100 are 29, though ``100 * 0.29`` is a little less."""
 
 import functools
 from fractions import Fraction
@@ -32,3 +32,8 @@ def share(part: int, count: int) -> float:
         if 0 <= found < 1 and floor(count, found) == part:
             return found
     raise ValueError(f"no float is {part} of {count}")
+
+
+def windows(count: int, length: int) -> str:
+    """So many windows of so many tokens, in words."""
+    return f"{count} window{'' if count == 1 else 's'} of {length} tokens"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from jprune import counts
 from jprune.cli import display
 from jprune.cli.command import OnDevices, OnText, Told, command_line
 from jprune.cli.flags import Repeated
@@ -82,7 +83,8 @@ def _show(result: "Comparison", out: Path | None) -> None:
     from jprune.pipeline.compare import TAIL
 
     first = result.models[0]
-    print(f"{result.windows} windows of {result.sequence_length} tokens of {result.text}, against {first.model}")
+    windows = counts.windows(result.windows, result.sequence_length)
+    print(f"{windows} of {result.text}, against {first.model}")
     display.table(
         ["model", "parameters", "zeros %", "perplexity", "change %", "KL", f"KL, {TAIL} %", "agreement %"],
         [_row(own, own is first) for own in result.models],

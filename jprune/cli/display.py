@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from jprune import counts
+
 if TYPE_CHECKING:
     from jprune.runs.report import Progress as Step
 
@@ -71,7 +73,7 @@ def report(result: Any, first: Iterable[str], last: Iterable[str] = ()) -> None:
     if result.before and result.after:
         after = result.after
         print(
-            f"perplexity ({after.windows} windows of {after.sequence_length} tokens): "
+            f"perplexity ({counts.windows(after.windows, after.sequence_length)}): "
             f"{result.before.value:.3f} before, {after.value:.3f} after"
         )
     for line in last:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jprune import counts
 from jprune.cli import display
 from jprune.cli.command import OnDevices, OnText, Told
 
@@ -44,5 +45,5 @@ class EvalPerplexity(OnText, OnDevices):
             "text": self.text,
             "sha256": windows.sha256,
         }
-        line = f"perplexity {result.value:.4f} on {self.text}, {result.windows} windows of {result.sequence_length}"
+        line = f"perplexity {result.value:.4f} on {self.text}, {counts.windows(result.windows, result.sequence_length)}"
         return Told(found, tuple(windows.notices), lambda: print(line))

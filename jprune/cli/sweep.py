@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jprune import counts
 from jprune.cli import display
 from jprune.cli.command import OnMesh, OnText, Told, command_line
 from jprune.errors import UsageError
@@ -120,10 +121,8 @@ def _show(found: Mapping[str, Any], page: Path) -> None:
     from jprune.evaluate.intervals import few
 
     evaluation, model = found["grid"]["evaluation"], found["grid"]["model"]["source"]
-    print(
-        f"{evaluation['windows']} windows of {evaluation['sequence_length']} tokens of {evaluation['source']}, "
-        f"against {model}"
-    )
+    windows = counts.windows(evaluation["windows"], evaluation["sequence_length"])
+    print(f"{windows} of {evaluation['source']}, against {model}")
     rows = [] if found["dense"] is None else [_row(model, "", found["dense"], dense=True)]
     for asked, cell in zip(found["grid"]["cells"], found["cells"], strict=True):
         if "failed" in cell:

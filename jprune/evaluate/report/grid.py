@@ -1,9 +1,11 @@
 """The page of a sweep: a table of all its cells, and perplexity against sparsity with a line for each method."""
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jprune import counts
 from jprune.evaluate.intervals import few
 from jprune.evaluate.report.document import Json, cell, document, measured, percent, sortable, tells
 from jprune.evaluate.report.plot import Point, lines
@@ -20,14 +22,14 @@ def grid_page(sweep: Json) -> str:
     done = list(zip(grid["cells"], sweep["cells"], strict=True))
     title = f"{model}: {', '.join(dict.fromkeys(asked['name'] for asked, _ in done))}"
     about = (
-        f"{evaluation['windows']} windows of {evaluation['sequence_length']} tokens of {evaluation['source']} (sha256 "
+        f"{counts.windows(evaluation['windows'], evaluation['sequence_length'])} of {evaluation['source']} (sha256 "
         f"{evaluation['sha256'][:12]}). In brackets 95 % intervals, by bootstrap over windows. KL is the divergence of "
         f"the predictions of a token from those of {model}, in nats; agreement says for how many tokens both hold the "
         "same one for the most likely. Seconds are those of the run, without measuring; memory is the most that the "
         "process had meanwhile."
     )
     body = [
-        f"<h1>{html.escape(title)}</h1>",
+        "<h1>" + re.sub(r"--[\w-]+", r'<span class="word">\g<0></span>', html.escape(title)) + "</h1>",
         f'<p class="soft">{html.escape(about)}</p>',
         *(f'<p class="warn">{html.escape(notice)}</p>' for notice in few(evaluation["windows"])),
         lines(

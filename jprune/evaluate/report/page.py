@@ -4,6 +4,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jprune import counts
 from jprune.evaluate.report.document import Json, cell, document, interval, measured, percent, sortable, tells
 from jprune.evaluate.report.drawing import heat_map, number, whiskers
 from jprune.evaluate.report.plot import Point, lines
@@ -44,7 +45,7 @@ def page(comparison: Json) -> str:
 
 def _about(comparison: Json) -> str:
     return (
-        f"{comparison['windows']} windows of {comparison['sequence_length']} tokens of {comparison['text']} (sha256 "
+        f"{counts.windows(comparison['windows'], comparison['sequence_length'])} of {comparison['text']} (sha256 "
         f"{comparison['sha256'][:12]}). In brackets 95 % intervals, by bootstrap over windows. KL is the divergence of "
         f"the predictions of a token from those of {comparison['models'][0]['model']}, in nats; agreement says for how "
         "many tokens both hold the same one for the most likely."
