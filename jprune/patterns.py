@@ -93,20 +93,18 @@ class Pattern(abc.ABC):
         """Whether it matters which axes of a kernel are its inputs."""
         return True
 
+    def of(self, i: int) -> "Pattern":
+        """The pattern of the kernel number i of a stack; by default all have the same."""
+        return self
+
     def among(self, per: Scope) -> "Pattern":
         """This pattern, with scores competing as `per` says if the pattern leaves that open; by default it does not."""
         return self
 
     def schedule(self, d_in: int, d_out: int, block: int) -> Schedule | None:
-        """How a solver that goes through the inputs in blocks is to choose the zeros.
+        """How a solver that goes through the inputs in blocks, of `block` if it can, is to choose the zeros.
 
-        Args:
-          d_in: inputs.
-          d_out: outputs.
-          block: inputs that the solver wants to choose for at once.
-
-        Returns:
-          The slices; by default None: the mask is chosen once, for the whole kernel.
+        By default None: the mask is chosen once, for the whole kernel.
         """
         return None
 

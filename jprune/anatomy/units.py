@@ -1,5 +1,6 @@
 """The groups of coupled axes of a whole model and its prunable units, from shapes alone."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,8 +11,11 @@ import jax.numpy as jnp
 from jprune import trees
 from jprune.anatomy.parts import parts
 from jprune.checkpoints import Checkpoint
-from jprune.models import decoder
+from jprune.checkpoints.select import SELECTABLE
+from jprune.models import decoder, families
 from jprune.models.config import DecoderConfig
+from jprune.models.families import sizes
+from jprune.models.parameters import parameters
 from jprune.structured.kinds import block_units, hidden_units
 from jprune.structured.units import Kind, Units
 from jprune.trace import coupled_axes, matmuls
@@ -30,15 +34,35 @@ def model_groups(checkpoint: Checkpoint) -> Groups:
 def units_of_blocks(checkpoint: Checkpoint, kinds: Sequence[Kind]) -> tuple[Units, ...]:
     """The units of these kinds in every block, block by block; equal blocks are traced once.
 
+    Of experts the channels of each are units by themselves, of which equally many stay. What cannot be cut out of a
+    checkpoint, such as the narrow vectors of latent attention, is left out.
+
     Raises:
       JpruneError: a block has none of a kind, or only frozen ones; the message says why.
     """
     blocks = [part for part in parts(checkpoint) if part.prefix]
-    return tuple(
+    found = (
         units.at(part.prefix)
         for part in blocks
         for units in _units_of_block(part.function, part.shapes, checkpoint.config.d_model, tuple(kinds))
     )
+    names, times = parameters(checkpoint.config), times_shared(checkpoint)
+    sized = (dataclasses.replace(u, size=names[u.members[0].path][u.members[0].axis]) for u in found)
+    return tuple(_in_sets(u, times) for u in sized if u.size in SELECTABLE)
+
+
+def times_shared(checkpoint: Checkpoint) -> int | None:
+    """How many times as wide as the others the expert is that sees every token, where a config.json has no number for
+    it alone."""
+    return sizes.times_shared(families.explicit(checkpoint.hf_config), checkpoint.config.layer(0))
+
+
+def _in_sets(units: Units, times: int | None) -> Units:
+    """Channels of experts expert by expert; those of the expert that sees every token in as many sets as it is times as
+    wide as the others, which it stays."""
+    if units.size == "d_expert":
+        return units.of_each()
+    return dataclasses.replace(units, sets=times or 1) if units.size == "d_shared" else units
 
 
 def units_of_block(function: Callable, params: PyTree, d_model: int, kinds: Sequence[Kind]) -> tuple[Units, ...]:

@@ -164,8 +164,9 @@ class Checkpoint:
         """The smaller model that keeps some positions of some axes and some layers: a view that copies nothing.
 
         Args:
-            keep: positions that stay, in order, by path and axis: heads, kv_heads, d_ff or d_model, which must be cut
-                alike wherever they occur. Paths are those of this checkpoint, before layers are renumbered.
+            keep: positions that stay, in order, by path and axis: heads, kv_heads, d_ff, experts, d_expert, d_shared or
+                d_model, which must be cut alike wherever they occur; of d_expert each expert may keep its own,
+                [experts, kept]. Paths are those of this checkpoint, before layers are renumbered.
             layers: numbers of the layers that stay, in order; all of them unless given.
 
         Raises:

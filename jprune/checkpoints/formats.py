@@ -22,11 +22,13 @@ from jprune.checkpoints.checkpoint import Checkpoint
 from jprune.checkpoints.huggingface import decilm
 from jprune.errors import JpruneError
 from jprune.models import families
-from jprune.models.config import DecoderConfig
+from jprune.models.config import DecoderConfig, named_sizes
 
 Format = Literal["hf", "jprune", "decilm", "orbax", "packed"]
 WHOLE: tuple[Format, ...] = ("orbax", "packed")
 """The formats that are written at once: a run that may be interrupted writes a Hugging Face folder on the way."""
+_GROUPED = 16
+"""Bytes that the rows of a kernel are a multiple of, where PyTorch multiplies those of all experts at once."""
 # What transformers 5.23 does with sizes, beyond what its documentation says.
 _HEAD_DIM = ("PhiForCausalLM", "Phi3ForCausalLM", "CohereForCausalLM")  # head_dim is no key of theirs, but is read
 _DIVIDED = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")  # heads must divide hidden_size though head_dim is given
@@ -128,7 +130,19 @@ def notices(checkpoint: Checkpoint, format: Format) -> tuple[str, ...]:
             "written as MistralForCausalLM, which computes the same: transformers wants a Llama's num_attention_heads "
             f"({checkpoint.config.heads}) to divide its hidden_size ({checkpoint.config.d_model})",
         )
-    return ()
+    return _narrow_experts(checkpoint) if format == "hf" else ()
+
+
+def _narrow_experts(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """A notice, if PyTorch's product of sorted rows (`torch._grouped_mm`) does not take the kernels of experts."""
+    found = (leaf for path, leaf in checkpoint.shapes.items() if path.endswith("/experts/down/kernel"))
+    itemsize = next((leaf.dtype.itemsize for leaf in found), 16)
+    if not checkpoint.config.experts or checkpoint.config.d_expert * itemsize % _GROUPED == 0:
+        return ()
+    return (
+        f"experts are {checkpoint.config.d_expert} wide, no multiple of {_GROUPED // itemsize}, so transformers loads "
+        'them but computes with experts_implementation="batched_mm" or "eager" alone; prune with such a `round_to`',
+    )
 
 
 def _restated(checkpoint: Checkpoint, format: Format) -> Checkpoint:
@@ -178,25 +192,24 @@ def _check_derived(config: DecoderConfig) -> None:
 
 
 def _way_out(config: DecoderConfig) -> str:
-    if config.experts:
+    if config.experts and len({layer.experts for layer in config.sizes}) > 1:
         return "Leave out `globally` for as many experts in every layer, or write `format` jprune, which jprune loads"
-    return (
-        "Prune with `uniform` for equal sizes in all layers, or write `format` jprune, which jprune loads, or "
-        "`format` decilm, which vLLM loads"
-    )
+    uniform = "Prune with `uniform` for equal sizes in all layers, or write `format` jprune, which jprune loads"
+    return uniform if config.experts else f"{uniform}, or `format` decilm, which vLLM loads"
 
 
 def _differences(config: DecoderConfig) -> str:
-    first = config.layer(0)
-    other = next(i for i in range(config.layers) if config.layer(i) != first)
-
-    def said(index: int) -> str:
-        sizes = config.layer(index)
-        if config.experts:
-            return f"layer {index} has {sizes.experts} experts"
-        return f"layer {index} has {sizes.heads} query heads, {sizes.kv_heads} key/value heads and d_ff {sizes.d_ff}"
-
-    return f"{said(0)}, {said(other)}"
+    """How the first layer differs from the next one that does."""
+    pair = 0, next(i for i in range(config.layers) if config.layer(i) != config.layer(0))
+    if len({config.layer(i).experts for i in pair}) > 1:
+        return ", ".join(f"layer {i} has {config.layer(i).experts} experts" for i in pair)
+    said = []
+    for i in pair:
+        sizes = named_sizes(config, i)
+        words = [f"{sizes.pop('heads')} query heads", f"{sizes.pop('kv_heads')} key/value heads"]
+        *most, last = words + [f"{name} {size}" for name, size in sizes.items()]
+        said.append(f"layer {i} has {', '.join(most)} and {last}")
+    return ", ".join(said)
 
 
 def _is_llama_in_name_only(config: DecoderConfig) -> bool:

@@ -13,23 +13,37 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jprune import positions as at
 from jprune.checkpoints.model import Readable
 from jprune.checkpoints.source import Source, StoredTensor
 from jprune.errors import JpruneError
 from jprune.models import families
-from jprune.models.config import DecoderConfig, LayerSizes
+from jprune.models.config import LAYER_SIZES, DecoderConfig, LayerSizes
 from jprune.models.parameters import parameters, shapes
 
 Keep = Mapping[str, Mapping[int, Sequence[int] | np.ndarray]]
-"""The positions that stay, by path and axis; other axes stay whole."""
+"""The positions that stay, by path and axis; other axes stay whole. Those of experts may be each one's own,
+[experts, kept] (see `jprune.positions`)."""
 
 _BY_LAYER = ("windows", "ropes")
 _UNTOUCHED = tuple(
     field.name
     for field in dataclasses.fields(DecoderConfig)
-    if field.name not in ("d_model", "layers", "heads", "kv_heads", "d_ff", "experts", "sizes", *_BY_LAYER)
+    if field.name not in ("d_model", "layers", "sizes", *LAYER_SIZES, *_BY_LAYER)
 )
-_SELECTABLE = ("heads", "kv_heads", "d_ff", "d_model", "experts")
+SELECTABLE = (*LAYER_SIZES, "d_model")
+"""Names of axes that can become smaller."""
+
+
+_WHERE = {
+    "heads": ("attn/q", 1),
+    "kv_heads": ("attn/k", 1),
+    "d_ff": ("mlp/down", 0),
+    "experts": ("mlp/router", 1),
+    "d_expert": ("mlp/experts/down", 1),
+    "d_shared": ("mlp/shared/down", 0),
+}
+"""The kernel, and the axis of it, that has each size of a layer."""
 
 
 def open_source(checkpoint: Readable, keep: Keep, layers: Sequence[int] | None) -> Source:
@@ -40,15 +54,12 @@ def open_source(checkpoint: Readable, keep: Keep, layers: Sequence[int] | None) 
     whole = {new: path for path in checkpoint.shapes if (new := _renumbered(path, left)) is not None}
 
     def read(old: str) -> np.ndarray:
-        return cut(checkpoint.read(old), positions.get(old, {}))
+        return at.cut(checkpoint.read(old), positions.get(old, {}))
 
     tensors: dict[str, StoredTensor] = {}
     for path, old in whole.items():
-        shape = list(checkpoint.shapes[old].shape)
-        for axis, kept in positions.get(old, {}).items():
-            shape[axis] = len(kept)
         tensors[path] = StoredTensor(
-            shape=tuple(shape),
+            shape=at.left(checkpoint.shapes[old].shape, positions.get(old, {})),
             dtype=np.dtype(checkpoint.shapes[old].dtype),
             where=checkpoint.source,
             read=functools.partial(read, old),
@@ -59,7 +70,7 @@ def open_source(checkpoint: Readable, keep: Keep, layers: Sequence[int] | None) 
         for _, part in itertools.groupby(paths, key=lambda path: path.split("/")[:2]):  # a block at a time
             names = list(part)
             block = checkpoint.read_many([whole[path] for path in names])
-            values |= {path: cut(block.pop(whole[path]), positions.get(whole[path], {})) for path in names}
+            values |= {path: at.cut(block.pop(whole[path]), positions.get(whole[path], {})) for path in names}
         return values
 
     return Source(
@@ -93,15 +104,16 @@ def _checked_positions(config: DecoderConfig, keep: Keep) -> dict[str, dict[int,
             if not 0 <= axis < len(names[path]):
                 raise JpruneError(f"{what}: there are {len(names[path])} axes")
             name = names[path][axis]
-            if name not in _SELECTABLE:
-                raise JpruneError(f"{what}: {name} cannot become smaller; only {', '.join(_SELECTABLE)} can")
+            if name not in SELECTABLE:
+                raise JpruneError(f"{what}: {name} cannot become smaller; only {', '.join(SELECTABLE)} can")
             indices = np.asarray(kept)
             size = config.size(name, path)
             if not indices.size:
                 raise JpruneError(f"{what} ({name}): no position is left; at least one must stay")
-            if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
+            each = name == "d_expert" and indices.ndim == 2 and len(indices) == config.size("experts", path)
+            if (indices.ndim != 1 and not each) or not np.issubdtype(indices.dtype, np.integer):
                 raise JpruneError(f"{what} ({name}): expected a row of positions, got {kept!r}")
-            if (np.diff(indices) < 1).any() or indices[0] < 0 or indices[-1] >= size:
+            if (np.diff(indices) < 1).any() or indices.min() < 0 or indices.max() >= size:
                 raise JpruneError(
                     f"{what} ({name}): expected positions in order, each once, between 0 and {size - 1}; got {kept!r}"
                 )
@@ -131,18 +143,7 @@ def _renumbered(path: str, left: list[int]) -> str | None:
 
 def _config(checkpoint: Readable, found: Mapping[str, tuple[int, ...]], left: list[int]) -> dict:
     """The config.json of the smaller model, from its shapes."""
-    routed = [found[path][-1] for i in range(len(left)) if (path := f"blocks/{i}/mlp/router/kernel") in found]
-    usual = collections.Counter(routed).most_common(1)[0][0] if routed else checkpoint.config.experts
-    sizes = [
-        LayerSizes(
-            heads=found[f"blocks/{i}/attn/q/kernel"][1],
-            kv_heads=found[f"blocks/{i}/attn/k/kernel"][1],
-            # Layers of experts have no such kernel.
-            d_ff=found.get(f"blocks/{i}/mlp/down/kernel", (checkpoint.config.layer(old).d_ff,))[0],
-            experts=found.get(f"blocks/{i}/mlp/router/kernel", (usual,))[-1],  # and layers of one MLP, no router
-        )
-        for i, old in enumerate(left)
-    ]
+    sizes = _sizes(checkpoint, found, len(left))
     d_model = found["blocks/0/attn/o/kernel"][2]
     hf_config = families.resized(
         checkpoint.hf_config,
@@ -165,6 +166,22 @@ def _config(checkpoint: Readable, found: Mapping[str, tuple[int, ...]], left: li
     return hf_config
 
 
+def _sizes(checkpoint: Readable, found: Mapping[str, tuple[int, ...]], layers: int) -> list[LayerSizes]:
+    """The sizes of each layer that is left.
+
+    A layer of experts has no MLP, and one with an MLP no experts: there it has the sizes that most other layers have,
+    so that layers are equal where they can be.
+    """
+    by_name = {}
+    for name, (kernel, axis) in _WHERE.items():
+        has = {i: found[path][axis] for i in range(layers) if (path := f"blocks/{i}/{kernel}/kernel") in found}
+        usual = collections.Counter(has.values()).most_common(1)[0][0] if has else getattr(checkpoint.config, name)
+        by_name[name] = [has.get(i, usual) for i in range(layers)]
+    if checkpoint.config.experts and families.sizes.one_width(families.explicit(checkpoint.hf_config)):
+        by_name["d_ff"] = by_name["d_expert"]
+    return [LayerSizes(**{name: sizes[i] for name, sizes in by_name.items()}) for i in range(layers)]
+
+
 def _check_meaning(
     whole: DecoderConfig, part: DecoderConfig, d_model: int, sizes: list[LayerSizes], left: list[int]
 ) -> None:
@@ -183,14 +200,6 @@ def _check_meaning(
                 f"{whole.architecture} derives {name} from its sizes: it would become {getattr(part, name)} instead of "
                 f"{value}, and the part would not compute what it did"
             )
-
-
-def cut(values: np.ndarray, positions: Mapping[int, np.ndarray]) -> np.ndarray:
-    """What stays of a parameter, of positions by axis."""
-    for axis, kept in positions.items():
-        if len(kept) < values.shape[axis]:
-            values = np.take(values, kept, axis)
-    return values
 
 
 def _identity(checkpoint: Readable, left: list[int], positions: Mapping[str, Mapping[int, np.ndarray]]) -> str:

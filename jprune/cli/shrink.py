@@ -121,7 +121,8 @@ def _print_plan(plan: ShrinkPlan | TrainingPlan) -> None:
     before, after = plan.parameters
     if plan.sizes is not None and after is not None:
         names = {"d_model": "d_model", "heads": "query heads", "kv_heads": "KV heads", "d_ff": "d_ff"}
-        names |= {"experts": "experts"} if any("experts" in sizes for sizes in plan.sizes) else {}
+        of_experts = {"experts": "experts", "d_expert": "d_expert", "d_shared": "d_shared"}
+        names |= {name: said for name, said in of_experts.items() if any(name in sizes for sizes in plan.sizes)}
         rows = [
             (f"{a}" if a == b else f"{a} to {b}", *(sizes.get(name, "") for name in names))
             for a, b, sizes in display.runs(plan.sizes)

@@ -5,7 +5,7 @@ here serve to say what a checkpoint must contain, and to build abstract or rando
 heads and feed-forward widths, as structured pruning leaves them.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from jprune.errors import JpruneError
@@ -26,6 +26,8 @@ class LayerSizes:
     kv_heads: int
     d_ff: int
     experts: int = 0  # of a layer that has some
+    d_expert: int = 0
+    d_shared: int = 0
 
 
 LAYER_SIZES = tuple(LayerSizes.__dataclass_fields__)
@@ -35,9 +37,9 @@ LAYER_SIZES = tuple(LayerSizes.__dataclass_fields__)
 class DecoderConfig:
     """One decoder-only language model; built from a config.json by `jprune.models.families.config`.
 
-    `heads`, `kv_heads` and `d_ff` hold for every layer unless `sizes` gives them layer by layer. Sizes that are all
-    equal become those three, so that configs of equal models are equal. The fields below the sizes are the options in
-    which families differ; their defaults are Llama's.
+    `heads`, `kv_heads`, `d_ff` and the sizes of experts hold for every layer unless `sizes` gives them layer by layer.
+    Sizes that are all equal become those, so that configs of equal models are equal. The fields below the sizes are the
+    options in which families differ; their defaults are Llama's.
     """
 
     architecture: str  # as in config.json, e.g. "LlamaForCausalLM"
@@ -170,7 +172,7 @@ class DecoderConfig:
                 f"got those of {len(self.sizes)}"
             )
         for i, layer in enumerate(self.sizes):
-            for name in LAYER_SIZES if self.experts else LAYER_SIZES[:-1]:
+            for name in named_by(self):
                 if not isinstance(size := getattr(layer, name), int) or size < 1:
                     raise JpruneError(
                         f"{self.architecture}, layer {i}: {name} must be a positive integer, got {size!r}"
@@ -184,13 +186,14 @@ class DecoderConfig:
     def _check_experts(self) -> None:
         if not self.experts:
             return
-        for count in sorted({self.experts, *(layer.experts for layer in self.sizes)}):
-            self._check_count_of_experts(count)
+        own = {(layer.experts, layer.d_expert) for layer in self.sizes}
+        for count, width in sorted({(self.experts, self.d_expert)} | own):
+            self._check_some_experts(count, width)
 
-    def _check_count_of_experts(self, count: int) -> None:
-        if not (1 <= self.experts_per_token <= count and self.d_expert >= 1):
+    def _check_some_experts(self, count: int, width: int) -> None:
+        if not (1 <= self.experts_per_token <= count and width >= 1):
             raise JpruneError(
-                f"{self.architecture}: {self.experts_per_token} of {count} experts of width {self.d_expert} for "
+                f"{self.architecture}: {self.experts_per_token} of {count} experts of width {width} for "
                 "each token; expected at least one, no more than there are, and a width"
             )
         groups, most = self.expert_groups, self.groups_per_token
@@ -227,7 +230,7 @@ class DecoderConfig:
 
     def layer(self, index: int) -> LayerSizes:
         """The sizes of one layer."""
-        return self.sizes[index] if self.sizes else LayerSizes(self.heads, self.kv_heads, self.d_ff, self.experts)
+        return self.sizes[index] if self.sizes else LayerSizes(**{name: getattr(self, name) for name in LAYER_SIZES})
 
     def rope_of(self, index: int) -> Rope | None:
         """The rotary embedding of one layer."""
@@ -256,6 +259,13 @@ def describe(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+def named_by(config: DecoderConfig) -> tuple[str, ...]:
+    """The names of the sizes that layers of a model may differ in: those of experts only where it has some."""
+    without = {name for name in ("experts", "d_expert", "d_shared") if not getattr(config, name)}
+    return tuple(name for name in LAYER_SIZES if name not in without)
+
+
 def named_sizes(config: DecoderConfig, index: int) -> dict[str, int]:
-    """The sizes of a layer by name: heads, kv_heads, d_ff, and experts where it has some."""
-    return {k: v for k, v in asdict(config.layer(index)).items() if k != "experts" or config.has_experts(index)}
+    """The sizes of a layer by name: heads, kv_heads, d_ff, and those of experts where it has some."""
+    names = named_by(config)[: None if config.has_experts(index) else 3]
+    return {name: getattr(config.layer(index), name) for name in names}

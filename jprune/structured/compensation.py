@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jprune import evidence
+from jprune import evidence, positions
 from jprune.errors import JpruneError
 from jprune.methods.base import Method
 from jprune.patterns import Pattern
@@ -48,7 +48,7 @@ def compensated(leaves: Leaves, keep: Keep, grams: Observed, *, damping: float =
     for key, place in grams.places.items():
         if place.path not in keep or place.path not in leaves:
             continue
-        stay = _inputs(place, leaves[place.path].shape, keep[place.path])
+        stay = inputs(place, leaves[place.path].shape, keep[place.path])
         if stay.all():
             continue
         found = True
@@ -61,12 +61,9 @@ def compensated(leaves: Leaves, keep: Keep, grams: Observed, *, damping: float =
     return result
 
 
-def _inputs(place: Place, shape: tuple[int, ...], axes: Mapping[int, np.ndarray]) -> np.ndarray:
-    """Which inputs of each kernel of a place stay, [stack, d_in]; all of a kernel that goes as a whole."""
-    positions = [axes.get(axis, np.arange(n)) for axis, n in enumerate(shape)]
-    mask = np.zeros(shape, bool)
-    mask[np.ix_(*positions)] = True
-    stay: np.ndarray = np.any(place.matrices(mask), axis=-1)
+def inputs(place: Place, shape: tuple[int, ...], axes: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Which inputs of each kernel of a place stay, bool [stack, d_in]; all of a kernel that goes as a whole."""
+    stay: np.ndarray = np.any(place.matrices(positions.mask(shape, axes)), axis=-1)
     return np.where(np.any(stay, axis=-1, keepdims=True), stay, True)
 
 
@@ -116,7 +113,12 @@ class Rows(Pattern):
     kept: int
     """Inputs that stay."""
     positions: Any = dataclasses.field(default=None, compare=False, repr=False)
-    """Which, ascending, of the kernel's matrix view; None for the first ones, where it does not matter which."""
+    """Which, ascending, of the kernel's matrix view; None for the first ones, where it does not matter which. Of a
+    stack, [stack, kept], they are each kernel's own."""
+
+    def of(self, i: int) -> "Rows":
+        """Those of the kernel number i of a stack."""
+        return self if np.ndim(self.positions) < 2 else dataclasses.replace(self, positions=self.positions[i])
 
     def zeros(self, d_in: int, d_out: int) -> int:
         """Exact number of zeros in a kernel ``[d_in, d_out]``."""

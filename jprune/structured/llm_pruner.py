@@ -19,14 +19,17 @@ from jprune.structured.compensation import Compensation
 from jprune.structured.importance import Criterion, Reduction, Vectors
 from jprune.structured.units import Kind, Units
 
-Heads = Literal["kv_head", "query_head"]
+Heads = Literal["kv_head", "query_head", "none"]
 Mode = Literal["block", "channel", "layer"]
 Importance = Literal[Criterion, "random"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LLMPruner(UnitMethod):
-    """Remove the heads and feed-forward channels that change the loss least (Ma, Fang and Wang 2023)."""
+    """Remove the heads and feed-forward channels that change the loss least (Ma, Fang and Wang 2023).
+
+    Of a mixture of experts each expert loses its own channels, equally many as the others of its layer.
+    """
 
     mode: Mode = "block"
     """What goes: block (heads and feed-forward channels of the layers that are not protected), channel (hidden
@@ -38,8 +41,8 @@ class LLMPruner(UnitMethod):
     reduction: Reduction | None = None
     """How the kernels of a unit are put together. By default sum, and mean for l1 and l2."""
     heads: Heads = "kv_head"
-    """What goes of attention: a KV head with its query heads (kv_head), or one query head of every KV head
-    (query_head)."""
+    """What goes of attention: a KV head with its query heads (kv_head), one query head of every KV head (query_head),
+    or nothing, so that feed-forward channels go alone (none)."""
     globally: bool = False
     """Rank heads and channels of all layers together, and not remove the same share of each."""
     normalise: Literal["none", "mean", "max", "sum"] = "none"
@@ -95,8 +98,9 @@ class LLMPruner(UnitMethod):
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of units that go; none for mode layer."""
-        attention: Kind = "attention" if self.heads == "kv_head" else "query"
-        return {"block": (attention, "mlp"), "channel": ("hidden",), "layer": ()}[self.mode]  # type: ignore[return-value]
+        attention: dict[Heads, tuple[Kind, ...]] = {"kv_head": ("attention",), "query_head": ("query",), "none": ()}
+        kinds: dict[Mode, tuple[Kind, ...]] = {"block": (*attention[self.heads], "mlp"), "channel": ("hidden",)}
+        return kinds.get(self.mode, ())
 
     @property
     def needs(self) -> Needs:

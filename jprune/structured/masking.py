@@ -81,4 +81,4 @@ def _along(member: UnitMember, mask: Float[Array, " count"]) -> Float[Array, "..
     here = jnp.take(mask.astype(jnp.float32), np.maximum(member.units, 0))
     if (member.units < 0).any():
         here = jnp.where(member.units < 0, 1.0, here)
-    return here.reshape([n if axis == member.axis else 1 for axis, n in enumerate(member.shape)])
+    return here.reshape([n if axis in member.axes else 1 for axis, n in enumerate(member.shape)])

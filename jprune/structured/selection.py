@@ -103,7 +103,7 @@ def select(
         each as one unit; equally many query heads of every KV head go, so these count by ranks, with their sum.
       normalise: what the scores of a kind (attention, mlp, ...) are divided by before they are ranked together: their
         own mean, maximum or sum over the model. The authors do not.
-      uniform: the same number in every group of a kind: the mean of what would stay, rounded.
+      uniform: the same number in every group of a kind and a size: the mean of what would stay, rounded.
       round_to: makes the channels that stay a multiple of it, the nearest and at least one. Of units one channel wide
         only: a head is as wide as it is.
       initial: how many units there were before the first of several steps, by name; the ratio is a share of these.
@@ -207,21 +207,21 @@ def _ranked(
 
 
 def _uniform(units: Sequence[Units], left: Mapping[str, int]) -> dict[str, int]:
-    by_kind: dict[str, list[Units]] = defaultdict(list)
+    alike: dict[tuple[str, str], list[Units]] = defaultdict(list)
     for u in units:
-        by_kind[u.kind].append(u)
+        alike[u.kind, u.size].append(u)
     same = {
-        kind: min(round(sum(left[u.name] for u in group) / len(group)), min(u.count // u.sets for u in group))
-        for kind, group in by_kind.items()
+        key: min(round(sum(left[u.name] for u in group) / len(group)), min(u.count // u.sets for u in group))
+        for key, group in alike.items()
     }
-    return {u.name: same[u.kind] for u in units}
+    return {u.name: same[u.kind, u.size] for u in units}
 
 
 def _rounded(units: Units, left: int, multiple: int) -> int:
     if multiple == 1 or units.width > 1:
         return left
-    if units.count < multiple:
-        raise JpruneError(f"{units.name}: {units.count} channels hold no multiple of {multiple}; lower `round_to`")
-    if left in (0, units.count):
+    if (count := units.count // units.sets) < multiple:
+        raise JpruneError(f"{units.name}: {count} channels hold no multiple of {multiple}; lower `round_to`")
+    if left in (0, count):
         return left
-    return min(max((left + multiple // 2) // multiple, 1), units.count // multiple) * multiple
+    return min(max((left + multiple // 2) // multiple, 1), count // multiple) * multiple

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jprune import positions as at
 from jprune import trees
 from jprune.errors import JpruneError
 from jprune.places import Observed
@@ -17,7 +17,8 @@ from jprune.structured import compensation
 PyTree = Any
 Positions = np.ndarray | Sequence[int]
 Keep = Mapping[str, Mapping[int, Positions]]
-"""{path: {axis: the positions along it that are kept, ascending}}; what is not named is kept whole."""
+"""{path: {axis: the positions along it that are kept, ascending}}; what is not named is kept whole. Kernels of a stack
+may each keep their own, [stack, kept] (see `jprune.positions`)."""
 
 
 def shrink(params: PyTree, keep: Keep, grams: Observed | None = None, *, damping: float = 0.01) -> PyTree:
@@ -29,7 +30,7 @@ def shrink(params: PyTree, keep: Keep, grams: Observed | None = None, *, damping
     Args:
       params: any pytree; leaves are JAX or NumPy arrays (traced ones too) or `jax.ShapeDtypeStruct`s, and stay so.
       keep: positions by path and axis, as the `keep` of a group, of groups and of units returns them. Ascending, none
-        twice, at least one.
+        twice, at least one. Of a stack of kernels, ``[stack, kept]``, they may be each kernel's own.
       grams: of the inputs of kernels, `jprune.observe(f, Gram)(params, ...)[1]`, before anything is cut out.
       damping: share of a Gram's mean diagonal that is added to its diagonal.
 
@@ -46,9 +47,8 @@ def shrink(params: PyTree, keep: Keep, grams: Observed | None = None, *, damping
         positions[path] = {axis: checked(kept, leaves[path].shape, axis, path) for axis, kept in axes.items()}
     if grams is not None:
         leaves = compensation.compensated(leaves, positions, grams, damping=damping)
-    for path, kept_along in positions.items():
-        for axis, kept in kept_along.items():
-            leaves[path] = _take(leaves[path], kept, axis)
+    for path, kept in positions.items():
+        leaves[path] = _cut(leaves[path], kept)
     return trees.replace(params, leaves)
 
 
@@ -56,8 +56,7 @@ def size(params: PyTree, keep: Keep | None = None) -> int:
     """How many parameters there are, or would be after `shrink`; any leaves that have a shape."""
     total = 0
     for path, leaf in trees.flatten(params).items():
-        kept = (keep or {}).get(path, {})
-        total += math.prod(len(kept[axis]) if axis in kept else n for axis, n in enumerate(leaf.shape))
+        total += math.prod(at.left(leaf.shape, (keep or {}).get(path, {})))  # type: ignore[arg-type]
     return total
 
 
@@ -66,26 +65,27 @@ def checked(kept: Positions, shape: tuple[int, ...], axis: int, where: str) -> n
     if not 0 <= axis < len(shape):
         raise JpruneError(f"{where}: there is no axis {axis} in shape {shape}; axes are counted from 0")
     positions = np.asarray(kept)
-    if positions.ndim != 1 or positions.size == 0:
+    if positions.ndim == 2 and positions.size and axis and len(positions) != shape[0]:
+        raise JpruneError(
+            f"{where}: expected positions along axis {axis} of each of {shape[0]} kernels, got {len(positions)} rows"
+        )
+    if positions.ndim not in ((1, 2) if axis else (1,)) or positions.size == 0:
         raise JpruneError(f"{where}: expected a list of positions to keep along axis {axis}, got {kept!r}")
     if not np.issubdtype(positions.dtype, np.integer):
         raise JpruneError(
             f"{where}: positions along axis {axis} are integers, got {positions.dtype}; "
             "np.flatnonzero makes them of a mask"
         )
-    if np.any(np.diff(positions.astype(np.int64)) <= 0):
+    if np.any(np.diff(positions.astype(np.int64), axis=-1) <= 0):
         raise JpruneError(f"{where}: positions along axis {axis} must ascend, none twice; sort them (np.unique)")
-    if positions[0] < 0 or positions[-1] >= shape[axis]:
+    if positions.min() < 0 or positions.max() >= shape[axis]:
         raise JpruneError(
-            f"{where}: positions {positions[0]} to {positions[-1]} do not lie along axis {axis} of shape {shape}"
+            f"{where}: positions {positions.min()} to {positions.max()} do not lie along axis {axis} of shape {shape}"
         )
     return positions
 
 
-def _take(leaf: Any, positions: np.ndarray, axis: int) -> Any:
+def _cut(leaf: Any, kept: Mapping[int, np.ndarray]) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        shape = (*leaf.shape[:axis], len(positions), *leaf.shape[axis + 1 :])
-        return jax.ShapeDtypeStruct(shape, leaf.dtype)
-    if isinstance(leaf, np.ndarray):
-        return np.take(leaf, positions, axis=axis)
-    return jnp.take(leaf, positions, axis=axis)
+        return jax.ShapeDtypeStruct(at.left(leaf.shape, kept), leaf.dtype)
+    return at.cut(leaf, kept)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jprune import positions as at
 from jprune.annotations import Int
 from jprune.errors import JpruneError
 from jprune.structured.surgery import Positions, checked
@@ -27,8 +28,14 @@ class UnitMember:
     """Shape of the leaf."""
     side: tuple[int, ...]
     """The axes on the unit's side of the kernel, `axis` among them; `axis` alone where the leaf is no plain kernel."""
-    units: Int[np.ndarray, " length"]
-    """The unit that each position along the axis belongs to; -1 for none (another segment of a fused kernel)."""
+    units: Int[np.ndarray, "*stack length"]
+    """The unit that each position along the axis belongs to; -1 for none (another segment of a fused kernel). Has an
+    axis more where each kernel of a stack, along the leaf's first axis, has units of its own."""
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes of the leaf that `units` has."""
+        return (self.axis,) if self.units.ndim == 1 else (0, self.axis)
 
     @property
     def counted(self) -> bool:
@@ -39,12 +46,12 @@ class UnitMember:
     def parameters(self) -> int:
         """How many go with one unit."""
         held = self.units[self.units >= 0]
-        return math.prod(self.shape) // self.shape[self.axis] * (len(held) // len(np.unique(held)))
+        return math.prod(self.shape) // self.units.size * (len(held) // len(np.unique(held)))
 
     @functools.cached_property
     def channels(self) -> Int[np.ndarray, "count width"]:
         """The channels of every unit, ascending: indices into the flattened axes of `side`."""
-        shape = [self.shape[axis] if axis == self.axis else 1 for axis in self.side]
+        shape = [self.shape[axis] if axis in self.axes else 1 for axis in self.side]
         full = [self.shape[axis] for axis in self.side]
         unit_of = np.broadcast_to(self.units.reshape(shape), full).reshape(-1)
         order = np.argsort(unit_of, kind="stable")[np.count_nonzero(unit_of < 0) :]
@@ -63,7 +70,10 @@ class Units:
     members: tuple[UnitMember, ...]
     """In the order of the matmuls; what is in no matmul comes last."""
     sets: int = 1
-    """Units are numbered set by set, and equally many of each must stay: the KV heads of query heads."""
+    """Units are numbered set by set, and equally many of each must stay: the KV heads of query heads, the experts of
+    channels."""
+    size: str = ""
+    """What tells units from others of their kind in the same layer: the name of the size that counts them."""
     renormalised: bool = False
     """A mean is taken over them, as by a norm of all query heads: zeros for a unit are then not the same as none."""
 
@@ -76,6 +86,19 @@ class Units:
     def parameters(self) -> int:
         """How many parameters go with one unit."""
         return sum(member.parameters for member in self.members)
+
+    def of_each(self) -> "Units":
+        """The units of every kernel by itself, where these lie in all kernels of stacks: channels of each expert.
+
+        Numbered kernel by kernel; equally many of each stay. All members are leaves whose first axis numbers kernels.
+        """
+        stack = self.members[0].shape[0]
+        kernel = np.arange(stack)[:, None] * self.count
+        members = (
+            dataclasses.replace(m, side=(0, m.axis), units=np.where(m.units < 0, -1, kernel + m.units))
+            for m in self.members
+        )
+        return dataclasses.replace(self, count=stack * self.count, sets=stack, members=tuple(members))
 
     def below(self, prefix: str) -> "Units":
         """The part of them that lies at `prefix` in the model, with paths relative to it; the inverse of `at`."""
@@ -108,7 +131,7 @@ class Units:
         if len(set(np.bincount(kept // (self.count // self.sets), minlength=self.sets))) > 1:
             raise JpruneError(f"{self.name}: equally many units must stay in each of its {self.sets} sets, got {kept}")
         return merge(
-            {member.path: {member.axis: np.flatnonzero((member.units < 0) | np.isin(member.units, kept))}}
+            {member.path: {member.axis: _where((member.units < 0) | np.isin(member.units, kept))}}
             for member in self.members
         )
 
@@ -123,11 +146,16 @@ class Units:
         members = []
         for member in self.members:
             axes = keep.get(member.path, {})
-            units = np.asarray(member.units[np.asarray(axes[member.axis])] if member.axis in axes else member.units)
-            shape = tuple(len(axes[axis]) if axis in axes else n for axis, n in enumerate(member.shape))
+            units = at.of(member.units, np.asarray(axes[member.axis])) if member.axis in axes else member.units
+            shape = at.left(member.shape, axes)  # type: ignore[arg-type]
             number = np.where(units < 0, -1, np.searchsorted(kept, units))
             members.append(dataclasses.replace(member, shape=shape, units=number))
         return dataclasses.replace(self, count=len(kept), members=tuple(members))
+
+
+def _where(stays: np.ndarray) -> np.ndarray:
+    """Positions from bools along an axis, or along it of each kernel of a stack, of which equally many stay."""
+    return np.nonzero(stays)[-1].reshape(*stays.shape[:-1], -1)
 
 
 def merge(keeps: Iterable[Mapping[str, Mapping[int, Positions]]]) -> dict[str, dict[int, np.ndarray]]:

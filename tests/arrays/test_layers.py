@@ -28,7 +28,7 @@ FLOORS = [
     ["trace", "solvers"],
 ]
 GROUND = [
-    *("patterns", "masks", "counts", "statistics", "cross_gram", "weighting", "evidence", "places"),
+    *("patterns", "masks", "counts", "statistics", "cross_gram", "weighting", "evidence", "places", "positions"),
     *("trees", "devices", "errors", "paths", "settings", "annotations", "packages", "texts"),
 ]
 """Modules of one room: they may know each other, but not in a circle."""

@@ -173,7 +173,8 @@ def resized(hf_config: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     hf_config = _with_layers_named(hf_config)
     defaults = ARCHITECTURES[architecture(hf_config)].defaults
     # A number of layers counted from the first one is no default any more when layers are gone, nor is one of experts.
-    counted = {key: defaults[key] for key in (*sizes.COUNTED, *sizes.COUNTS_OF_EXPERTS) if key in defaults}
+    of_experts = (*sizes.COUNTS_OF_EXPERTS, *sizes.WIDTHS_OF_EXPERTS.values())
+    counted = {key: defaults[key] for key in (*sizes.COUNTED, *of_experts) if key in defaults}
     smaller = sizes.resized({**counted, **hf_config}, **options)
     windows = tuple(config(hf_config).windows[i] for i in options["layers"])
     if config(smaller).windows != windows and "layer_types" in defaults:  # a pattern that counts layers

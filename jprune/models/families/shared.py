@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jprune.errors import JpruneError
-from jprune.models.config import DecoderConfig, LayerSizes
+from jprune.models.config import LAYER_SIZES, DecoderConfig, LayerSizes
 from jprune.models.families import sizes
 from jprune.models.rope import Rope
 
@@ -40,7 +40,9 @@ def config(architecture: str, hf: Mapping[str, Any], **options: Any) -> DecoderC
         "kv_heads": kv_heads,
         "head_dim": head_dim(hf),
         "d_ff": d_ff,
-        "sizes": sizes.per_layer(hf, LayerSizes(heads, kv_heads, d_ff, options.get("experts", 0))),
+        "sizes": sizes.per_layer(
+            hf, LayerSizes(heads, kv_heads, d_ff, *(options.get(name, 0) for name in LAYER_SIZES[3:]))
+        ),
         "context": hf["max_position_embeddings"],
         "tied": bool(hf["tie_word_embeddings"]),
     } | options

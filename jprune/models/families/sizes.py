@@ -7,6 +7,7 @@ here; `resized` is the config.json of a model that structured pruning made small
 """
 
 import collections
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ EXPERTS = "num_experts"
 """What a layer's own number of experts is called, whatever the family calls that of the whole model."""
 COUNTS_OF_EXPERTS = (EXPERTS, "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What families call it."""
+WIDTHS_OF_EXPERTS = {"d_expert": "moe_intermediate_size", "d_shared": "shared_expert_intermediate_size"}
+"""Where a family lacks the first, experts are as wide as its MLPs would be; where it lacks the second, the expert that
+sees every token is as many times as wide as the others as it is in the whole model."""
 
 
 def per_layer(hf: Mapping[str, Any], common: LayerSizes) -> tuple[LayerSizes, ...]:
@@ -31,7 +35,7 @@ def per_layer(hf: Mapping[str, Any], common: LayerSizes) -> tuple[LayerSizes, ..
     given, layers = hf.get(KEY) or {}, hf["num_hidden_layers"]
     if not isinstance(given, Mapping) or not all(isinstance(own, Mapping) for own in given.values()):
         raise JpruneError(f"config.json: {KEY} must map layer numbers to objects, got {given!r}")
-    names = NAMES | ({"experts": EXPERTS} if common.experts else {})
+    names = _names(hf, common)
     sizes = [common] * layers
     for name, own in given.items():
         if not str(name).isdecimal() or int(name) >= layers:
@@ -44,7 +48,8 @@ def per_layer(hf: Mapping[str, Any], common: LayerSizes) -> tuple[LayerSizes, ..
         for key, size in own.items():
             if not isinstance(size, int) or size < 1:
                 raise JpruneError(f"config.json: {KEY}, layer {name}: {key} must be a positive integer, got {size!r}")
-        sizes[int(name)] = LayerSizes(**{ours: own.get(key, getattr(common, ours)) for ours, key in names.items()})
+        given_or_common = {ours: own.get(key, getattr(common, ours)) for ours, key in names.items()}
+        sizes[int(name)] = _with_derived(LayerSizes(**given_or_common), common, names)
     return tuple(sizes) if given else ()
 
 
@@ -73,7 +78,13 @@ def resized(
     common = collections.Counter(sizes).most_common(1)[0][0]
     hf |= {key: getattr(common, ours) for ours, key in NAMES.items()}
     hf |= {key: common.experts for key in COUNTS_OF_EXPERTS if key in hf and common.experts}
-    own = {str(i): _difference(layer, common) for i, layer in enumerate(sizes) if layer != common}
+    names = _names(hf, common)
+    hf |= {key: getattr(common, ours) for ours, key in names.items() if ours in WIDTHS_OF_EXPERTS}
+    own = {
+        str(i): {key: now for ours, key in names.items() if (now := getattr(layer, ours)) != getattr(common, ours)}
+        for i, layer in enumerate(sizes)
+        if layer != common
+    }
     if own:
         hf[KEY] = own
     # Which layers see a window only, or are turned: a list, or the number of the first layer with a window.
@@ -88,6 +99,27 @@ def resized(
     return hf
 
 
-def _difference(layer: LayerSizes, common: LayerSizes) -> dict[str, int]:
-    names = NAMES | {"experts": EXPERTS}
-    return {key: getattr(layer, ours) for ours, key in names.items() if getattr(layer, ours) != getattr(common, ours)}
+def one_width(hf: Mapping[str, Any]) -> bool:
+    """Whether experts are as wide as the family's MLPs would be: its config.json has one number for both."""
+    return WIDTHS_OF_EXPERTS["d_expert"] not in hf
+
+
+def times_shared(hf: Mapping[str, Any], common: LayerSizes) -> int | None:
+    """How many times as wide as the others the expert is that sees every token, where config.json says it so."""
+    return common.d_shared // common.d_expert if common.d_shared and WIDTHS_OF_EXPERTS["d_shared"] not in hf else None
+
+
+def _names(hf: Mapping[str, Any], common: LayerSizes) -> dict[str, str]:
+    """The keys of config.json that say the sizes of a layer."""
+    if not common.experts:
+        return NAMES
+    return NAMES | {"experts": EXPERTS} | {ours: key for ours, key in WIDTHS_OF_EXPERTS.items() if key in hf}
+
+
+def _with_derived(layer: LayerSizes, common: LayerSizes, names: Mapping[str, str]) -> LayerSizes:
+    """The sizes of a layer, with those that no key says."""
+    if "d_expert" not in names and common.experts:
+        layer = dataclasses.replace(layer, d_expert=layer.d_ff)
+    if "d_shared" not in names and common.d_shared:
+        layer = dataclasses.replace(layer, d_shared=common.d_shared // common.d_expert * layer.d_expert)
+    return layer

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 import jax
 import numpy as np
 
+from jprune import positions
 from jprune.checkpoints import huggingface
-from jprune.checkpoints.select import cut
 from jprune.pipeline.job import Job
 
 
@@ -24,7 +24,7 @@ class CutWriter:
 
     def write(self, path: str, array: np.ndarray | jax.Array) -> int:
         """Writes what stays of a parameter; returns the checksum of what is there."""
-        return self._writer.write(path, cut(np.asarray(array), self._job.cut.get(path, {})))
+        return self._writer.write(path, positions.cut(np.asarray(array), self._job.cut.get(path, {})))
 
     def read(self, path: str) -> np.ndarray:
         """A whole parameter as it was used after it was pruned: zeros for what is cut out of a pruned kernel, whose
@@ -32,9 +32,8 @@ class CutWriter:
         if path not in self._pruned:
             return np.ascontiguousarray(self._job.checkpoint.read(path))
         shape, dtype = self._job.checkpoint.shapes[path].shape, self._job.checkpoint.shapes[path].dtype
-        axes = self._job.cut.get(path, {})
         whole = np.zeros(shape, dtype)
-        whole[np.ix_(*(axes.get(axis, np.arange(n)) for axis, n in enumerate(shape)))] = self._writer.read(path)
+        whole[positions.mask(shape, self._job.cut.get(path, {}))] = self._writer.read(path).reshape(-1)
         return whole
 
     def keep(self, checksums: Mapping[str, int]) -> bool:

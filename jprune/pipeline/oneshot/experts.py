@@ -12,8 +12,9 @@ from jprune.anatomy.kernels import Kernel
 from jprune.solvers.pruned import Pruned
 from jprune.statistics import Stacked
 
-Solve = Callable[[Mapping[str, jax.Array], Any], Mapping[str, Pruned]]
-"""Prunes kernels that read one input, given as matrices by path, by the statistic of that input."""
+Solve = Callable[[Mapping[str, jax.Array], Any, int], Mapping[str, Pruned]]
+"""Prunes kernels that read one input, given as matrices by path, by the statistic of that input; they have this number
+in their stacks."""
 
 
 def solve_stacks(
@@ -47,7 +48,7 @@ def solve_stacks(
     for i in range(count):
         own = statistic if statistic is None else alike if i in few else statistic.of(i)
         matrices = {path: trees.to_matrix(x[i], axes[path]) for path, x in apart.items()}
-        for path, result in solve(matrices, own).items():
+        for path, result in solve(matrices, own, i).items():
             done[path].append(trees.from_matrix(result.kernel, apart[path].shape[1:], axes[path]))
             losses[path].append(0.0 if i in few and result.loss is not None else result.loss)
     results = {}

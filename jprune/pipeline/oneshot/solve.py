@@ -34,8 +34,8 @@ def solve(
     by_path = {kernel.path: kernel for kernel in kernels.values()}  # messages name kernels by their whole paths
     given = {kernel.path: values[path] for path, kernel in kernels.items()}
 
-    def together(matrices: Mapping[str, jax.Array], statistic: Any) -> dict[str, Pruned]:
-        patterns = {path: by_path[path].pattern for path in matrices}
+    def together(matrices: Mapping[str, jax.Array], statistic: Any, number: int = 0) -> dict[str, Pruned]:
+        patterns = {path: by_path[path].pattern.of(number) for path in matrices}
         spread = devices.spread_columns(job.mesh, matrices)
         # What is zero counts as pruned before: it stays zero, and is among the zeros asked for.
         keeps = {path: matrix != 0 for path, matrix in spread.items()} if job.recipe.keep_zeros else {}

@@ -69,6 +69,8 @@ def shrink_and_refit(
         done = result.pruned(job, run)
         after, failure = measure.after(job, run, folder.partial)
         texts = work.examples.notices if work.examples else ()
+        refitted = tuple(map(KernelReport.from_json, done["kernels"]))
+        told = (*few_tokens(job, refitted), *formats.notices(smaller, job.format))
         report = ShrinkReport(
             out=out,
             method=work.method,
@@ -79,10 +81,8 @@ def shrink_and_refit(
             after=after,
             seconds=stopwatch.seconds(),
             peak_memory_bytes=peak_memory_bytes(),
-            notices=tuple(
-                dict.fromkeys((*texts, *run.notices, *few_tokens(job), *formats.notices(smaller, job.format), *failure))
-            ),
-            kernels=tuple(map(KernelReport.from_json, done["kernels"])),
+            notices=tuple(dict.fromkeys((*texts, *run.notices, *told, *failure))),
+            kernels=refitted,
         )
         record.write(folder.partial, _contents(work, job, run, report))
         folder.mark(FINISHED, {})

@@ -6,7 +6,7 @@ over the whole model, of which the result is what stays.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,13 @@ from jprune.checkpoints import Checkpoint
 from jprune.errors import JpruneError
 from jprune.pipeline.forecast.forecast import Forecast
 from jprune.pipeline.job import Job
+from jprune.pipeline.oneshot.report import KernelReport
 from jprune.pipeline.options import CalibrationText, Machine
 from jprune.pipeline.recipe import Recipe
 from jprune.pipeline.shrink.scores import Positions, units_of
+from jprune.places import Place
 from jprune.structured.base import UnitMethod
-from jprune.structured.compensation import Compensate, Rows
+from jprune.structured.compensation import Compensate, Rows, inputs
 from jprune.structured.units import Units
 
 
@@ -72,9 +74,10 @@ def readers(checkpoint: Checkpoint, units: Sequence[Units], keep: Positions | No
     for path, (part, matmul) in matmul_kernels(checkpoint).items():
         if not any((path, axis) in read for axis in matmul.in_axes):
             continue
-        shape, axes = checkpoint.shapes[path].shape, (keep or {}).get(path, {})
-        inputs = np.ix_(*(axes.get(axis, np.arange(shape[axis])) for axis in matmul.in_axes))
-        left = np.ravel_multi_index(inputs, [shape[axis] for axis in matmul.in_axes]).reshape(-1)
+        shape, kept = checkpoint.shapes[path].shape, (keep or {}).get(path, {})
+        place = Place(path=path, in_axes=matmul.in_axes, batch_axes=matmul.batch_axes)
+        stay = inputs(place, shape, kept)
+        left = np.nonzero(stay)[1].reshape(len(stay), -1)
         kernels.append(
             Kernel(
                 path=path,
@@ -82,7 +85,7 @@ def readers(checkpoint: Checkpoint, units: Sequence[Units], keep: Positions | No
                 shape=shape,
                 in_axes=matmul.in_axes,
                 stage=matmul.stage,
-                pattern=Rows(kept=len(left), positions=left),
+                pattern=Rows(kept=left.shape[1], positions=left if matmul.batch_axes else left[0]),
                 batch_axes=matmul.batch_axes,
             )
         )
@@ -106,8 +109,19 @@ def left_out(why: object) -> str:
     return f"what is left was not refitted: {why}"
 
 
-def few_tokens(job: Job) -> tuple[str, ...]:
-    """A notice, if there is less text than least squares need."""
+def few_tokens(job: Job, kernels: Iterable[KernelReport]) -> tuple[str, ...]:
+    """Notices, if there is less text than least squares need, or experts that were sent little of it."""
+    few = [kernel for kernel in kernels if kernel.few_tokens]
+    unseen = (
+        f"{sum(len(kernel.few_tokens) for kernel in few)} experts were sent fewer than {job.recipe.least_tokens} "
+        f"calibration tokens, and what is left of them was not refitted (the first in {few[0].path}; see few_tokens in "
+        "jprune.json); more text helps (`compensation_samples`, `compensation_length`)"
+        for _ in few[:1]
+    )
+    return (*_less_than_inputs(job), *unseen)
+
+
+def _less_than_inputs(job: Job) -> tuple[str, ...]:
     widest = max(job.kernels, key=lambda kernel: kernel.d_in)
     tokens = math.prod(job.shape or ())
     if tokens >= widest.d_in:

@@ -28,7 +28,7 @@ from jprune.pipeline.shrink.experts import unseen
 from jprune.pipeline.shrink.plan import check_target, planned
 from jprune.pipeline.shrink.report import ShrinkReport
 from jprune.pipeline.shrink.scores import smaller_model
-from jprune.pipeline.shrink.work import Work, examples
+from jprune.pipeline.shrink.work import Work, examples, format_of
 from jprune.runs import failures, interrupt, output
 from jprune.runs.folder import FINISHED, RunFolder, default_folder, finished
 from jprune.runs.remembered import perplexity
@@ -80,8 +80,8 @@ def shrink_model(
     output.check(out, overwrite=wanted.overwrite, source=checkpoint.source)
     check_target(method, target)
     expected = planned(checkpoint, method, target)
-    if expected is not None and wanted.format is not None:
-        formats.check(expected, wanted.format)  # what is certain to be refused after the work is refused before
+    if expected is not None:  # what is certain to be refused after the work is refused before
+        formats.check(expected, wanted.format or format_of(expected))
     with stopwatch.phase("data"):
         work = Work(
             checkpoint=checkpoint,

@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jprune.anatomy.units import units_of_blocks, units_of_hidden
+from jprune.anatomy.units import times_shared, units_of_blocks, units_of_hidden
 from jprune.checkpoints import Checkpoint
 from jprune.data.windows import Windows
+from jprune.errors import JpruneError
 from jprune.evaluate import gradients
 from jprune.evaluate.influence import block_influences
 from jprune.models.parameters import parameters
 from jprune.pipeline.shrink.experts import ExpertsLeft, layers_with_experts, use_of_experts
+from jprune.positions import of
 from jprune.runs.folder import RunFolder
 from jprune.runs.report import Progress
 from jprune.structured.base import UnitMethod
@@ -78,7 +80,7 @@ def smaller_model(
         view, units = view.select(keep), tuple(u.after(kept[u.name], keep) for u in units)
         for path, axes in keep.items():
             before = total.setdefault(path, {})
-            before |= {axis: before[axis][now] if axis in before else now for axis, now in axes.items()}
+            before |= {axis: of(before[axis], now) if axis in before else now for axis, now in axes.items()}
     return Smaller(view, layers, total)
 
 
@@ -135,13 +137,24 @@ def units_of(checkpoint: Checkpoint, method: UnitMethod) -> tuple[Units, ...]:
     """The units that may go; none where whole layers go.
 
     Raises:
-      JpruneError: the model has none of a kind, or only frozen ones.
+      JpruneError: the model has none of a kind, or only frozen ones, or some that cannot go as the method wants it.
     """
     if not method.kinds:
         return ()
+    config = checkpoint.config
+    if config.kv_rank and {"attention", "query"} & set(method.kinds):
+        raise JpruneError(
+            f"{config.architecture}: the heads of latent attention cannot be removed yet, since those of queries, keys "
+            "and values differ in width; with `heads` none feed-forward channels go alone"
+        )
     if "hidden" in method.kinds:
         return method.prunable((units_of_hidden(checkpoint),), checkpoint.config.layers)
-    return method.prunable(units_of_blocks(checkpoint, method.kinds), checkpoint.config.layers)
+    if method.counts_follow_scores and times_shared(checkpoint):
+        raise JpruneError(
+            f"the shared expert of {config.architecture} is as wide as a number of the others together, which it would "
+            "not stay if all units were ranked together; leave out `globally`"
+        )
+    return method.prunable(units_of_blocks(checkpoint, method.kinds), config.layers)
 
 
 def chosen(

@@ -34,8 +34,8 @@ class Work:
     evaluation: windows.Windows | None
 
     def format_of(self, smaller: Checkpoint) -> Format:
-        """The format of the result, if it is to be the one that its sizes ask for."""
-        return self.format or ("hf" if smaller.config.uniform else "jprune")
+        """The format of the result."""
+        return self.format or format_of(smaller)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the result depends on beside the model and the versions, by the name that a message gives it."""
@@ -60,6 +60,11 @@ class Work:
             "evaluation": evaluation and evaluation.described(),
             "notices": list(report.notices),
         }
+
+
+def format_of(smaller: Checkpoint) -> Format:
+    """The format that the sizes of a model ask for."""
+    return "hf" if smaller.config.uniform else "jprune"
 
 
 def examples(checkpoint: Checkpoint, method: UnitMethod, text: CalibrationText) -> windows.Windows | None:

@@ -56,6 +56,17 @@ def test_heads_round_up_and_channels_down():
     assert kept["head"].tolist() == list(range(6, 32))
 
 
+def test_sizes_of_one_kind_are_apart():
+    """Uniform ones are equal to those of their size alone; multiples are of one set's channels."""
+    wide = [units(f"{i}/mlp", 20, layer=i) for i in range(2)]
+    experts = [dataclasses.replace(units(f"{i}/experts", 18, sets=3, layer=i), size="d_expert") for i in range(2)]
+    scores = {u.name: np.arange(u.count, dtype=float) for u in (*wide, *experts)}
+    kept = select([*wide, *experts], scores, 0.4, uniform=True, round_to=4)
+    assert {name: len(k) for name, k in kept.items()} == {"0/mlp": 12, "1/mlp": 12, "0/experts": 12, "1/experts": 12}
+    with pytest.raises(JpruneError, match="6 channels hold no multiple of 7"):
+        select(experts, scores, 0.4, round_to=7)
+
+
 def test_query_heads_go_evenly():
     """3 of 4 stay in each of 2 sets, each set's own lowest goes."""
     query = units("query", 8, width=4, kind="query", sets=2)

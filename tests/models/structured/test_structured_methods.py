@@ -105,6 +105,32 @@ def test_experts_of_a_real_trace(rng):
         np.testing.assert_allclose(found[1], lost, rtol=1e-4)
 
 
+def test_channels_of_each_expert(rng):
+    """Each a unit by itself: its score and its size by hand, what stays of all, and their numbers afterwards."""
+    shapes = {"router": (8, 3), "up": (3, 8, 5), "down": (3, 5, 8)}
+    params = {name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)} for name, shape in shapes.items()}
+    args = mixture, params, jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+    (units,) = (u.of_each() for u in block_units(coupled_axes(*args), params, matmuls(*args), kinds=("mlp",)))
+    assert (units.count, units.sets, units.parameters) == (15, 3, 16)
+    up, down = (np.abs(params[name]["kernel"]) for name in ("up", "down"))
+    scores = importance.combine(units, importance.vectors(units, "l1", params))
+    np.testing.assert_allclose(scores, [up[e, :, c].sum() + down[e, c].sum() for e in range(3) for c in range(5)], 1e-5)
+    kept = LLMPruner(heads="none").select([units], {units.name: scores}, 0.4)[units.name]
+    keep = units.keep(kept)
+    own = np.sort(np.argsort(scores.reshape(3, 5), axis=1)[:, 2:], axis=1)
+    np.testing.assert_array_equal(keep["up/kernel"][2], own)
+    small = shrink(params, keep)
+    np.testing.assert_array_equal(
+        small["down"]["kernel"], np.stack([params["down"]["kernel"][e, own[e]] for e in range(3)])
+    )
+    after = units.after(kept, keep)
+    np.testing.assert_allclose(
+        importance.combine(after, importance.vectors(after, "l1", small)), scores[kept], rtol=1e-5
+    )
+    with pytest.raises(JpruneError, match="equally many units must stay in each of its 3 sets"):
+        units.keep(kept[1:])
+
+
 def test_units_after_surgery_are_those_of_the_smaller_model(rng):
     """Numbered anew, they are what a trace of the smaller block finds."""
     params = random_params(rng)

@@ -175,6 +175,27 @@ def test_grams_refit_what_loses_inputs():
     assert size(shrink(shapes, keep, grams)) == size(after)
 
 
+@pytest.mark.parametrize("make", [np.asarray, jnp.asarray], ids=["np", "jax"])
+def test_each_kernel_of_a_stack_keeps_its_own(make):
+    """As kernels by themselves; some go too, numbered as they were; positions of too few kernels are refused."""
+    rng = np.random.default_rng(0)
+    x, up, down = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 60, 6), (3, 5, 6), (3, 6, 5)))
+    stay = np.array([[0, 1, 5], [1, 2, 3], [0, 3, 4]])
+    before = {"up": make(up), "down": make(down)}
+    keep = {"up": {2: stay, 0: [0, 2]}, "down": {1: stay, 0: [0, 2]}}
+    place = Place(path="down", in_axes=(1,), batch_axes=(0,))
+    after = shrink(before, keep, Observed({"down": Stacked(gram(x))}, {"down": place}), damping=1e-6)
+    for new, old in enumerate((0, 2)):
+        np.testing.assert_array_equal(after["up"][new], up[old][:, stay[old]])
+        np.testing.assert_allclose(after["down"][new], least_squares(x[old], down[old], stay[old]), atol=1e-3)
+    assert type(after["up"]) is type(before["up"])
+    assert size(before, keep) == size(after) == size(shrink(jax.eval_shape(lambda: before), keep))
+    with pytest.raises(JpruneError, match="along axis 2 of each of 3 kernels, got 2 rows"):
+        shrink(before, {"up": {2: stay[:2]}})
+    with pytest.raises(JpruneError, match="must ascend"):
+        shrink(before, {"up": {2: stay[:, ::-1]}})
+
+
 def test_refuses_grams_that_do_not_fit():
     before = {"w": jnp.ones((4, 2)), "u": jnp.ones((3, 4))}
     keep, place = {"w": {0: [0, 1]}, "u": {1: [0, 1]}}, Place(path="w", in_axes=(0,))

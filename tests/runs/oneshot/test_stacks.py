@@ -96,7 +96,7 @@ def test_every_kernel_of_a_stack_is_pruned_by_itself(method, rng):
     x = jnp.asarray(rng.normal(size=(3, 20, 8)), jnp.float32).at[1, 4:].set(0)  # expert 1 sees four tokens
     statistic = method.statistic and Stacked.zeros(method.statistic, 8, 3).update(x)
 
-    def together(matrices, own):
+    def together(matrices, own, number):
         return method.together(matrices, own, {"w": kernel.pattern}, {})
 
     results, few = solve_stacks({"w": kernel}, {"w": values}, statistic, together, least=5)
@@ -161,7 +161,7 @@ def test_the_batch_axis_may_be_anywhere(rng):
         path="w", unit="u", shape=(8, 6, 3), in_axes=(0,), batch_axes=(2,), stage=0, pattern=Unstructured(0.5)
     )
 
-    def halves(matrices, own):
+    def halves(matrices, own, number):
         return Magnitude().together(matrices, own, {"w": kernel.pattern}, {})
 
     pruned, _ = solve_stacks({"w": kernel}, {"w": values}, None, halves, least=0)[0]["w"]
