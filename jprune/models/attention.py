@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jprune.annotations import Array, DTypeLike, Float, Int
-from jprune.models.remat import named
+from jprune.train.remat import named
 
 # Queries at a time, and how many different chunks at most (each is traced and compiled by itself).
 CHUNK = 128

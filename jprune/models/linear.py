@@ -10,7 +10,7 @@ from flax import nnx
 from jprune.annotations import Array, Float
 from jprune.models.kernels import multiply
 from jprune.models.options import NormOptions
-from jprune.models.remat import named
+from jprune.train.remat import named
 
 Params = Mapping[str, Any]  # nested dicts; leaves are arrays
 

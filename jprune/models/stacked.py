@@ -8,7 +8,7 @@ all, so unstacking needs no other description, and regular expressions such as `
 Any tree with the model's paths can be stacked along: masks, adapters (``blocks/3/attn/q/kernel/a``), gradients.
 
 Every block is rematerialised: its backward pass recomputes it from its input and from what is kept of it
-(`jprune.models.remat`), so that training does not keep all intermediates.
+(`jprune.train.remat`), so that training does not keep all intermediates.
 """
 
 import itertools
@@ -23,10 +23,11 @@ import numpy as np
 from jprune import trees
 from jprune.annotations import Array, Float, Int
 from jprune.errors import JpruneError
-from jprune.models import decoder, remat
+from jprune.models import decoder
 from jprune.models.config import DecoderConfig
 from jprune.models.decoder import Params
 from jprune.models.kernels import Kernel, flatten
+from jprune.train import remat
 
 PyTree = Any
 Runs = tuple[range, ...]

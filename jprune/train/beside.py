@@ -4,6 +4,7 @@ The function runs from its trace, and next to each matmul with an adapter ``(x a
 with such matmuls is run again with its body so changed; adapters of stacked kernels are scanned along with them.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from jprune.trace.jaxpr import Equation, Var, runner, scan_counts, variables
 from jprune.trace.levels import Level
 from jprune.trace.matmuls import Found, Site
 from jprune.trace.views import Digit
+from jprune.train.remat import named
 
 Given = Mapping[str, tuple[Any, Any]]
 """(A, B) by the path of their kernel."""
@@ -200,7 +202,7 @@ def _keep(key: Key[Array, ""], shape: tuple[int, ...], dropout: float) -> Float[
     """Zero with the probability `dropout`, else what keeps the mean."""
     level = round(dropout * DROPOUT_LEVELS)
     # Four elements out of each word: JAX spends a whole one on every element, however narrow its type.
-    words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 4)), jnp.uint32)
+    words = named(jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 4)), jnp.uint32))
     bits = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*shape[:-1], -1)[..., : shape[-1]]
     return jnp.where(bits >= level, DROPOUT_LEVELS / (DROPOUT_LEVELS - level), 0.0)
 
@@ -215,14 +217,50 @@ def _product(equation: Equation, site: Site, x: Float[Array, "..."], factors: Fa
     # a and b as the operand has the leaf's axes: [contracted ..., r] and [r, free ...].
     a = _as_operand(a, [kernel.axes[i] for i in contracted[kernel.side]], in_axes)
     b = _as_operand(jnp.moveaxis(b, 0, -1), [kernel.axes[i] for i in free], out_axes)
-    over = tuple(contracted[other]), tuple(range(a.ndim - 1))
-    y = jax.lax.dot_general(x.astype(a.dtype), a, (over, ((), ())))
-    y = jax.lax.dot_general(y, b, (((y.ndim - 1,), (b.ndim - 1,)), ((), ())))  # [rest of x ..., free ...]
+    y = _contract(x.astype(a.dtype), a, (tuple(contracted[other]), tuple(range(a.ndim - 1))))
+    y = _contract(y, b, ((y.ndim - 1,), (b.ndim - 1,)))  # [rest of x ..., free ...]
     rest = [i for i in range(x.ndim) if i not in contracted[other]]
     before = [rest.index(i) for i in batch[other]]  # of size one
     of_x = [i for i in range(len(rest)) if i not in before]
     of_kernel = list(range(len(rest), len(rest) + len(free)))
     return y.transpose([*before, *(of_kernel + of_x if kernel.side == 0 else of_x + of_kernel)])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _contract(
+    x: Float[Array, "..."], factor: Float[Array, "..."], over: tuple[tuple[int, ...], tuple[int, ...]]
+) -> Float[Array, "..."]:
+    """x and one factor of an adapter contracted over axes of each: ``[rest of x ..., rest of the factor ...]``.
+
+    The factor's gradient is computed with the narrow one of x and of what comes back as the left operand: XLA on a CPU
+    transposes that one in memory, and has it the other way round if left to itself.
+    """
+    return jax.lax.dot_general(x, factor, (over, ((), ())))
+
+
+def _contract_forward(x: Any, factor: Any, over: Any) -> tuple[Array, tuple[Array, Array]]:
+    return _contract(x, factor, over), (x, factor)
+
+
+def _contract_backward(over: Any, read: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, factor = read
+    of_x, of_factor = over
+    tokens = [i for i in range(x.ndim) if i not in of_x]
+    pair = (g, x), (tuple(range(len(tokens))), tuple(tokens))
+    free = [i for i in range(factor.ndim) if i not in of_factor]
+    # The axes of the factor that g has, and those that x has, in x's order.
+    made = [free, [of_factor[of_x.index(i)] for i in sorted(of_x)]]
+    if g.size > x.size:
+        pair, made = (pair[0][::-1], pair[1][::-1]), made[::-1]
+    product = jax.lax.dot_general(*pair[0], (pair[1], ((), ())))
+    # Without the barrier XLA takes the transpose into the product, and the other operand first again.
+    product = jax.lax.optimization_barrier(product)
+    order = [*made[0], *made[1]]
+    (of_g,) = jax.linear_transpose(lambda x: jax.lax.dot_general(x, factor, (over, ((), ()))), x)(g)
+    return of_g, product.transpose([order.index(i) for i in range(factor.ndim)])
+
+
+_contract.defvjp(_contract_forward, _contract_backward)
 
 
 def _as_operand(

@@ -10,9 +10,9 @@ import pytest
 
 from jprune import trees
 from jprune.errors import JpruneError
-from jprune.models import decoder, remat, stacked
+from jprune.models import decoder, stacked
 from jprune.models.config import DecoderConfig
-from jprune.train import lora
+from jprune.train import lora, remat
 
 CONFIG = DecoderConfig(
     architecture="LlamaForCausalLM", vocab=20, d_model=8, layers=5, heads=4, kv_heads=2, head_dim=2, d_ff=12,

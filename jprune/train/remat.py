@@ -1,10 +1,10 @@
 """What a backward pass keeps of a block, and what it computes again.
 
 A block that is computed again from its input keeps one hidden state ``[B, L, d_model]``, and costs a forward pass more
-in every step. Beside frozen kernels that is a third of the step. There the outputs of kernels and of attention
-(`named`) are kept where they fit in little memory, and only what is cheap between them is computed again: norms,
-activations, the scores of attention. Where all weights are trained it gained nothing that could be measured, and took
-memory, so those keep nothing.
+in every step. Beside frozen kernels that is a third of the step. There the outputs of kernels and of attention, and
+what was drawn for dropout (`named`), are kept where they fit in little memory, and only what is cheap is computed
+again: norms, activations, the scores of attention. Where all weights are trained it gained nothing that could be
+measured, and took memory, so those keep nothing.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
-from jprune.annotations import Array, Float
+from jprune.annotations import Array, Shaped
 
 PyTree = Any
 
@@ -25,7 +25,7 @@ KEEP_BYTES = 2 << 30
 _NAME = "kept of a block"
 
 
-def named(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def named(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """The same array; `keeping` keeps it, if it keeps anything."""
     return checkpoint_name(x, _NAME)
 
