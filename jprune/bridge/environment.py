@@ -46,6 +46,7 @@ def _lenient() -> Iterator[None]:
 with warnings.catch_warnings(), _lenient():
     warnings.simplefilter("ignore")
     import torchax.tensor
+    from torchax.ops import mappings
     from torchax.tensor import OperatorNotFound, Tensor
     from torchax.view import View
 
@@ -88,6 +89,16 @@ def environment() -> Environment:
         made = Environment()
     _register(made)
     return made
+
+
+def torch_dtype(dtype: Any) -> torch.dtype:
+    """PyTorch's dtype of JAX's."""
+    return mappings.j2t_dtype(jax.numpy.dtype(dtype))
+
+
+def jax_dtype(dtype: torch.dtype) -> Any:
+    """JAX's dtype of PyTorch's."""
+    return mappings.t2j_dtype(dtype)
 
 
 def tensor(value: Any) -> torch.Tensor:

@@ -206,16 +206,17 @@ class Model:
             head=self._head,
             head_parts=tuple(parts),
             head_of=self._head_of,
+            dtype_of=lambda path, dtype: self.module.of_dtype(dtype).dtypes[self.names[path]],
             left_alone=re.compile("|".join(["^head/", *(f"^{re.escape(paths[n])}$" for n in self.module.small())])),
         )
 
     def _embed(self, params: PyTree, tokens: jax.Array) -> jax.Array:
         values = self._values(params, "")
-        dtype = jnp.result_type(*values.values())
+        dtype = min((value.dtype for value in values.values()), key=lambda own: own.itemsize)  # some stay float32
         windows, length = tokens.shape
         cut = self.cut((windows, length), dtype)
         own = cut.segments[0]
-        found = own.run(_cast(values, own.params, dtype), [tokens])
+        found = own.run(self._cast(values, own.params, dtype), [tokens])
         return pack(found, cut.carried[0], (windows, length), cut.width, dtype)
 
     def _block(self, layer: int) -> Callable[..., jax.Array]:
@@ -224,7 +225,7 @@ class Model:
             cut = self.cut((windows, length), x.dtype)
             own = cut.segments[layer + 1]
             values = self._values(params, f"blocks/{layer}/")
-            found = own.run(_cast(values, own.params, x.dtype), unpack(x, cut.carried[layer]))
+            found = own.run(self._cast(values, own.params, x.dtype), unpack(x, cut.carried[layer]))
             return pack(found, cut.carried[layer + 1], (windows, length), cut.width, x.dtype)
 
         return block
@@ -235,7 +236,7 @@ class Model:
         rows = next((values[name].shape[axis] for name, axis in by_token.items()), None)
         cut = self.cut((1, ROWS), x.dtype, rows)
         own, carried = cut.segments[-1], cut.carried[-1]
-        given = _cast(values, own.params, x.dtype)
+        given = self._cast(values, own.params, x.dtype)
 
         def of_group(group: jax.Array) -> jax.Array:
             return own.run(given, unpack(group[None], carried))[0][0]
@@ -257,9 +258,10 @@ class Model:
         """Parameters by PyTorch's name."""
         return {self.names[prefix + path]: value for path, value in trees.flatten(params).items()}
 
-
-def _cast(values: Mapping[str, Any], names: Iterable[str], dtype: Any) -> list[jax.Array]:
-    return [jnp.asarray(values[name]).astype(dtype) for name in names]
+    def _cast(self, values: Mapping[str, Any], names: Iterable[str], dtype: Any) -> list[jax.Array]:
+        """In the dtypes that they have in a model of this one."""
+        dtypes = self.module.of_dtype(dtype).dtypes
+        return [jnp.asarray(values[name]).astype(dtypes[name]) for name in names]
 
 
 CONTEXT = 1 << 20

@@ -5,26 +5,37 @@ longest; several of that length (XLM has lists of attentions and of MLPs) are la
 equation of the trace carries the number of the layer that made it in its name stack.
 """
 
-import functools
+import copy
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import torch
 import transformers
+from transformers import core_model_loading as loading
 from transformers import initialization
 
 from jprune.bridge import experts, scans
-from jprune.bridge.environment import constant, environment, explained, running, tensor
+from jprune.bridge.environment import constant, environment, explained, jax_dtype, running, tensor, torch_dtype
 from jprune.errors import JpruneError
 
 _SCOPE = "jprune_layer_"
 _NUMBER = re.compile(r"^((decoder_|attn_|attention_)?(layer|block)_?)?(i|idx|id|index|number|num)$")
 """Attributes in which layers keep their own number."""
 _LAYER = re.compile(_SCOPE + r"(\d+)_(\d+)")
+
+
+class Made(NamedTuple):
+    """The module as transformers makes it for one dtype."""
+
+    module: Any
+    dtypes: dict[str, Any]
+    """JAX's, of every parameter and buffer by PyTorch's name."""
+    constants: dict[str, torch.Tensor]
+    """The buffers that no file holds."""
 
 
 class Module:
@@ -50,7 +61,7 @@ class Module:
         transformers.logging.set_verbosity_error()  # it would tell of kernels for GPUs that are not there
         experts.register()
         with explained(self.what):
-            self.module = _made(cls, config)
+            self.module = _made(cls, config, torch.float32)
         scans.replace_in(self.module)
         self.config = self.module.config.get_text_config(decoder=True)
         floats = {name: b for name, b in self.module.state_dict(keep_vars=True).items() if b.is_floating_point()}
@@ -61,19 +72,42 @@ class Module:
                 self.aliases[name] = first[id(value)]
         self.shapes = {name: tuple(value.shape) for name, value in floats.items() if name not in self.aliases}
         self.buffers = {name for name, _ in self.module.named_buffers()}
-        self._lists = _lists(self.module)
-        self._of_list = dict(enumerate(self._lists))
-        for number, (_, members) in self._of_list.items():
-            for index, layer in enumerate(members):
-                _scoped(layer, f"{_SCOPE}{number}_{index}")
+        self._of_list = dict(enumerate(_scoped_lists(self.module)))
+        self._by_dtype: dict[Any, Made] = {}
 
     def keep(self, names: Iterable[str]) -> None:
         """Of the buffers in `shapes` those that files hold; the others are constants."""
         self.shapes = {n: shape for n, shape in self.shapes.items() if n not in self.buffers or n in set(names)}
 
-    @functools.cached_property
-    def _constants(self) -> dict[str, torch.Tensor]:
-        return {name: constant(value) for name, value in self.module.named_buffers() if name not in self.shapes}
+    def of_dtype(self, dtype: Any) -> Made:
+        """The module of a checkpoint in this dtype.
+
+        Not all of it has that dtype: the module makes some tensors in one of their own, and transformers keeps others
+        in float32 by expressions that the class names (`_keep_in_fp32_modules_strict`; for float16
+        `_keep_in_fp32_modules` as well). Buffers are computed in float32 and rounded, as transformers does once the
+        weights are read.
+        """
+        if (made := self._by_dtype.get(jnp.dtype(dtype))) is not None:
+            return made
+        theirs, module = torch_dtype(dtype), self.module
+        if theirs != torch.float32:
+            with explained(self.what):
+                module = _made(type(self.module), copy.deepcopy(self.module.config), theirs)
+            _scoped_lists(module)
+        plan = module._get_dtype_plan(theirs)
+        kept, expressions, _ = loading.build_glob_alternation(list(plan))
+        dtypes = {}
+        for name, value in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
+            match = kept.search(name) if plan and value.is_floating_point() else None
+            dtypes[name] = value.dtype if match is None else plan[expressions[str(match.lastgroup)]]
+        constants = {
+            name: constant(value.to(dtypes[name]))
+            for name, value in self.module.named_buffers()
+            if name not in self.shapes
+        }
+        made = Made(module, {name: jax_dtype(own) for name, own in dtypes.items()}, constants)
+        self._by_dtype[jnp.dtype(dtype)] = made
+        return made
 
     def name_of(self, part: str) -> str | None:
         """PyTorch's name of the weight of a part: "embed" or "head"; None if there is none."""
@@ -89,20 +123,21 @@ class Module:
 
         Args:
             shape: windows and tokens in each.
-            dtype: of the parameters, and so of the computation.
+            dtype: of the parameters, but for those that stay float32 (`of_dtype`), and so of the computation.
             rows: tokens of the vocabulary that the head knows; all unless given.
         """
         shapes = dict(self.shapes)
         if rows is not None:
             for name, axis in self.by_token().items():
                 shapes[name] = (*shapes[name][:axis], rows, *shapes[name][axis + 1 :])
-        params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+        made = self.of_dtype(dtype)
+        params = {name: jax.ShapeDtypeStruct(shape, made.dtypes[name]) for name, shape in shapes.items()}
 
         def logits(params: Mapping[str, jax.Array], tokens: jax.Array) -> jax.Array:
-            given = {**self._constants, **{name: tensor(value) for name, value in params.items()}}
+            given = {**made.constants, **{name: tensor(value) for name, value in params.items()}}
             with running():
                 out = torch.func.functional_call(
-                    self.module, given, (), {"input_ids": tensor(tokens), "use_cache": False}, tie_weights=True
+                    made.module, given, (), {"input_ids": tensor(tokens), "use_cache": False}, tie_weights=True
                 )
                 return environment().t2j_iso(out.logits).astype(jnp.float32)
 
@@ -206,7 +241,7 @@ def _class(hf_config: Mapping[str, Any], source: str, why: str) -> tuple[Any, An
     )
 
 
-def _made(cls: Any, config: Any) -> Any:
+def _made(cls: Any, config: Any, dtype: torch.dtype) -> Any:
     """The module, evaluated (no dropout), with parameters on the meta device; buffers have their values."""
     original, allocate = torch.nn.Module.register_parameter, torch.empty
 
@@ -224,7 +259,7 @@ def _made(cls: Any, config: Any) -> Any:
     )
     try:
         with initialization.no_init_weights():
-            options = {"attn_implementation": "eager", "dtype": torch.float32}
+            options = {"attn_implementation": "eager", "dtype": dtype}
             if cls._can_set_experts_implementation():
                 options["experts_implementation"] = experts.NAME
             module = cls._from_config(config, **options)
@@ -235,11 +270,15 @@ def _made(cls: Any, config: Any) -> Any:
     return module.eval()
 
 
-def _lists(module: Any) -> list[tuple[str, list[Any]]]:
-    """The module lists that no other module list holds, with their members."""
+def _scoped_lists(module: Any) -> list[tuple[str, list[Any]]]:
+    """The module lists that no other module list holds, with their members; equations of these carry their numbers."""
     names = [name for name, child in module.named_modules() if isinstance(child, torch.nn.ModuleList) and len(child)]
     outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
-    return [(name, list(module.get_submodule(name))) for name in outer]
+    lists = [(name, list(module.get_submodule(name))) for name in outer]
+    for number, (_, members) in enumerate(lists):
+        for index, layer in enumerate(members):
+            _scoped(layer, f"{_SCOPE}{number}_{index}")
+    return lists
 
 
 def _scoped(layer: Any, name: str) -> None:

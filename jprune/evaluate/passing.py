@@ -59,7 +59,7 @@ def through_blocks(
         weights: the model.
         tokens: windows of token ids.
         batch: windows computed at once on each device, by default `windows_at_once`.
-        dtype: of parameters and hidden states.
+        dtype: of parameters, but for those that the model keeps in float32, and of hidden states.
         mesh: the devices, see `jprune.devices`, with the windows shared out.
         progress: called with (done, total) after each block; the head is the last of `total`.
 
@@ -86,24 +86,27 @@ def pass_blocks(
     Args:
         weights: the model.
         batches: token ids of the vocabulary, on the devices; of as many shapes as programs are to be compiled for.
-        dtype: of parameters and hidden states.
+        dtype: of parameters, but for those that the model keeps in float32, and of hidden states.
         mesh: the devices.
         progress: called with (done, total) after each block.
     """
     model = weights.model
 
-    def placed(tree: Any, function: Callable | None = None) -> Any:
+    def placed(tree: Any, function: Callable | None = None, prefix: str = "") -> Any:
         params = trees.flatten(tree)
         del tree
         shapes = tuple((path, np.shape(leaf)) for path, leaf in params.items())
         where = _shardings(function, shapes, model.d_model, mesh)
-        return trees.unflatten({p: devices.place(params.pop(p), where[p]).astype(dtype) for p in list(params)})
+        cast = {
+            p: devices.place(params.pop(p), where[p]).astype(model.dtype_of(prefix + p, dtype)) for p in list(params)
+        }
+        return trees.unflatten(cast)
 
     params = placed({"embed": weights.params("embed")})
     hidden = [_jit(model.embed, windows.sharding)(params, windows) for windows in batches]
     del params  # here and below: else it would stay while the next part is read
     for index, function in enumerate(model.blocks):
-        params = placed(weights.params(f"blocks/{index}"), function)
+        params = placed(weights.params(f"blocks/{index}"), function, f"blocks/{index}/")
         for i, x in enumerate(hidden):
             hidden[i] = _jit_in_place(function, batches[i].sharding)(params, x)
         # Computation is asynchronous: without waiting, parameters of blocks still to be computed would pile up.

@@ -34,6 +34,8 @@ class InBlocks:
     """The subtrees of the parameters that `head` reads."""
     head_of: Callable[..., Any]
     """(Parameters of the head, first token, width) -> those for `width` tokens of the vocabulary."""
+    dtype_of: Callable[[str, Any], Any]
+    """(Path of a parameter, dtype of the model) -> its own: some stay float32 in models of fewer bits."""
     left_alone: re.Pattern[str]
     """Finds the paths of kernels that are pruned only where somebody asks for them."""
 

@@ -100,6 +100,7 @@ class DecoderConfig:
     normalise_routing: bool = False  # the weights of a token's experts sum to one
     routing_scores: str = "softmax"  # or "sigmoid"; this and what follows is in `jprune.models.routing.Routing`
     routing_scale: float = 1.0
+    float32_routing: bool = False  # routers have float32 parameters, and their logits, in models of fewer bits too
     routing_correction: bool = False  # a term of each expert that is added to its score where experts are chosen
     expert_groups: int = 1
     groups_per_token: int = 1
@@ -221,6 +222,7 @@ class DecoderConfig:
             groups=self.expert_groups,
             groups_per_token=self.groups_per_token,
             group_best=self.group_best,
+            float32=self.float32_routing,
         )
 
     @property

@@ -227,8 +227,13 @@ def in_blocks(config: DecoderConfig) -> InBlocks:
         head=head(config),
         head_parts=head_parts(config),
         head_of=head_of,
+        dtype_of=functools.partial(_dtype_of, config),
         left_alone=re.compile("^head/|/(router|shared_gate)/"),
     )
+
+
+def _dtype_of(config: DecoderConfig, path: str, dtype: DTypeLike) -> DTypeLike:
+    return jnp.float32 if config.float32_routing and "/mlp/router/" in path else dtype
 
 
 def apply(config: DecoderConfig, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T vocab"]:

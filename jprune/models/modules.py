@@ -111,7 +111,7 @@ class Experts(nnx.Module):
     def __call__(self, x: Float[Array, "B T d_model"]) -> Float[Array, "B T d_model"]:
         """Each position by itself."""
         options = self.options
-        logits = self.router(x)
+        logits = self.router(x.astype(jnp.float32) if options.routing.float32 else x)
         correction = None if self.correction is None else self.correction.get_value()
         routes = routing.route(logits, options.routing, correction)
         kernels = {}

@@ -33,6 +33,8 @@ class Routing:
     """Equal groups in which the experts are numbered one after the other."""
     groups_per_token: int = 1
     """Groups that the experts of a token may be of: those of the best."""
+    float32: bool = False
+    """Logits are float32 products, whatever dtype the tokens have."""
     group_best: int = 1
     """The score of a group is the sum of those of so many of its best experts."""
 

@@ -176,6 +176,7 @@ def grouped_experts(hf: Mapping[str, Any]) -> dict[str, Any]:
         "routing_scale": float(hf["routed_scaling_factor"]),
         "expert_groups": hf["n_group"] or 1,
         "groups_per_token": hf["topk_group"] or 1,
+        "float32_routing": True,
         "dense_layers": tuple(range(min(hf["first_k_dense_replace"], hf["num_hidden_layers"]))),
     }
 
