@@ -133,14 +133,24 @@ def found(pattern: str, paths: Iterable[str]) -> list[str]:
     Of leaves by path, those that can be kernels are the nearer misses.
     """
     paths = paths if isinstance(paths, Mapping) else list(paths)
+    if hits := matching(pattern, paths):
+        return hits
+    raise JpruneError(missed(pattern, paths))
+
+
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names in which a regular expression is found; an error if it is none."""
     try:
         regex = re.compile(pattern)
     except re.error as error:
         raise JpruneError(f"{pattern!r} is not a regular expression: {error}") from error
-    if hits := [p for p in paths if regex.search(p)]:
-        return hits
+    return [name for name in names if regex.search(name)]
+
+
+def missed(pattern: str, paths: Mapping[str, Any] | list[str]) -> str:
+    """What is said of an expression that is found in none of the paths: with near misses."""
     what = "leaves" if isinstance(paths, Mapping) and any(map(is_array, paths.values())) else "kernels"
-    raise JpruneError(f"{pattern!r} matches none of the {len(paths)} {what}; {_near(pattern, paths)}")
+    return f"{pattern!r} matches none of the {len(paths)} {what}; {_near(pattern, paths)}"
 
 
 def _near(wanted: str, paths: Mapping[str, Any] | list[str]) -> str:

@@ -59,9 +59,9 @@ def share_out(
 
 
 def steps(kernel: Kernel, per: Scope) -> Steps:
-    """How the zeros of a kernel are counted; those of a stack, all of whose kernels have as many."""
+    """How the zeros of a kernel are counted; those of a stack, each of whose kernels has as many."""
     own = kernel.pattern.among(per).steps(kernel.d_in, kernel.d_out)
-    return own._replace(each=own.each * (kernel.stack[0] if kernel.stack else 1))
+    return own._replace(each=own.each * kernel.count)
 
 
 def achieved(shared: Mapping[str, list[Kernel]], kernels: Iterable[Kernel], per: Scope) -> dict[str, float]:

@@ -80,7 +80,9 @@ def _plan_json(method: Method, plan: "Plan") -> dict[str, Any]:
     return {
         "method": name_of(method),
         "kernels": [
-            {"path": k.path, "shape": k.shape, "pattern": str(k.pattern), "zeros": k.zeros} for k in plan.kernels
+            {"path": k.path, "shape": k.shape, "pattern": str(k.pattern), "zeros": k.zeros}
+            | ({} if k.chosen is None else {"experts": k.chosen})
+            for k in plan.kernels
         ],
         "sparsity": {"expected": plan.sparsity.achieved, **dataclasses.asdict(plan.sparsity)},
         **({"allocation": plan.allocation} if plan.allocation else {}),
@@ -110,7 +112,7 @@ def costs_json(plan: "Plan") -> dict[str, Any]:
 
 
 def _print_plan(plan: "Plan") -> None:
-    rows = [(k.path, k.shape, str(k.pattern), k.zeros) for k in plan.kernels]
+    rows = [(k.named, k.shape, str(k.pattern), k.zeros) for k in plan.kernels]
     display.table(["kernel", "shape", "pattern", "zeros"], rows)
     print(f"\n{len(plan.kernels)} kernels, expected sparsity {plan.sparsity}\n")
     if plan.allocation and "sparsities" not in plan.allocation:

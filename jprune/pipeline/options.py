@@ -54,7 +54,7 @@ class Choice:
 
     where: tuple[str, ...] = ()
     """Regular expression over kernel paths; prune only what one of them finds. By default all kernels of the decoder
-    blocks."""
+    blocks. Single experts have paths too, such as blocks/3/mlp/experts/5/up/kernel."""
     skip: tuple[str, ...] = ()
     """Regular expression over kernel paths; leave alone what one of them finds."""
     overrides: Mapping[str, Pattern] = dataclasses.field(default_factory=dict)

@@ -103,6 +103,22 @@ def test_both_roads_give_the_same_logits_masks_and_weights(name, tmp_path, monke
     bridged.check_alike(tmp_path / "native", tmp_path / "bridge")
 
 
+def test_both_roads_know_single_experts(tmp_path, monkeypatch):
+    """Gate and up are two stacks on one road, and one on the other."""
+    source = hf.save(hf.make("Qwen3Moe-0"), tmp_path / "source")
+    options = {"pattern": Unstructured(0.5, per="output"), "expert_tokens": 0}
+    options |= {"where": ("experts/1/", "blocks/0/.*/3/")}
+    for road, checkpoint in (("native", load(source)), ("bridge", bridged.opened(source, monkeypatch))):
+        prune_model(checkpoint, tmp_path / road, method=SparseGPT(), calibration=TOKENS, **options)
+    bridged.check_alike(tmp_path / "native", tmp_path / "bridge")
+    before, after = bridged.tensors(source), bridged.tensors(tmp_path / "bridge")
+    assert {key for key in before if (before[key] != after[key]).any()} == {
+        f"model.layers.{i}.mlp.experts.{e}.{name}_proj.weight"
+        for i, e in ((0, 1), (0, 3), (1, 1))
+        for name in ("gate", "up", "down")
+    }
+
+
 def test_layers_that_share_parameters_are_refused(tmp_path):
     options = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     options |= {"intermediate_size": 16, "max_position_embeddings": 32, "is_decoder": True}

@@ -79,7 +79,7 @@ def unit_cost(
         if method.statistic is not None:
             statistic += count * statistics.flops(method.statistic, tokens, d_in)
             alone += count * statistics.flops(statistics.Gram, tokens, d_in)
-        solve += count * method.flops(d_in, _outputs(members))
+        solve += max(k.count for k in members) * method.flops(d_in, _outputs(members))
     models = streams(method.statistic)
     carry = 0
     if hidden and kernels:
@@ -139,7 +139,7 @@ def rough_working(
     if trained(unit, kernels, passes):
         heads = max((shape[1] for path, shape, _ in unit.shapes if path == "attn/q/kernel"), default=0)
         attention = 4 * 4 * heads * x.shape[1] * math.prod(x.shape[:-1])  # going back asks for all its weights
-        training = _STATE * sum(k.size for k in kernels) + 4 * elements + 5 * values + attention
+        training = _STATE * sum(k.whole for k in kernels) + 4 * elements + 5 * values + attention
     return twice + max(solve, observing, training)
 
 
@@ -207,7 +207,7 @@ def _working(
 def _solving(method: Method, kernels: dict[str, Kernel], dtypes: dict[str, Any], statistic: Statistic | None) -> int:
     """Bytes for solving for kernels that share an input, without the statistic."""
     count = math.prod(next(iter(kernels.values())).stack)  # one of a stack is solved for at a time
-    matrices = [jax.ShapeDtypeStruct((k.d_in, k.size // k.d_in // count), dtypes[p]) for p, k in kernels.items()]
+    matrices = [jax.ShapeDtypeStruct((k.d_in, k.d_out), dtypes[p]) for p, k in kernels.items()]
     copies = count * sum(m.size * m.dtype.itemsize for m in matrices)
     if isinstance(statistic, Stacked):
         statistic = jax.eval_shape(lambda s: s.of(0), statistic)
@@ -238,7 +238,7 @@ def _training(spec: Spec, params: Any, kernels: dict[str, Kernel]) -> int:
     x, one = jax.ShapeDtypeStruct(*spec.x), jax.ShapeDtypeStruct((), jnp.float32)
     state = jax.eval_shape(locally.begin, pruned)
     program = learning.step(spec).lower(state, pruned, leaves, x, x, one, one)
-    return _taken(program) + _STATE * sum(kernel.size for kernel in kernels.values())
+    return _taken(program) + _STATE * sum(kernel.whole for kernel in kernels.values())
 
 
 def _taken(lowered: Any) -> int:
@@ -265,7 +265,7 @@ def _outputs_added(plan: Stages) -> dict[int, int]:
 
 def _kernel_bytes(unit: Part, kernels: Iterable[Kernel]) -> int:
     dtypes = {unit.path(path): np.dtype(dtype) for path, _, dtype in unit.shapes}
-    return sum(k.size * dtypes[k.path].itemsize for k in kernels)
+    return sum(k.whole * dtypes[k.path].itemsize for k in kernels)
 
 
 def _sharing(kernels: Iterable[Kernel]) -> list[tuple[int, list[Kernel]]]:
@@ -277,13 +277,13 @@ def _sharing(kernels: Iterable[Kernel]) -> list[tuple[int, list[Kernel]]]:
 
 
 def _count(sharing: Sequence[Kernel]) -> int:
-    """The number of statistics, and of solutions, of kernels that share an input: that of a stack, or one."""
+    """The number of statistics of kernels that share an input: that of a stack, or one."""
     return math.prod(sharing[0].stack)
 
 
 def _outputs(sharing: Sequence[Kernel]) -> int:
     """Outputs of kernels that share an input; of one kernel of each, where they are stacks."""
-    return sum(k.size // k.d_in // math.prod(k.stack) for k in sharing)
+    return sum(k.d_out for k in sharing)
 
 
 def _seen_bytes(method: Method, d_in: int) -> int:
@@ -292,7 +292,7 @@ def _seen_bytes(method: Method, d_in: int) -> int:
 
 def _solve_bytes(method: Method, d_in: int, sharing: Sequence[Kernel]) -> int:
     """Bytes for solving for kernels that share an input, by the method's formula: one of a stack, and copies of all."""
-    whole = sum(k.size for k in sharing)
+    whole = sum(k.whole for k in sharing)
     outputs = _outputs(sharing)
     return math.ceil(method.nbytes(d_in, outputs)) + 7 * 4 * (whole - outputs * d_in)
 

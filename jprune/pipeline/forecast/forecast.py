@@ -295,7 +295,7 @@ class Forecast:
         kind = self.job.method.statistic
         known = [] if kind is None else jax.tree.leaves(jax.eval_shape(lambda: kind.zeros(widest.d_in)))
         # A few numbers an input, as Wanda's, are nothing beside the kernel.
-        if kind is not None and 10 * (taken := sum(map(_nbytes, known))) > 4 * widest.size:
+        if kind is not None and 10 * (taken := sum(map(_nbytes, known))) > 4 * widest.whole:
             answers.append(
                 f"`skip` {widest.path.split('/', 2)[-1].removesuffix('/kernel')}: what is known of its {widest.d_in} "
                 f"inputs ({kind.__name__}) takes {_words(taken)}, and is needed several times over; or a method that "

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from jprune import devices
 from jprune.allocations.base import score_of_block
@@ -132,7 +133,8 @@ def _score(job: Job, kernels: Mapping[str, Kernel], params: Params, seen: Mappin
     matrices, statistics = [], []
     for path, kernel in kernels.items():
         stack = Place(path=path, in_axes=kernel.in_axes, batch_axes=kernel.batch_axes).matrices(params[path])
-        own = seen[path]
-        statistics.append(own.each if isinstance(own, Stacked) else jax.tree.map(lambda x: x[None], own))
-        matrices.append(stack)
+        own = seen[path].each if isinstance(seen[path], Stacked) else jax.tree.map(lambda x: x[None], seen[path])
+        chosen = np.arange(len(stack)) if kernel.chosen is None else np.array(kernel.chosen)
+        statistics.append(jax.tree.map(lambda x, chosen=chosen: x[chosen], own))
+        matrices.append(stack[chosen])
     return float(score_of_block(job.recipe.allocation, matrices, statistics))

@@ -20,7 +20,7 @@ in their stacks."""
 def solve_stacks(
     kernels: Mapping[str, Kernel], values: Mapping[str, jax.Array], statistic: Any, solve: Solve, *, least: int
 ) -> tuple[dict[str, tuple[jax.Array, Any]], tuple[int, ...]]:
-    """Prunes stacks of kernels that read one stack of inputs, kernel by kernel.
+    """Prunes stacks of kernels that read one stack of inputs, kernel by kernel; those that are not chosen stay.
 
     Args:
       kernels: what is known of each stack, by path.
@@ -46,11 +46,17 @@ def solve_stacks(
     done: dict[str, list[jax.Array]] = {path: [] for path in kernels}
     losses: dict[str, list[Any]] = {path: [] for path in kernels}
     for i in range(count):
-        own = statistic if statistic is None else alike if i in few else statistic.of(i)
-        matrices = {path: trees.to_matrix(x[i], axes[path]) for path, x in apart.items()}
-        for path, result in solve(matrices, own, i).items():
-            done[path].append(trees.from_matrix(result.kernel, apart[path].shape[1:], axes[path]))
-            losses[path].append(0.0 if i in few and result.loss is not None else result.loss)
+        matrices = {path: trees.to_matrix(x[i], axes[path]) for path, x in apart.items() if kernels[path].takes(i)}
+        solved: Mapping[str, Pruned] = {}
+        if matrices:
+            own = statistic if statistic is None else alike if i in few else statistic.of(i)
+            solved = solve(matrices, own, i)
+        for path, x in apart.items():
+            if path in solved:
+                losses[path].append(0.0 if i in few and solved[path].loss is not None else solved[path].loss)
+                done[path].append(trees.from_matrix(solved[path].kernel, x.shape[1:], axes[path]))
+            else:
+                done[path].append(x[i])
     results = {}
     for path, k in kernels.items():
         stack = jnp.stack(done[path]).reshape(stacks[path].shape)

@@ -17,6 +17,7 @@ class KernelReport:
     shape: tuple[int, ...]
     pattern: str
     zeros: int
+    """Of those that were to be pruned: where only some experts were, of theirs."""
     size: int
     loss: float | None
     """Reconstruction loss over the calibration tokens, where the method knows it."""
@@ -24,13 +25,15 @@ class KernelReport:
     """Held-out error of its block after local reconstruction, as a share of what it was before."""
     few_tokens: tuple[int, ...] = ()
     """Experts that saw too few tokens, and were pruned by magnitude."""
+    experts: tuple[int, ...] | None = None
+    """The experts that were pruned; None for all, or if there are none."""
 
     @classmethod
     def from_json(cls, contents: Mapping[str, Any]) -> "KernelReport":
         """A report from what `dataclasses.asdict` and JSON made of it."""
-        return cls(
-            **{**contents, "shape": tuple(contents["shape"]), "few_tokens": tuple(contents.get("few_tokens", ()))}
-        )
+        rows = {name: tuple(contents.get(name) or ()) for name in ("shape", "few_tokens")}
+        experts = contents.get("experts")
+        return cls(**{**contents, **rows, "experts": None if experts is None else tuple(experts)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

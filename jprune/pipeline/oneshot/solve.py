@@ -69,8 +69,9 @@ def _report(kernel: Kernel, pruned: jax.Array, loss: Any, few: tuple[int, ...]) 
         path=kernel.path,
         shape=kernel.shape,
         pattern=str(kernel.pattern),
-        zeros=int(pruned.size - jnp.count_nonzero(pruned)),
+        zeros=int(kernel.size - jnp.count_nonzero(kernel.part(pruned))),
         size=kernel.size,
         loss=loss,
-        few_tokens=few,
+        few_tokens=tuple(filter(kernel.takes, few)),
+        experts=kernel.chosen,
     )

@@ -61,7 +61,7 @@ def schedule(sparsity: float, rounds: Sequence[float] | None = None, *, present:
 def zeros_present(checkpoint: Checkpoint, recipe: Recipe) -> float:
     """The share of zeros in the kernels that a recipe prunes; reads them."""
     kernels = chosen_kernels(checkpoint, recipe)
-    zeros = sum(count_zeros(np.asarray(checkpoint.read(kernel.path))) for kernel in kernels)
+    zeros = sum(count_zeros(kernel.part(np.asarray(checkpoint.read(kernel.path)))) for kernel in kernels)
     return zeros / sum(kernel.size for kernel in kernels)
 
 

@@ -1,6 +1,7 @@
 """Experts: stacks of kernels are found, observe what they are sent, and are pruned one by one."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,11 @@ import pytest
 
 import jprune
 from jprune import trees
-from jprune.anatomy.kernels import Kernel
+from jprune.anatomy.kernels import Kernel, choose_kernels
 from jprune.errors import JpruneError
 from jprune.methods import Magnitude, SparseGPT, Wanda
 from jprune.models import decoder, families
-from jprune.patterns import Unstructured
+from jprune.patterns import NM, Unstructured
 from jprune.pipeline.job import Job
 from jprune.pipeline.oneshot.experts import solve_stacks
 from jprune.pipeline.oneshot.run import _few_tokens
@@ -199,6 +200,73 @@ def test_routers_are_left_alone_unless_asked_for(tmp_path, tiny_experts):
         checkpoint, tmp_path / "b", method=Magnitude(), pattern=Unstructured(0.5), where=("router",)
     )
     assert [k.path for k in asked.kernels] == ["blocks/0/mlp/router/kernel"]
+
+
+SINGLE = ("experts/1/(gate|up)", "experts/2/down")
+
+
+@pytest.mark.parametrize("method", [Magnitude(), SparseGPT()])
+def test_single_experts_are_pruned_as_if_they_were_alone(method, tmp_path, tiny_experts):
+    """By the dense block's statistics, since nothing before them is pruned; everything else stays to the bit."""
+    whole = jprune.load(tiny_experts)
+    tokens = np.random.default_rng(0).integers(0, 20, (4, 16)).astype(np.int32)
+    options = {"method": method, "pattern": Unstructured(0.33), "where": SINGLE, "calibration": tokens}
+    plan = jprune.plan_run(whole, **options)
+    report = jprune.prune_model(whole, tmp_path / "out", expert_tokens=0, **options)
+    params = jax.tree.map(jnp.asarray, whole.params())
+    x = decoder.embed(whole.config)(params, jnp.asarray(tokens))
+    seen = jax.jit(observe(decoder.block(whole.config, 0), Gram, stacked=True))(params["blocks"]["0"], x)[1]
+    out = jprune.load(tmp_path / "out")
+    chosen = {f"blocks/0/mlp/experts/{name}/kernel": (e,) for name, e in (("gate", 1), ("up", 1), ("down", 2))}
+    assert {k.path: k.experts for k in report.kernels} == chosen
+    for path in whole.shapes:
+        before, after = whole.read(path), out.read(path)
+        for e in chosen.get(path, ()):
+            gram = method.statistic and seen[path.removeprefix("blocks/0/")].of(e)
+            expected = method(jnp.asarray(before[e]), gram, options["pattern"]).kernel
+            np.testing.assert_allclose(after[e], expected, atol=1e-4, err_msg=path)
+            before, after = np.delete(before, e, 0), np.delete(after, e, 0)
+        assert after.tobytes() == before.tobytes(), path
+    zeros = math.floor(120 * 0.33)
+    assert [(k.zeros, k.size) for k in report.kernels] == [(zeros, 120)] * 3
+    assert [(k.zeros, k.chosen) for k in plan.kernels] == [(zeros, k.experts) for k in report.kernels]
+
+
+def test_experts_have_names_of_their_own(tiny_experts):
+    checkpoint = jprune.load(tiny_experts)
+    up, down = (f"blocks/0/mlp/experts/{name}/kernel" for name in ("up", "down"))
+
+    def chosen(where=(), skip=()):
+        return {k.path: k.chosen for k in choose_kernels(checkpoint, Unstructured(0.5), where=where, skip=skip)}
+
+    assert chosen(["experts/1/up", "down"], ["/2/down", "mlp/experts/0/"]) == {up: (1,), down: (1,)}
+    assert chosen(["experts/[0-2]/up"]) == chosen(["experts/up", "experts/1/up"]) == {up: None}
+    assert chosen(skip=["experts/1/"]) == {path: (0, 2) if "experts" in path else None for path in chosen()}
+    with pytest.raises(JpruneError, match="matches none of the 9 kernels; near misses: blocks/0/mlp/experts/up/kernel"):
+        chosen(["experts/3/up/kernel"])
+    with pytest.raises(JpruneError, match="leave no kernel"):
+        chosen(["experts/1/"], ["experts"])
+    with pytest.raises(JpruneError, match=r"reconstruct=2 trains all.*experts/gate/kernel of 1;"):
+        jprune.plan_run(checkpoint, method=Wanda(), pattern=NM(1, 2), where=("experts/1/",), reconstruct=2)
+
+
+def test_the_part_of_a_stack_that_is_pruned(rng):
+    values = rng.normal(size=(8, 3, 6, 2))
+    kernel = Kernel(
+        path="w",
+        unit="u",
+        shape=values.shape,
+        in_axes=(0,),
+        batch_axes=(3, 1),
+        stage=0,
+        pattern=NM(2, 4),
+        chosen=(1, 5),
+    )
+    expected = np.stack([values[:, 1, :, 0], values[:, 2, :, 1]])
+    np.testing.assert_array_equal(kernel.part(values), expected)
+    np.testing.assert_array_equal(kernel.part(jnp.asarray(values)), jnp.asarray(expected))
+    assert (kernel.size, kernel.whole, kernel.d_out, kernel.zeros) == (expected.size, values.size, 6, 48)
+    assert [kernel.takes(i) for i in range(6)] == [False, True, False, False, False, True]
 
 
 @pytest.fixture
