@@ -8,6 +8,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from jprune import trees
 from jprune.anatomy.parts import Part, parts
 from jprune.checkpoints import Checkpoint
@@ -84,6 +88,15 @@ class Kernel:
         rest = [axis for axis in range(len(self.shape)) if axis not in self.batch_axes]
         stack = values.transpose(*self.batch_axes, *rest)
         return stack.reshape(*self.stack, *(self.shape[axis] for axis in rest))[list(self.chosen),]
+
+    def joined(self, values: jax.Array, others: jax.Array) -> jax.Array:
+        """What is pruned from one array of the kernel's shape, and the kernels of a stack that are not from another."""
+        if self.chosen is None:
+            return values
+        stack = np.isin(np.arange(self.stack[0]), self.chosen).reshape([self.shape[axis] for axis in self.batch_axes])
+        along = stack.transpose(np.argsort(self.batch_axes))
+        rest = [axis for axis in range(len(self.shape)) if axis not in self.batch_axes]
+        return jnp.where(np.expand_dims(along, rest), values, others)
 
 
 def matmul_kernels(checkpoint: Checkpoint) -> dict[str, tuple[Part, ParamMatmul]]:

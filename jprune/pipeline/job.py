@@ -75,18 +75,12 @@ class Job:
                 f"reconstruct={recipe.reconstruct} trains on calibration windows, and {type(method).__name__} takes "
                 "none; give refit=10 too, or a method that calibrates, or reconstruct=0"
             )
-        kernels = chosen_kernels(checkpoint, recipe)
-        if recipe.reconstruct and (some := [kernel.named for kernel in kernels if kernel.chosen is not None]):
-            raise JpruneError(
-                f"reconstruct={recipe.reconstruct} trains all experts of a kernel, and only some are to be pruned: "
-                f"{some[0]}; prune all of them, or leave `reconstruct` out"
-            )
         job = cls(
             checkpoint=checkpoint,
             method=method,
             recipe=recipe,
             dtype=activation_dtype(checkpoint, recipe.dtype),
-            kernels=kernels,
+            kernels=chosen_kernels(checkpoint, recipe),
             mesh=mesh or devices.make_mesh(),
             format=format,
             chosen=chosen,

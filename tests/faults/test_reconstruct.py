@@ -135,6 +135,23 @@ def test_it_goes_with_what_else_there_is(tiny_model, token_file, tmp_path, metho
     assert all(0 < k.reconstructed <= 1 for k in report.kernels)
 
 
+def test_experts_that_are_not_pruned_are_not_trained(tiny_model, token_file, tmp_path):
+    """They stay to the bit, as does all else; those that are pruned are trained towards what all of them gave."""
+    recipe = dict(method=Wanda(), calibration=token_file(33, 48), where=("experts/1/",), expert_tokens=0)
+    folder = tiny_model(num_hidden_layers=1, **EXPERTS, num_experts_per_tok=1)
+    for name, passes in (("plain", 0), ("trained", 8)):
+        report = prune_model(folder, tmp_path / name, reconstruct=passes, **recipe)
+    source, plain, trained = (jprune.load(where) for where in (folder, tmp_path / "plain", tmp_path / "trained"))
+    assert all(0 < k.reconstructed < 1 and k.zeros == k.size / 2 for k in report.kernels)
+    for path in source.shapes:
+        before, after = source.read(path), trained.read(path)
+        if "experts" in path:
+            np.testing.assert_array_equal(after[1] == 0, plain.read(path)[1] == 0)
+            assert (after[1] != plain.read(path)[1]).any()
+            before, after = np.delete(before, 1, 0), np.delete(after, 1, 0)
+        assert after.tobytes() == before.tobytes(), path
+
+
 def test_what_cannot_be_trained_says_so(tiny_model, tmp_path):
     with pytest.raises(JpruneError, match=r"trains on calibration windows, and Magnitude takes none; give refit=10"):
         prune_model(tiny_model(), tmp_path / "out", method=Magnitude(), reconstruct=1)

@@ -157,8 +157,8 @@ class _Wanted:
     """A kernel, equal to those of other blocks that are pruned in the same way."""
 
     def __init__(self, kernel: Kernel):
-        self.kernel = kernel
-        self._key = (kernel.path, kernel.shape, kernel.in_axes, kernel.batch_axes, kernel.stage, kernel.pattern)
+        k = self.kernel = kernel
+        self._key = (k.path, k.shape, k.in_axes, k.batch_axes, k.stage, k.pattern, k.chosen is None)
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -237,6 +237,7 @@ def _training(spec: Spec, params: Any, kernels: dict[str, Kernel]) -> int:
     pruned = {path: leaves.pop(path) for path in kernels}
     x, one = jax.ShapeDtypeStruct(*spec.x), jax.ShapeDtypeStruct((), jnp.float32)
     state = jax.eval_shape(locally.begin, pruned)
+    leaves |= {path: pruned[path] for path, kernel in kernels.items() if kernel.chosen is not None}  # what stays of it
     program = learning.step(spec).lower(state, pruned, leaves, x, x, one, one)
     return _taken(program) + _STATE * sum(kernel.whole for kernel in kernels.values())
 

@@ -34,7 +34,7 @@ def error(spec: Spec) -> Any:
     """The mean squared error with the kernels as they are while they are trained."""
 
     def error(weights: Params, pruned: Params, rest: Params, target: Array, x: Array) -> Float[Array, ""]:
-        return _error(spec.function, locally.of_dtypes(weights, pruned) | rest, target, x)
+        return _error(spec.function, together(locally.of_dtypes(weights, pruned), rest), target, x)
 
     return jax.jit(devices.within(spec.mesh, error))
 
@@ -47,11 +47,16 @@ def step(spec: Spec) -> Any:
         state: locally.Local, pruned: Params, rest: Params, target: Array, x: Array, scale: Array, rate: Array
     ) -> locally.Local:
         def loss(kernels: Mapping[str, Any]) -> Array:
-            return _error(spec.function, dict(kernels) | rest, target, x) / scale
+            return _error(spec.function, together(kernels, rest), target, x) / scale
 
         return locally.step(loss, state, pruned, rate)
 
     return jax.jit(devices.within(spec.mesh, step), donate_argnums=0)
+
+
+def together(kernels: Mapping[str, Any], rest: Params) -> Params:
+    """The parameters of a part; a stack that is in both has zeros in each for the kernels that the other has."""
+    return rest | {path: x + rest[path] if path in rest else x for path, x in kernels.items()}
 
 
 def _error(function: Callable, params: Params, target: Array, x: Array) -> Float[Array, ""]:

@@ -6,11 +6,12 @@ for half of the passes. The error is measured with the weights in their own dtyp
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from jprune.anatomy.kernels import Kernel
 from jprune.pipeline.forecast import learning
 from jprune.pipeline.forecast.learning import Params
 from jprune.pipeline.forecast.programs import Spec
@@ -33,7 +34,7 @@ def reconstruct(
     hidden: Batches,
     targets: Batches,
     params: Params,
-    paths: Sequence[str],
+    kernels: Mapping[str, Kernel],
     *,
     passes: int,
     tell: Callable[[float], None],
@@ -45,12 +46,15 @@ def reconstruct(
       hidden: the hidden states before it, the pruned model's first.
       targets: what it is to give.
       params: of the part, pruned.
-      paths: the kernels to train.
+      kernels: those to train, by path in the part; of a stack only the chosen ones.
       passes: over the micro-batches, at most.
       tell: called with the share of the passes that is done.
     """
-    pruned = {path: params[path] for path in paths}
+    zeros = {path: jnp.zeros_like(params[path]) for path, kernel in kernels.items() if kernel.chosen is not None}
+    pruned = {path: params[path] for path in kernels}
+    pruned |= {path: kernels[path].joined(params[path], zero) for path, zero in zeros.items()}
     rest = {path: x for path, x in params.items() if path not in pruned}
+    rest |= {path: kernels[path].joined(zero, params[path]) for path, zero in zeros.items()}
     out = held_out(len(specs))
     train = [j for j in range(len(specs)) if j not in out]
 
@@ -62,7 +66,7 @@ def reconstruct(
     state = locally.begin(pruned)
     before = measured(state.weights)
     if not (math.isfinite(before) and before):
-        return pruned, 1.0  # nothing is lost, or what is lost cannot be measured
+        return {path: params[path] for path in kernels}, 1.0  # nothing is lost, or what is lost cannot be measured
     scale = jnp.float32(before)
     best, least, since = pruned, 1.0, 0
     for done in range(passes):
@@ -77,7 +81,7 @@ def reconstruct(
             best, least = locally.of_dtypes(state.weights, pruned), error
         if since >= max(passes // 2, 2):
             break
-    return best, least
+    return {path: kernel.joined(best[path], params[path]) for path, kernel in kernels.items()}, least
 
 
 def _rate(step: int, steps: int) -> float:

@@ -213,13 +213,13 @@ class PartRun:
                 hidden,
                 targets,
                 params,
-                list(self.wanted),
+                self.wanted,
                 passes=self._job.recipe.reconstruct,
                 tell=lambda done: self.progress((stages + done) / (stages + 1), "training what is left"),
             )
         targets.drop()
         placed = {path: devices.moved(x, params[path].sharding) for path, x in trained.items()}
-        zeros = {self.wanted[path].path: int(x.size - jnp.count_nonzero(x)) for path, x in placed.items()}
+        zeros = {k.path: int(k.size - jnp.count_nonzero(k.part(placed[path]))) for path, k in self.wanted.items()}
         self.reports = [dataclasses.replace(r, reconstructed=left, zeros=zeros[r.path]) for r in self.reports]
         return params | placed
 
