@@ -55,7 +55,8 @@ def _type_as(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return self.to(other.dtype)
 
 
-Tensor.type_as = _type_as  # torchax's own changes the tensor itself, and does not know views
+Tensor.type_as = _type_as  # torchax's own changes the tensor itself
+View.type_as = _type_as  # has none
 
 
 class Environment(torchax.tensor.Environment):

@@ -97,13 +97,19 @@ class Model:
             for layer, first in enumerate(self._alike):
                 if cut.text(layer + 1) != cut.text(first + 1):
                     raise JpruneError(
-                        f"{self.module.what}: layers {first} and {layer} are alike for {APART[1]} tokens, but not for "
-                        f"{shape[1]}; this cannot be computed yet"
+                        f"{self.module.what}: layers {first} and {layer} are alike for {APART[1]} tokens in float32, "
+                        f"but not for {shape[1]} in {key[1]}; this cannot be computed yet"
                     )
             if cut.width != self._reference.width:
                 raise JpruneError(
                     f"{self.module.what}: what passes between layers has {self._reference.width} numbers a token for "
                     f"{APART[1]} tokens, and {cut.width} for {shape[1]}"
+                )
+            wider = {c.var.aval.dtype for c in sum(cut.carried, ()) if c.var.aval.dtype.itemsize > key[1].itemsize}
+            if wider:
+                raise JpruneError(
+                    f"{self.module.what}: what passes between layers is in part {', '.join(map(str, wider))}, of which "
+                    f"{key[1]} would lose bits; compute in float32"
                 )
             self._cuts[key] = cut
         return self._cuts[key]
@@ -207,7 +213,9 @@ class Model:
             head_parts=tuple(parts),
             head_of=self._head_of,
             dtype_of=lambda path, dtype: self.module.of_dtype(dtype).dtypes[self.names[path]],
-            left_alone=re.compile("|".join(["^head/", *(f"^{re.escape(paths[n])}$" for n in self.module.small())])),
+            left_alone=re.compile(
+                "|".join(["^head/", *(f"^{re.escape(paths[n])}$" for n in self.module.left_alone())])
+            ),
         )
 
     def _embed(self, params: PyTree, tokens: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ longest; several of that length (XLM has lists of attentions and of MLPs) are la
 equation of the trace carries the number of the layer that made it in its name stack.
 """
 
+import collections
 import copy
 import hashlib
 import re
@@ -74,6 +75,7 @@ class Module:
         self.buffers = {name for name, _ in self.module.named_buffers()}
         self._of_list = dict(enumerate(_scoped_lists(self.module)))
         self._by_dtype: dict[Any, Made] = {}
+        self._calls: collections.Counter[Any] = collections.Counter()
 
     def keep(self, names: Iterable[str]) -> None:
         """Of the buffers in `shapes` those that files hold; the others are constants."""
@@ -141,8 +143,13 @@ class Module:
                 )
                 return environment().t2j_iso(out.logits).astype(jnp.float32)
 
+        self._calls.clear()
+        counted = torch.nn.modules.module.register_module_forward_pre_hook(lambda child, _: self._calls.update([child]))
         with explained(self.what):
-            return jax.make_jaxpr(logits)(params, jax.ShapeDtypeStruct(shape, jnp.int32))
+            try:
+                return jax.make_jaxpr(logits)(params, jax.ShapeDtypeStruct(shape, jnp.int32))
+            finally:
+                counted.remove()
 
     def by_token(self) -> dict[str, int]:
         """The parameters of the head that have an axis of the vocabulary, and which."""
@@ -153,9 +160,10 @@ class Module:
                 found[self.aliases.get(name, name)] = 0
         return found
 
-    def small(self) -> list[str]:
+    def left_alone(self) -> list[str]:
         """Kernels that send tokens to experts or weigh what these give, and those of convolutions along each channel by
-        itself: of few parameters that matter much."""
+        itself, of few parameters that matter much; and those that the last trace called several times, of what comes
+        before others and of what comes behind them."""
         modules = dict(self.module.named_modules())
         counts: dict[str, int] = {}  # of experts, by the name of the module that they lie in
         for name, child in modules.items():
@@ -168,7 +176,8 @@ class Module:
             owner = name.rpartition(".")[0]
             beside = [counts[outer] for outer in counts if name.startswith(f"{outer}.")]
             routes = bool(beside) and len(shape) == 2 and shape[0] in (1, *beside)
-            if routes or isinstance(modules.get(owner), torch.nn.Conv1d):
+            child = modules.get(owner)
+            if routes or isinstance(child, torch.nn.Conv1d) or self._calls[child] > 1:
                 found.append(name)
         return found
 
@@ -218,7 +227,8 @@ def _class(hf_config: Mapping[str, Any], source: str, why: str) -> tuple[Any, An
     name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
     known = isinstance(kind, str) and kind in NAMES
     content = transformers.PreTrainedConfig._decode_special_floats(dict(hf_config))  # infinities, which JSON has not
-    if known and named and (not isinstance(named, list) or NAMES[kind] not in named):
+    own = bool(known and name) and str(name).lower() == f"{kind}ForCausalLM".replace("_", "").lower()
+    if known and named and not own and (not isinstance(named, list) or NAMES[kind] not in named):
         raise JpruneError(
             f"{why}. PyTorch's module cannot stand in: of the model_type {kind!r} transformers has {NAMES[kind]}, and "
             f"the config.json of {source} names {named!r}"

@@ -71,6 +71,20 @@ def test_a_plan_touches_nothing_and_knows_the_kernels(jamba):
     assert plan.seconds > 0
 
 
+def test_a_kernel_that_a_layer_calls_before_and_after_others_is_left_alone(tmp_path):
+    tiny = pytest.importorskip("tiny_configs")
+    source = hf.save(tiny.model("gemma3n_text"), tmp_path)
+    checkpoint = load(source)
+    tokens = np.random.default_rng(1).integers(3, tiny.VOCAB, (2, 12))
+    want = hf.logits(bridged.theirs(source), tokens)
+    np.testing.assert_allclose(bridged.logits(checkpoint, tokens), want, atol=1e-5)
+    planned = plan_run(source, method=Wanda(), pattern=Unstructured(0.5), samples=2, sequence_length=12)
+    paths = [kernel.path for kernel in planned.kernels]
+    assert "blocks/0/altup/modality_router/weight" in checkpoint.shapes
+    assert not [path for path in paths if "modality_router" in path]
+    assert "blocks/0/self_attn/q_proj/weight" in paths
+
+
 def test_the_scan_is_the_loop_of_transformers():
     from transformers.models.mamba import modeling_mamba
 

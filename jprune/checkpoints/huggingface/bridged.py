@@ -12,9 +12,14 @@ from jprune.checkpoints.source import FLOAT_DTYPES, Source, StoredTensor, joined
 from jprune.errors import JpruneError
 from jprune.models import families
 
+OTHERWISE = ("exaone", "sarvam_moe")
+"""model_types that transformers computes by an architecture with a table, of which files have other tensors."""
+
 
 def lacking(hf_config: Mapping[str, Any]) -> str | None:
     """Why a model has no native table; None if it has one."""
+    if (kind := hf_config.get("model_type")) in OTHERWISE:
+        return f"the files of the model_type {kind!r} have tensors of their own, for which jprune has no table"
     try:
         families.architecture(hf_config)
     except JpruneError as error:
