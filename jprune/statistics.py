@@ -21,6 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jprune import devices, weighting
 from jprune.annotations import Array, Float
 from jprune.errors import JpruneError
+from jprune.sorted_rows import Sorted, fold
 from jprune.weighting import Weights
 
 S = TypeVar("S")
@@ -220,15 +221,17 @@ class Stacked:
         """Number of tokens that each kernel has seen, int32 [count]."""
         return self.each.tokens
 
-    def update(self, x: Float[Array, "*count tokens d_in"], weights: Weights | None = None) -> "Stacked":
+    def update(self, x: Float[Array, "*count tokens d_in"] | Sorted, weights: Weights | None = None) -> "Stacked":
         """Having seen `x` too.
 
         Args:
           x: ``[count, tokens, d_in]``, inputs of each kernel; or ``[tokens, d_in]``, those of all of them, of which
-            each sees what `weights` say.
+            each sees what `weights` say; or rows sorted by their kernel, which have no weights.
           weights: of the tokens of each kernel, ``[count, tokens]``, or of all alike, ``[tokens]``. Where a router
             picks experts by their number, it is the one-hot form of the picks.
         """
+        if isinstance(x, Sorted):
+            return Stacked(fold(_counted, self.each, x))
         count, tokens = len(self.each.total), x.shape[-2]
         if weights is not None:
             weights = weighting.checked(weights, (count, tokens) if weights.ndim == 2 else (tokens,))
@@ -252,6 +255,12 @@ class Stacked:
         total = jnp.ones if self.each.total.ndim == 2 else jnp.eye
         nothing = jax.tree.map(jnp.zeros_like, self.of(0))
         return dataclasses.replace(nothing, total=total(self.d_in, dtype=jnp.float32))
+
+
+def _counted(own: Any, rows: Float[Array, "rows d_in"]) -> Any:
+    """A sum having seen rows too, of which those of zeros do not count."""
+    seen = jnp.sum(jnp.any(rows != 0, axis=-1), dtype=jnp.int32)
+    return dataclasses.replace(own.update(rows), tokens=own.tokens + seen)
 
 
 def zeros(kind: Any, d_in: int, *stack: int) -> Any:
@@ -294,13 +303,13 @@ def _leaves(kind: Any, d_in: int) -> list[jax.ShapeDtypeStruct]:
     return jax.tree.leaves(jax.eval_shape(lambda: kind.zeros(d_in)))
 
 
-def update_in_parts(parts: S, x: Float[Array, "*stack tokens d_in"], mesh: Mesh) -> S:
+def update_in_parts(parts: S, x: Float[Array, "*stack tokens d_in"] | Sorted, mesh: Mesh) -> S:
     """Statistics with one more axis in front of every field, having seen one part each of `x`.
 
     With a part for every device of the mesh each device adds up what is there, and nothing is communicated; with one
-    part it sees all of `x`.
+    part it sees all of `x`. Sorted rows are in one part.
     """
-    if len(jax.tree.leaves(parts)[0]) == 1:
+    if isinstance(x, Sorted) or len(jax.tree.leaves(parts)[0]) == 1:
         own = jax.tree.map(lambda leaf: leaf[0], parts)
         return jax.tree.map(lambda leaf: leaf[None], own.update(x))
     each = devices.parts(mesh).spec
@@ -314,9 +323,8 @@ def update_in_parts(parts: S, x: Float[Array, "*stack tokens d_in"], mesh: Mesh)
 
 def merge_parts(parts: S) -> S:
     """One statistic that has seen what all parts have, which are numbered by the first axis of every field."""
-    if isinstance(
-        parts.each if isinstance(parts, Stacked) else parts, _Sum
-    ):  # one sum, and so one reduction over devices
+    each = parts.each if isinstance(parts, Stacked) else parts
+    if isinstance(each, _Sum):  # one sum, and so one reduction over devices
         return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0, dtype=leaf.dtype), parts)
     count = len(jax.tree.leaves(parts)[0])
     return functools.reduce(lambda a, b: a.merge(b), [jax.tree.map(lambda x, i=i: x[i], parts) for i in range(count)])

@@ -40,11 +40,13 @@ WIDTHS = {
     "llama-13b": (5120, 13824, 40, 40, 40, 32000, 2048),
     "llama-70b": (8192, 28672, 80, 64, 8, 32000, 4096),
     "llama-405b": (16384, 53248, 126, 128, 8, 128256, 131072),
+    "moe-30b-a3b": (2048, 6144, 48, 32, 4, 151936, 40960),
     "moe-671b": (7168, 18432, 61, 128, 8, 129280, 4096),
 }
-# experts, experts of a token, width of an expert. "moe-671b" has the widths and experts of DeepSeek-V3 in every layer,
-# in an architecture that jprune knows: Qwen3's, with grouped queries for latent attention, and no shared expert.
-EXPERTS = {"moe-671b": (256, 8, 2048)}
+# experts, experts of a token, width of an expert. "moe-30b-a3b" is Qwen3-30B-A3B. "moe-671b" has the widths and experts
+# of DeepSeek-V3 in every layer, in an architecture that jprune knows: Qwen3's, with grouped queries for latent
+# attention, and no shared expert.
+EXPERTS = {"moe-30b-a3b": (128, 8, 768), "moe-671b": (256, 8, 2048)}
 FAMILIES = {
     "llama": LLAMA,
     "mistral": LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},

@@ -45,16 +45,19 @@ EmbeddingGemma.
 
 Architectures that are not in this table go [the other road](two-roads.md), if they can; the last section says which.
 
-Latent attention (DeepSeek) keeps in its cache the narrow vectors that keys and values are made of. `prune llm-pruner`
-refuses it: the widths of those vectors cannot be made fewer yet. Layers that predict the token after next
-(`num_nextn_predict_layers`) are left out, as in transformers, with a line that says how much they are.
+Latent attention (DeepSeek) keeps in its cache the narrow vectors that keys and values are made of. Its heads, of
+several widths, and those vectors cannot be made fewer yet; `prune llm-pruner --heads none` takes the channels of MLPs
+and experts. Layers that predict the token after next (`num_nextn_predict_layers`) are left out, as in transformers,
+with a line that says how much they are.
 
 In mixtures of experts each expert computes the tokens that it was sent, and no other: they are sorted by expert and go
 through it in tiles of at most 128 ([how fast](results.md#experts-that-compute-what-they-are-sent)); for a single token
-only the kernels of its experts are read. What is read instead of run (`observe`, `stages`, and so the calibration of
-one-shot pruning) is the same sum with every expert on every token and zeros where a token is not sent, which costs
-`experts / experts_per_token` times as much. [`prune experts`](structured.md#remove-experts) removes whole experts and
-`prune layers` layers; `prune llm-pruner` refuses such models, since the channels of experts cannot be made fewer yet.
+only the kernels of its experts are read. Calibration of one-shot pruning on one device does the same, and each expert's
+statistics are sums over its own tiles. What is read instead of run (`observe`, `stages`), and calibration on several
+devices or with `--dense-targets`, is the same sum with every expert on every token and zeros where a token is not sent,
+which costs `experts / experts_per_token` times as much. [`prune experts`](structured.md#remove-experts) removes whole
+experts, `prune layers` layers, and `prune llm-pruner` heads and
+[channels inside experts](structured.md#channels-inside-experts).
 Of BLOOM it can remove no heads, whose ALiBi slopes follow from their numbers.
 """
 

@@ -32,15 +32,17 @@ from jprune.annotations import Array, Float, Int
 from jprune.models import routing
 from jprune.models.kernels import Kernel, multiply, multiply_each
 from jprune.models.routing import Routes
-from jprune.trace.reading import is_read
+from jprune.sorted_rows import Tiles, dot, one, taken
+from jprune.trace.reading import is_read, is_sorted
 
 PyTree = Any
 Product = Callable[[Array, Any, Any], Array]
 """(x, kernel, bias or None) -> what the layer gives."""
 Expert = Callable[[PyTree, Array, Product], Array]
 
-TILE = 128
-"""Tokens that one product takes at most. From 64 to 128 measured best on a CPU."""
+
+def _ragged_dot(rows: Array, kernels: Array, sizes: Array) -> Array:
+    return jax.lax.ragged_dot(rows, kernels.astype(rows.dtype), sizes)
 
 
 class Watched(NamedTuple):
@@ -81,7 +83,7 @@ def mix(
       count: how many experts there are.
     """
     if is_read():
-        return dense(expert, kernels, x, routes, count)
+        return (sorted_by_expert if is_sorted() else dense)(expert, kernels, x, routes, count)
 
     def rows(kernels: PyTree, x: Array, routes: Routes) -> tuple[Array, Array]:
         tokens = x.reshape(-1, x.shape[-1])
@@ -113,16 +115,34 @@ def dense(
     return jnp.einsum("ebtd,bte->btd", y, routing.spread(routes, count).astype(x.dtype))
 
 
+def sorted_by_expert(
+    expert: Expert, kernels: PyTree, x: Float[Array, "B T d_in"], routes: Routes, count: int
+) -> Float[Array, "B T d_out"]:
+    """`mix`, as products of sorted rows that `jprune.trace` sees as such."""
+    tokens = x.reshape(-1, x.shape[-1])
+    flat = Routes(*(part.reshape(len(tokens), -1) for part in routes))
+    y, _ = ragged(expert, kernels, tokens, flat, count, dot)
+    return y.reshape(*x.shape[:-1], -1)
+
+
 def ragged(
-    expert: Expert, kernels: PyTree, x: Float[Array, "n d_in"], routes: Routes, count: int
+    expert: Expert,
+    kernels: PyTree,
+    x: Float[Array, "n d_in"],
+    routes: Routes,
+    count: int,
+    dot: Callable[[Array, Array, Array], Array] = _ragged_dot,
 ) -> tuple[Float[Array, "n d_out"], Float[Array, "n k"]]:
-    """`mix` of tokens [n, d_in], by products of rows that are sorted by their expert; and the norms of `Watched`."""
+    """`mix` of tokens [n, d_in], by products of rows that are sorted by their expert; and the norms of `Watched`.
+
+    `dot` is that product: (rows, kernels, how many rows are for each) -> what the rows give.
+    """
     order = jnp.argsort(routes.experts.reshape(-1), stable=True)
     sizes = jnp.bincount(routes.experts.reshape(-1), length=count)
     token = order // routes.experts.shape[1]
 
     def product(rows: Array, kernel: Array, bias: Array | None) -> Array:
-        y = jax.lax.ragged_dot(rows, kernel.astype(rows.dtype), sizes)
+        y = dot(rows, kernel, sizes)
         return y if bias is None else y + bias.astype(y.dtype)[routes.experts.reshape(-1)[order]]
 
     y = expert(kernels, x[token], product).astype(jnp.float32)
@@ -132,52 +152,17 @@ def ragged(
     return total.astype(x.dtype), norms.reshape(routes.weights.shape)
 
 
-class _Tiles(NamedTuple):
-    """(token, expert) pairs in tiles that have one expert each. Pairs are numbered token by token."""
-
-    order: Int[Array, "pairs"]
-    """The pairs, sorted by expert."""
-    expert: Int[Array, "most"]
-    """Of each tile."""
-    start: Int[Array, "most"]
-    """Where in the order a tile begins."""
-    stop: Int[Array, "most"]
-    """Where the pairs of its expert end."""
-    used: Int[Array, ""]
-    """How many tiles there are; the others are empty."""
-
-    @classmethod
-    def of(cls, experts: Int[Array, "n k"], count: int, size: int) -> "_Tiles":
-        flat = experts.reshape(-1)
-        pairs = flat.size
-        most = (pairs + min(count, pairs) * (size - 1)) // size
-        own = jnp.bincount(flat, length=count)
-        ends = jnp.cumsum(own)
-        last = jnp.cumsum(-(-own // size))  # tiles up to and with each expert's
-        number = jnp.arange(most)
-        expert = jnp.minimum(jnp.searchsorted(last, number, side="right"), count - 1)
-        before = last - -(-own // size)
-        start = (ends - own)[expert] + (number - before[expert]) * size
-        return cls(jnp.argsort(flat, stable=True), expert, start, ends[expert], last[-1])
-
-    def pairs(self, i: Int[Array, ""], size: int) -> Int[Array, "size"]:
-        """The pairs of a tile; a number beyond all pairs where it has fewer than others."""
-        at = self.start[i] + jnp.arange(size)
-        return jnp.where(at < self.stop[i], jnp.take(self.order, at, mode="clip"), self.order.size)
-
-
 def routed(
     expert: Expert, kernels: PyTree, x: Float[Array, "n d_in"], routes: Routes, count: int
 ) -> tuple[Float[Array, "n d_out"], Float[Array, "n k"]]:
     """`mix` of tokens [n, d_in], tile by tile; and the norms of `Watched`."""
-    size = _tile(routes, count)
-    tiles = _Tiles.of(routes.experts, count, size)
+    order, tiles = _sorted(routes, count)
     d_out = jax.eval_shape(lambda own, rows: expert(own, rows, _linear), _one(kernels, 0), x).shape[-1]
 
     def step(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         total, norms = sums
-        pairs = tiles.pairs(i, size)
-        y = expert(_one(kernels, tiles.expert[i]), _rows(x, routes, pairs), _linear).astype(jnp.float32)
+        pairs = _pairs(order, tiles, i)
+        y = expert(_one(kernels, tiles.kernel[i]), _rows(x, routes, pairs), _linear).astype(jnp.float32)
         total = _added(total, routes, pairs, y * _weights(routes, pairs))
         return total, norms.at[pairs].set(_norms(y), mode="drop")
 
@@ -190,15 +175,14 @@ def routed_backward(
     expert: Expert, kernels: PyTree, x: Float[Array, "n d_in"], routes: Routes, dy: Float[Array, "n d_out"], count: int
 ) -> tuple[PyTree, Float[Array, "n d_in"], Float[Array, "n k"]]:
     """The gradients by kernels, tokens and weights of the sum over `routed` times dy, tile by tile."""
-    size = _tile(routes, count)
-    tiles = _Tiles.of(routes.experts, count, size)
+    order, tiles = _sorted(routes, count)
     leaves, tree = jax.tree.flatten(kernels)
     learns = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]  # not the positions in a packed kernel
 
     def step(i: Array, sums: Any) -> Any:
         totals, dx, d_weights = sums
-        e, pairs = tiles.expert[i], tiles.pairs(i, size)
-        own = [leaf[e] for leaf in leaves]
+        e, pairs = tiles.kernel[i], _pairs(order, tiles, i)
+        own = [one(leaf, e) for leaf in leaves]
 
         def run(given: list[Array], rows: Array) -> Array:
             ahead = iter(given)
@@ -224,9 +208,15 @@ def routed_backward(
     )
 
 
-def _tile(routes: Routes, count: int) -> int:
-    """Tokens of a tile: as many as an expert gets in the mean, if that is less than `TILE`."""
-    return min(TILE, 1 << max(0, (routes.experts.size // count - 1).bit_length()))
+def _sorted(routes: Routes, count: int) -> tuple[Int[Array, "pairs"], Tiles]:
+    """The (token, expert) pairs, numbered token by token, in the order of their experts, and its tiles."""
+    flat = routes.experts.reshape(-1)
+    return jnp.argsort(flat, stable=True), Tiles.of(jnp.bincount(flat, length=count), flat.size)
+
+
+def _pairs(order: Int[Array, "pairs"], tiles: Tiles, i: Int[Array, ""]) -> Int[Array, "size"]:
+    """The pairs of a tile; a number beyond all pairs where it has fewer than others."""
+    return jnp.take(order, tiles.at(i), mode="fill", fill_value=order.size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -289,12 +279,12 @@ def _is_kernel(node: Any) -> bool:
 
 def _one(kernels: PyTree, e: Array | int) -> PyTree:
     """The kernels of one expert."""
-    return jax.tree.map(lambda stack: stack[e], kernels, is_leaf=_is_kernel)
+    return jax.tree.map(lambda stack: stack[e] if _is_kernel(stack) else one(stack, e), kernels, is_leaf=_is_kernel)
 
 
 def _rows(x: Array, routes: Routes, pairs: Array) -> Array:
     """The tokens of pairs; zeros beyond the pairs that there are."""
-    return jnp.take(x, pairs // routes.experts.shape[1], axis=0, mode="fill", fill_value=0)
+    return taken(x, pairs // routes.experts.shape[1])
 
 
 def _weights(routes: Routes, pairs: Array) -> Array:

@@ -15,6 +15,7 @@ import numpy as np
 from jprune import statistics
 from jprune.annotations import Array, Float, Shaped
 from jprune.errors import JpruneError
+from jprune.sorted_rows import Sorted
 from jprune.trace.jaxpr import Var
 from jprune.trace.views import Digit, all_digits, matrix
 
@@ -152,6 +153,12 @@ class Input:
         sent = [self._sent(x, rows, times) for times in self.rows.weights(self._numbered(x), *others)]
         weighted = jnp.stack([own * jnp.sqrt(times)[:, None].astype(own.dtype) for own, times in sent])
         return weighted.reshape(-1, *weighted.shape[-2:])
+
+    def sorted(self, x: Any, *others: Any) -> "Sorted | Shaped[Array | np.ndarray, '*stack tokens d_in']":
+        """As `matrix`, but that rows which are sorted by their kernel are there once."""
+        if isinstance(self.rows, Rows) and not self.batch:
+            return Sorted(self._rows(x), *others)
+        return self.matrix(x, *others)
 
     def update(self, kind: Any, values: tuple[Any, ...], weights: Any = None, name: str = "") -> Any:
         """A statistic of the values, every field with the axes of `stack` in front.

@@ -55,7 +55,7 @@ ELEMENTWISE = {
 }
 """Each element of the result depends on the same element of each operand (or on a scalar)."""
 
-MATMULS = {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"}
+MATMULS = {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "sorted_dot"}
 """Sums of products of two operands."""
 
 

@@ -1,6 +1,6 @@
 """Products of a value with a kernel: where the kernel lies in its leaf, and what it reads.
 
-Followed are `dot_general`, convolutions (of the patches below the filter) and `ragged_dot`.
+Followed are `dot_general`, convolutions (of the patches below the filter), `ragged_dot` and `jprune.sorted_rows.dot`.
 """
 
 import dataclasses
@@ -59,6 +59,8 @@ def product(equation: Equation, side: int, view: View, known: Any) -> Product | 
             return _convolution(equation, side, view)
         case "ragged_dot" | "ragged_dot_general":
             return _ragged(equation, side, view)
+        case "sorted_dot":
+            return _sorted(equation, side, view)
     return f"{equation.primitive.name} is not followed"
 
 
@@ -165,10 +167,19 @@ def _ragged(equation: Equation, side: int, view: View) -> Product | str:
         return "a ragged product of another form than [rows, inputs] with [groups, inputs, outputs]"
     if list(numbers.lhs_ragged_dimensions) == list(contracted[0]) or equation.params.get("group_offset") is not None:
         return "a ragged product of another form than [rows, inputs] with [groups, inputs, outputs]"
-    rows, stacked = list(view.axes[contracted[1][0]]), list(view.axes[groups[0]])
+    return _sorted(equation, side, view, group=groups[0], inputs=contracted[1][0], features=contracted[0][0])
+
+
+def _sorted(
+    equation: Equation, side: int, view: View, *, group: int = 0, inputs: int = 1, features: int = 1
+) -> Product | str:
+    """Of rows sorted by their kernel: which axes of the stack number kernels and inputs, which of the rows features."""
+    if side != 1 or view.picked is not None:
+        return "a product of sorted rows in which it is not the stack"
+    rows, stacked = list(view.axes[inputs]), list(view.axes[group])
     if any(d.axis < 0 for d in (*rows, *stacked)):
         return "a ragged product with copies of it"
-    columns = _split(contracted[0][0], rows)
+    columns = _split(features, rows)
     read = Input(
         value=equation.invars[0],
         columns=_ordered([(d, (m,)) for d, m in zip(rows, columns)]),

@@ -20,6 +20,7 @@ from jprune.annotations import Array, Shaped
 from jprune.errors import JpruneError
 from jprune.places import Observed
 from jprune.trace.additions import Addition, additions
+from jprune.trace.inputs import Input
 from jprune.trace.jaxpr import (
     ELEMENTWISE,
     LAYOUTS,
@@ -67,10 +68,16 @@ class Stages:
 
     def inputs(self, stage: int, carry: Carry) -> dict[int, Shaped[Array | np.ndarray, "*stack tokens d_in"]]:
         """What the matmuls of a stage read, by input_id, out of the carry that segment `stage` returned."""
+        return {i: read.matrix(*values) for i, (read, values) in self._read(stage, carry).items()}
+
+    def sorted_inputs(self, stage: int, carry: Carry) -> dict[int, Any]:
+        """As `inputs`, but `jprune.sorted_rows.Sorted` where rows are sorted by their kernel."""
+        return {i: read.sorted(*values) for i, (read, values) in self._read(stage, carry).items()}
+
+    def _read(self, stage: int, carry: Carry) -> dict[int, tuple[Input, list[Any]]]:
         values = self._values(stage, carry)
-        ids = dict.fromkeys(m.input_id for m in self.matmuls[stage])
-        reads = {i: self.found.inputs[i] for i in ids}
-        return {i: read.matrix(*(values[x] for x in read.variables)) for i, read in reads.items()}
+        reads = {m.input_id: self.found.inputs[m.input_id] for m in self.matmuls[stage]}
+        return {i: (read, [values[x] for x in read.variables]) for i, read in reads.items()}
 
     def added(self, stage: int) -> dict[int, Addition]:
         """What the outputs of a stage's kernels are added to, by input_id; of inputs that one kernel reads, and it no

@@ -28,7 +28,8 @@ FLOORS = [
     ["trace", "solvers"],
 ]
 GROUND = [
-    *("patterns", "masks", "counts", "statistics", "cross_gram", "weighting", "evidence", "places", "positions"),
+    *("patterns", "masks", "counts", "statistics", "sorted_rows", "cross_gram", "weighting", "evidence", "places"),
+    "positions",
     *("trees", "devices", "errors", "paths", "settings", "annotations", "packages", "texts"),
 ]
 """Modules of one room: they may know each other, but not in a circle."""

@@ -47,5 +47,5 @@ def same_bits(found, name):
     here = found["environment"]
     bits = next((known["bits"] for _, known in collect.recorded_bits() if known["environment"] == here), {})
     if name not in bits:
-        pytest.skip(f"no bits of {name} were recorded for {json.dumps(here)}")
+        pytest.skip(f"no bits of it were recorded for {json.dumps(here)}")
     same(bits[name], found["bits"].get(name))

@@ -7,6 +7,7 @@ of block.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from jprune.pipeline.forecast import learning
 from jprune.pipeline.forecast.programs import Spec, finish, inputs_of, observe, zero_parts
 from jprune.statistics import Stacked, Statistic
 from jprune.trace import Stages
+from jprune.trace.inputs import Rows
 from jprune.train import locally
 
 _STATE = 16
@@ -66,28 +68,36 @@ class DenseModel:
 
 
 def unit_cost(
-    unit: Part, kernels: Sequence[Kernel], method: Method, hidden: Sequence[jax.ShapeDtypeStruct], passes: int = 0
+    unit: Part,
+    kernels: Sequence[Kernel],
+    method: Method,
+    hidden: Sequence[jax.ShapeDtypeStruct],
+    passes: int = 0,
+    *,
+    spread: bool = False,
 ) -> UnitCost:
     """The cost of pruning `kernels` of `unit`, with micro-batches of hidden states as given (none: no calibration), and
-    of so many passes of local reconstruction."""
+    of so many passes of local reconstruction; `spread` over several devices or not."""
     weights = sum(math.prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype in unit.shapes)
     parameters = sum(math.prod(shape) for _, shape, _ in unit.shapes)
     tokens = sum(x.shape[0] * x.shape[1] for x in hidden)
+    models = streams(method.statistic)
+    plans = [_spec(unit, kernels, x, models, spread).stages() for x in hidden] if kernels else []
+    rows = {unit.path(path): count for path, count in _sorted_rows(plans).items()}
     statistic = alone = solve = 0.0
     for d_in, members in _sharing(kernels):
-        count = _count(members)
+        seen = rows.get(members[0].path, _count(members) * tokens)
         if method.statistic is not None:
-            statistic += count * statistics.flops(method.statistic, tokens, d_in)
-            alone += count * statistics.flops(statistics.Gram, tokens, d_in)
+            statistic += statistics.flops(method.statistic, seen, d_in)
+            alone += statistics.flops(statistics.Gram, seen, d_in)
         solve += max(k.count for k in members) * method.flops(d_in, _outputs(members))
-    models = streams(method.statistic)
     carry = 0
-    if hidden and kernels:
-        plans = [_spec(unit, kernels, x, models).stages() for x in hidden]
+    if plans:
         carry = max(sum(_nbytes(plan.carries[s]) for plan in plans) for s in range(1, len(plans[0].matmuls) + 1))
         inputs = plans[0].found.inputs
         statistic += sum(2.0 * tokens * inputs[i].d_in * d_out for i, d_out in _outputs_added(plans[0]).items())
-    forward = 2.0 * tokens * parameters
+    unsent = sum(k.whole * (tokens - rows[k.path] / _count([k])) for k in kernels if k.path in rows)
+    forward = 2.0 * (tokens * parameters - unsent)
     training = 0.0
     if trained(unit, kernels, passes):
         # Forwards and backwards, and what is held out; the dense one, and forwards again with what has come of it.
@@ -120,10 +130,30 @@ def trained(unit: Part, kernels: Sequence[Kernel], passes: int) -> bool:
     return bool(passes and kernels and unit.prefix)
 
 
+def _sorted_rows(plans: Sequence[Stages]) -> dict[str, int]:
+    """Of stacks whose kernels read sorted rows, how many all of them read in all micro-batches, by path in the unit."""
+    counts: dict[str, int] = {}
+    for plan in plans:
+        for m in itertools.chain(*plan.matmuls):
+            read = plan.found.inputs[m.input_id]
+            if isinstance(read.rows, Rows):
+                counts[m.path] = counts.get(m.path, 0) + math.prod(read.value.aval.shape) // read.d_in
+    return counts
+
+
 def rough_working(
-    unit: Part, kernels: Sequence[Kernel], method: Method, x: jax.ShapeDtypeStruct | None, passes: int = 0
+    unit: Part,
+    kernels: Sequence[Kernel],
+    method: Method,
+    x: jax.ShapeDtypeStruct | None,
+    passes: int = 0,
+    *,
+    spread: bool = False,
 ) -> int:
-    """Bytes, at most, that a unit takes beside weights and activations; x: one micro-batch of hidden states."""
+    """Bytes, at most, that a unit takes beside weights and activations; x: one micro-batch of hidden states.
+
+    It is the same whether the run is `spread` over several devices or not.
+    """
     elements = sum(math.prod(shape) for _, shape, _ in unit.shapes)
     groups = _sharing(kernels)
     seen = max((_count(members) * _seen_bytes(method, d_in) for d_in, members in groups), default=0)
@@ -144,13 +174,19 @@ def rough_working(
 
 
 def working(
-    unit: Part, kernels: Sequence[Kernel], method: Method, x: jax.ShapeDtypeStruct | None, passes: int = 0
+    unit: Part,
+    kernels: Sequence[Kernel],
+    method: Method,
+    x: jax.ShapeDtypeStruct | None,
+    passes: int = 0,
+    *,
+    spread: bool = False,
 ) -> int:
     """As `rough_working`, from the compiled programs."""
     wanted = tuple(_Wanted(dataclasses.replace(k, path=unit.relative(k.path))) for k in kernels)
     twice = _kernel_bytes(unit, kernels) if streams(method.statistic) > 1 else 0
     own = None if x is None else (x.shape, jnp.dtype(x.dtype))
-    return twice + _working(unit.function, unit.shapes, wanted, method, own, trained(unit, kernels, passes))
+    return twice + _working(unit.function, unit.shapes, wanted, method, own, trained(unit, kernels, passes), spread)
 
 
 class _Wanted:
@@ -169,7 +205,13 @@ class _Wanted:
 
 @functools.lru_cache(maxsize=64)
 def _working(
-    function: Callable, shapes: tuple, wanted: tuple[_Wanted, ...], method: Method, x: tuple | None, trains: bool
+    function: Callable,
+    shapes: tuple,
+    wanted: tuple[_Wanted, ...],
+    method: Method,
+    x: tuple | None,
+    trains: bool,
+    spread: bool,
 ) -> int:
     unit = Part("", function, shapes)
     kernels = {w.kernel.path: w.kernel for w in wanted}
@@ -177,7 +219,7 @@ def _working(
     if x is None or method.statistic is None:
         return max((_solving(method, {p: k}, dtypes, None) for p, k in kernels.items()), default=0)
     models = streams(method.statistic)
-    spec = Spec(function, shapes, frozenset(kernels), x, devices.one_device(), models)
+    spec = Spec(function, shapes, frozenset(kernels), x, devices.one_device(), models, spread)
     if not kernels:
         program = jax.jit(function).lower(unit.abstract(), jax.ShapeDtypeStruct(*x))
         return models * AT_ONCE * _taken(program)
@@ -250,9 +292,10 @@ def _taken(lowered: Any) -> int:
     return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 
-def _spec(unit: Part, kernels: Iterable[Kernel], x: jax.ShapeDtypeStruct, models: int) -> Spec:
+def _spec(unit: Part, kernels: Iterable[Kernel], x: jax.ShapeDtypeStruct, models: int, spread: bool) -> Spec:
     chosen = frozenset(unit.relative(k.path) for k in kernels)
-    return Spec(unit.function, unit.shapes, chosen, (x.shape, jnp.dtype(x.dtype)), devices.one_device(), models)
+    one = devices.one_device()
+    return Spec(unit.function, unit.shapes, chosen, (x.shape, jnp.dtype(x.dtype)), one, models, spread)
 
 
 def _abstract_zeros(method: Method, spec: Spec, kernel: Kernel, d_out: int) -> Any:

@@ -231,7 +231,8 @@ class Forecast:
 
     def _of_parts(self, estimate: Callable[..., T], x: Any) -> list[T]:
         job = self.job
-        return [estimate(part, job.kernels_of(part), job.method, x, job.recipe.reconstruct) for part in job.parts]
+        options = {"passes": job.recipe.reconstruct, "spread": job.mesh.size > 1}
+        return [estimate(part, job.kernels_of(part), job.method, x, **options) for part in job.parts]
 
     def plan(self, disk: Path) -> Plan:
         """Everything, with a short measurement of this machine."""

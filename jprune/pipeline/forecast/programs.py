@@ -16,6 +16,7 @@ from jprune import devices, trees
 from jprune.cross_gram import beside
 from jprune.statistics import Statistic, update_in_parts, zeros
 from jprune.trace import Stages, stages
+from jprune.trace.reading import sorting
 
 PyTree = Any
 Arrays = tuple[Any, ...]
@@ -32,6 +33,8 @@ class Spec(NamedTuple):
     streams: int = 1
     """1, or 2 if the dense model is computed beside the pruned one: then there are parameters, hidden states and
     carries of both, the pruned model's first."""
+    spread: bool = False
+    """The run has several devices, though `mesh` is one: for a forecast of what one of them takes."""
 
     @property
     def sharding(self) -> NamedSharding:
@@ -41,6 +44,14 @@ class Spec(NamedTuple):
     def tokens(self, ndim: int) -> NamedSharding:
         """Where the tokens of hidden states lie, in arrays [*stack, tokens, d_in]."""
         return NamedSharding(self.mesh, PartitionSpec(*[None] * (ndim - 2), *self.sharding.spec))
+
+    @property
+    def sorts(self) -> bool:
+        """Whether experts compute, and statistics see, the tokens they are sent, and no zeros for others.
+
+        Sorted tokens cannot be shared out by XLA, and those of two models are not sent to the same experts.
+        """
+        return self.mesh.size == 1 and self.streams == 1 and not self.spread
 
     @property
     def pieces(self) -> int:
@@ -64,14 +75,15 @@ class Spec(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _stages(spec: Spec) -> Stages:
     params = trees.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape, dtype in spec.shapes})
-    return stages(
-        spec.function,
-        params,
-        jax.ShapeDtypeStruct(*spec.x),
-        where=lambda path: path in spec.chosen,
-        stacked=True,
-        added=spec.streams > 1,
-    )
+    with sorting(spec.sorts):
+        return stages(
+            spec.function,
+            params,
+            jax.ShapeDtypeStruct(*spec.x),
+            where=lambda path: path in spec.chosen,
+            stacked=True,
+            added=spec.streams > 1,
+        )
 
 
 @functools.lru_cache(maxsize=256)
@@ -85,11 +97,7 @@ def observe(spec: Spec, first: int, stage: int, keep: bool) -> Any:
         carries = [
             _through(cut.segments[first : stage + 1], *own) for own in zip(params, spec.apart(carry), strict=True)
         ]
-        # Said here, or XLA would cut the whole segment as the sums want their tokens cut.
-        read = [cut.inputs(stage, own) for own in carries]
-        residuals = [cut.residuals(stage, own) for own in carries]
-        rows = {i: _seen([own[i] for own in read], [own[i] for own in residuals if i in own]) for i in read[0]}
-        inputs = {i: jax.lax.with_sharding_constraint(x, spec.tokens(x.ndim)) for i, x in rows.items()}
+        inputs = cut.sorted_inputs(stage, carries[0]) if spec.sorts else _spread(spec, stage, carries)
         ticket = (jnp.zeros(()),)  # what is not kept can still be waited for
         seen = {i: update_in_parts(s, inputs[i], spec.mesh) for i, s in statistics.items()}
         return tuple(x for own in carries for x in own) if keep else ticket, seen
@@ -107,6 +115,16 @@ def finish(spec: Spec, first: int) -> Any:
         return tuple(cut.finish(_through(cut.segments[first:], *own)) for own in each)
 
     return jax.jit(finish, out_shardings=spec.sharding)
+
+
+def _spread(spec: Spec, stage: int, carries: list[Arrays]) -> dict[int, jax.Array]:
+    """What a stage's matmuls read in every stream, with the tokens shared out."""
+    cut = spec.stages()
+    read = [cut.inputs(stage, own) for own in carries]
+    residuals = [cut.residuals(stage, own) for own in carries]
+    rows = {i: _seen([own[i] for own in read], [own[i] for own in residuals if i in own]) for i in read[0]}
+    # Said here, or XLA would cut the whole segment as the sums want their tokens cut.
+    return {i: jax.lax.with_sharding_constraint(x, spec.tokens(x.ndim)) for i, x in rows.items()}
 
 
 def _through(segments: Iterable[Callable], params: PyTree, carry: Arrays) -> Arrays:

@@ -77,7 +77,7 @@ def _scores(job: Job, run: Run, blocks: list[str]) -> list[float]:
             seen: dict[str, Any] = {}
             make = None if last else functools.partial(_batches, run, specs, i + 1)
             part_run = PartRun(i, job, run, solve=functools.partial(_try if damage else _remember, seen))
-            _, after = part_run.with_data(params, hidden, make, dense=params)
+            _, after = part_run.with_data(dict(params), hidden, make)
             hidden.drop()
             if damage is not None:
                 damage.pass_through(part, params, seen)

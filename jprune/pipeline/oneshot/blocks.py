@@ -138,7 +138,7 @@ class _Blocks:
                 goes_on = at + 1 < len(steps) and not steps[at + 1].load
                 make = functools.partial(self._after, i, writing) if goes_on else None
                 params, after = run.with_data(
-                    params, hidden, make, dense=others[0] if others else params, pruned=not step.prune
+                    params, hidden, make, dense=others[0] if others else None, pruned=not step.prune
                 )
                 if not hidden.saved:
                     hidden.drop()

@@ -1,5 +1,6 @@
 """Stacks of kernels that have inputs of their own, such as experts: each is pruned by what it saw."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ def solve_stacks(
     stacks = {path: jnp.moveaxis(values[path], k.batch_axes, range(len(k.batch_axes))) for path, k in kernels.items()}
     apart = {path: x.reshape(count, *x.shape[len(kernels[path].batch_axes) :]) for path, x in stacks.items()}
     axes = {path: _without(k.in_axes, k.batch_axes) for path, k in kernels.items()}
-    done: dict[str, list[jax.Array]] = {path: [] for path in kernels}
+    done: dict[str, jax.Array] = {}
     losses: dict[str, list[Any]] = {path: [] for path in kernels}
     for i in range(count):
         matrices = {path: trees.to_matrix(x[i], axes[path]) for path, x in apart.items() if kernels[path].takes(i)}
@@ -52,17 +53,28 @@ def solve_stacks(
             own = statistic if statistic is None else alike if i in few else statistic.of(i)
             solved = solve(matrices, own, i)
         for path, x in apart.items():
+            one = x[i]
             if path in solved:
                 losses[path].append(0.0 if i in few and solved[path].loss is not None else solved[path].loss)
-                done[path].append(trees.from_matrix(solved[path].kernel, x.shape[1:], axes[path]))
-            else:
-                done[path].append(x[i])
+                one = trees.from_matrix(solved[path].kernel, x.shape[1:], axes[path])
+            done[path] = _with(done[path], one, i) if path in done else _begun(one, count)
     results = {}
     for path, k in kernels.items():
-        stack = jnp.stack(done[path]).reshape(stacks[path].shape)
-        pruned = jnp.moveaxis(stack, range(len(k.batch_axes)), k.batch_axes)
+        pruned = jnp.moveaxis(done.pop(path).reshape(stacks[path].shape), range(len(k.batch_axes)), k.batch_axes)
         results[path] = pruned, None if None in losses[path] else sum(losses[path])
     return results, few
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _begun(first: jax.Array, count: int) -> jax.Array:
+    """A stack of so many kernels, of which there is the first."""
+    return _with(jnp.zeros((count, *first.shape), first.dtype), first, 0)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with(stack: jax.Array, one: jax.Array, i: int) -> jax.Array:
+    """The stack with one more kernel, written where it lies. (All in one XLA's CPU backend would stack in float32.)"""
+    return jax.lax.dynamic_update_index_in_dim(stack, one, i, 0)
 
 
 def _without(axes: tuple[int, ...], gone: tuple[int, ...]) -> tuple[int, ...]:

@@ -74,16 +74,16 @@ class PartRun:
         hidden: Batches,
         make: Callable[[], Batches] | None,
         *,
-        dense: Params,
+        dense: Params | None = None,
         pruned: bool = False,
     ) -> tuple[Params, Batches | None]:
         """The part's parameters, pruned by what the calibration tokens say, and the hidden states after it.
 
         Args:
-          params: its parameters.
+          params: its parameters; those that are pruned take the place of the old ones there, which are then freed.
           hidden: the hidden states before it; each is used up.
           make: makes what takes those after it; None if nobody needs them.
-          dense: its parameters in the model that is pruned.
+          dense: its parameters in the model that is pruned, if they are others.
           pruned: `params` have been pruned before, by the same run: only the hidden states are wanted. Every program
             runs as it did then, so that they are the same to the last bit.
         """
@@ -99,6 +99,8 @@ class PartRun:
             )
             for x, *_ in hidden.specs
         ]
+        if dense is None:
+            dense = dict(params) if streams > 1 or self._trains else {}
         self._beside = (dense,) if streams > 1 else ()
         if not self.wanted:
             return params, self._pass(params, specs, hidden, make)
@@ -118,7 +120,7 @@ class PartRun:
                 together = {path: self.wanted[path] for path in inputs if inputs[path] == ids}
                 statistic = functools.reduce(lambda a, b: a.merge(b), (statistics.pop(k) for k in ids))
                 if not pruned:
-                    params = params | self._solve(params, together, statistic)
+                    params.update(self._solve(params, together, statistic))
                 del statistic
         if self._trains:
             if carries is not hidden:

@@ -1,7 +1,7 @@
 """The statistics of the inputs of one stage, summed over micro-batches and devices."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -40,7 +40,8 @@ class Sums:
 
     def merged(self, mesh: Mesh) -> ByInput:
         """All sums as one that every device has; they are used up."""
-        return jax.block_until_ready(_merged(mesh, self._sums.values()))
+        sums = [self._sums.pop(key) for key in list(self._sums)]
+        return jax.block_until_ready(_merged(mesh, sums))
 
     def _zeros(self, spec: Spec) -> ByInput:
         where = devices.parts(spec.mesh) if spec.pieces > 1 else devices.replicated(spec.mesh)
@@ -50,12 +51,15 @@ class Sums:
         }
 
 
-def _merged(mesh: Mesh, sums: Iterable[ByInput]) -> ByInput:
-    """All sums, each in parts, as one that every device has: reduced over the devices once."""
+def _merged(mesh: Mesh, sums: list[ByInput]) -> ByInput:
+    """All sums, each in parts, as one that every device has: reduced over the devices once. The list is emptied, so
+    that no more of them are in memory than must be."""
     alike: dict[int, ByInput] = {}
-    for own in sums:
+    while sums:
+        own = sums.pop(0)
         count = len(jax.tree.leaves(own)[0])
-        alike[count] = _merge_alike(alike[count], own) if count in alike else own
+        alike[count] = jax.block_until_ready(_merge_alike(alike[count], own)) if count in alike else own
+    del own
     return _merge_parts(mesh)(list(alike.values()))
 
 

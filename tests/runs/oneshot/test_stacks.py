@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 import jprune
-from jprune import trees
+from jprune import devices, trees
 from jprune.anatomy.kernels import Kernel, choose_kernels
 from jprune.errors import JpruneError
 from jprune.methods import Magnitude, SparseGPT, Wanda
 from jprune.models import decoder, families
 from jprune.patterns import NM, Unstructured
+from jprune.pipeline.forecast import programs
+from jprune.pipeline.forecast.programs import Spec, zero_parts
 from jprune.pipeline.job import Job
 from jprune.pipeline.oneshot.experts import solve_stacks
 from jprune.pipeline.oneshot.run import _few_tokens
@@ -86,6 +88,35 @@ def test_an_expert_observes_the_tokens_it_is_sent(block):
         gate, up = (mine @ np.asarray(p[name]["kernel"][e]) for name in ("gate", "up"))
         hidden = gate / (1 + np.exp(-gate)) * up
         np.testing.assert_allclose(seen["mlp/experts/down/kernel"].of(e).total, hidden.T @ hidden, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("per_token", [1, 2])
+def test_a_run_sees_what_is_sent_and_computes_no_more(per_token, getkey):
+    """The programs of a run, against the form in which every expert computes every token."""
+    config = families.config(MIXTRAL | {"num_experts_per_tok": per_token})
+    params = decoder.init_params(config, getkey())["blocks"]["0"]
+    params = jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, params)
+    f, x = decoder.block(config, 0), jax.random.normal(getkey(), (2, 7, 12))
+    y, seen = jax.jit(observe(f, Gram, where="kernel"))(params, x)
+    shapes = tuple((path, leaf.shape, leaf.dtype) for path, leaf in trees.flatten(params).items())
+    spec = Spec(f, shapes, frozenset(seen), (x.shape, x.dtype), devices.one_device())
+    carry = spec.start((x,))
+    for stage, own in enumerate(spec.stages().matmuls):
+        read = {m.path: m.input_id for m in own}
+        known = {i: zero_parts(Gram, 1, spec.sharding, *_sizes(seen[path]))() for path, i in read.items()}
+        carry, found = programs.observe(spec, stage, stage, True)((params,), carry, known)
+        for path, i in read.items():
+            for a, b in zip(jax.tree.leaves(found[i]), jax.tree.leaves(seen[path]), strict=True):
+                np.testing.assert_allclose(a[0], b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
+            if "experts" in path:
+                assert spec.stages().sorted_inputs(stage, carry)[i].rows.shape[0] == 14 * per_token
+    (out,) = programs.finish(spec, stage + 1)((params,), carry)
+    np.testing.assert_allclose(out, y, rtol=1e-4, atol=1e-4)
+
+
+def _sizes(statistic):
+    """Inputs, and kernels if it is of a stack."""
+    return (statistic.d_in, len(statistic.tokens)) if isinstance(statistic, Stacked) else (statistic.d_in,)
 
 
 @pytest.mark.parametrize("method", [Magnitude(), Wanda(), SparseGPT()])
