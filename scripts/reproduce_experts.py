@@ -1,11 +1,13 @@
-"""Removing experts of a small mixture that was trained until they differ: loss by score, share and seed.
+"""Removing experts of a small mixture that was trained until they differ, or channels inside all: loss by score.
 
     python scripts/reproduce_experts.py [--seeds 3] [--steps 400] [--work DIR] [--out results.json]
 
 For each seed a mixture of four layers with 16 experts, two for each token, is trained on the bytes of Python's
 language reference. Loads are balanced as DeepSeek-V3's are: after every step what corrects the router's scores goes up
 for experts that were sent few tokens, and down for the others. Then a quarter and a half of the experts go by each
-score, as `jprune prune experts` does it, and the loss is measured on topics that neither training nor scores have seen.
+score, as `jprune prune experts` does it, and a quarter and a half of the channels of every expert, as `jprune prune
+llm-pruner --heads none --uniform` does it, which are as many parameters of experts. The loss is measured on topics that
+neither training nor scores have seen.
 """
 
 import argparse
@@ -27,7 +29,8 @@ from jprune.data import sources
 from jprune.evaluate.perplexity import mean_nll
 from jprune.models import decoder, experts, families
 from jprune.pipeline.shrink.run import shrink_model
-from jprune.structured import RemoveExperts
+from jprune.structured import LLMPruner, RemoveExperts
+from jprune.structured.selection import Target
 
 LENGTH, BATCH, EXPERTS = 128, 16, 16
 CONFIG = {
@@ -52,6 +55,13 @@ CONFIG = {
     "use_qk_norm": True,
 }
 SCORES = ("reap", "ean", "frequency", "random")
+INSIDE: dict[str, dict[str, Any]] = {
+    "param_second, refitted": {},
+    "param_second": {"compensate": False},
+    "random, refitted": {"importance": "random"},
+    "random": {"importance": "random", "compensate": False},
+}
+"""How channels inside experts are chosen, and options of `LLMPruner` beside those that all have."""
 BALANCE = 0.01
 """How much a correction moves in a step."""
 CALIBRATION, EVALUATION = 128, 256
@@ -144,6 +154,14 @@ def rows_of(seed: int, options: argparse.Namespace, work: Path) -> list[dict[str
             rows.append({"seed": seed, "removed": removed, "by": by, "loss": loss_of(load(out), held_out)})
             if by == "reap":
                 rows[-1]["loads"] = {"least": min(map(min, tokens)), "most": max(map(max, tokens))}
+            print(json.dumps(rows[-1]), flush=True)
+    for share in (0.25, 0.5):
+        for by, own in INSIDE.items():
+            out = work / f"{seed}-{by}-{share}"
+            method = LLMPruner(heads="none", uniform=True, seed=seed, **own)
+            report = shrink_model(checkpoint, out, method=method, target=Target(units=share), calibration=calibration)
+            assert {sizes["d_expert"] for sizes in report.sizes} == {int(128 * (1 - share))}
+            rows.append({"seed": seed, "channels": share, "by": by, "loss": loss_of(load(out), held_out)})
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
