@@ -75,7 +75,7 @@ def test_an_expert_observes_the_tokens_it_is_sent(block):
     cut = stages(f, params, x, stacked=True)
     carry = cut.start(x)
     for segment in cut.segments[:3]:  # up to the router's input
-        carry = segment(params, carry)
+        carry = jax.jit(segment)(params, carry)
     (rows,) = cut.inputs(2, carry).values()
     rows = np.asarray(rows)
     expert = np.argmax(rows @ np.asarray(params["mlp"]["router"]["kernel"]), axis=1)
@@ -95,7 +95,7 @@ def test_a_run_sees_what_is_sent_and_computes_no_more(per_token, getkey):
     """The programs of a run, against the form in which every expert computes every token."""
     config = families.config(MIXTRAL | {"num_experts_per_tok": per_token})
     params = decoder.init_params(config, getkey())["blocks"]["0"]
-    params = jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, params)
+    params = jax.tree.map(lambda x: np.asarray(x) * 10 if x.ndim > 1 else x, params)
     f, x = decoder.block(config, 0), jax.random.normal(getkey(), (2, 7, 12))
     y, seen = jax.jit(observe(f, Gram, where="kernel"))(params, x)
     shapes = tuple((path, leaf.shape, leaf.dtype) for path, leaf in trees.flatten(params).items())
@@ -245,8 +245,12 @@ def test_single_experts_are_pruned_as_if_they_were_alone(method, tmp_path, tiny_
     plan = jprune.plan_run(whole, **options)
     report = jprune.prune_model(whole, tmp_path / "out", expert_tokens=0, **options)
     params = jax.tree.map(jnp.asarray, whole.params())
-    x = decoder.embed(whole.config)(params, jnp.asarray(tokens))
-    seen = jax.jit(observe(decoder.block(whole.config, 0), Gram, stacked=True))(params["blocks"]["0"], x)[1]
+
+    def seen_by(params, tokens):
+        x = decoder.embed(whole.config)(params, tokens)
+        return observe(decoder.block(whole.config, 0), Gram, stacked=True)(params["blocks"]["0"], x)[1]
+
+    seen = jax.jit(seen_by)(params, tokens)
     out = jprune.load(tmp_path / "out")
     chosen = {f"blocks/0/mlp/experts/{name}/kernel": (e,) for name, e in (("gate", 1), ("up", 1), ("down", 2))}
     assert {k.path: k.experts for k in report.kernels} == chosen
