@@ -85,6 +85,17 @@ def test_a_kernel_that_a_layer_calls_before_and_after_others_is_left_alone(tmp_p
     assert "blocks/0/self_attn/q_proj/weight" in paths
 
 
+def test_parameters_that_are_single_numbers_pass_through_a_run(tmp_path):
+    tiny = pytest.importorskip("tiny_configs")
+    source = hf.save(tiny.model("apertus"), tmp_path / "source")
+    prune_model(source, tmp_path / "out", method=Wanda(), pattern=Unstructured(0.5), calibration=TOKENS)
+    before, after = bridged.tensors(source), bridged.tensors(tmp_path / "out")
+    numbers = [key for key, values in before.items() if values.shape == ()]
+    assert numbers
+    assert all(after[key].tobytes() == before[key].tobytes() for key in numbers)
+    assert (after["model.layers.1.mlp.up_proj.weight"] == 0).mean() == 0.5
+
+
 def test_the_scan_is_the_loop_of_transformers():
     from transformers.models.mamba import modeling_mamba
 

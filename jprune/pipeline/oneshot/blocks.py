@@ -211,7 +211,7 @@ def read_part(checkpoint: Checkpoint, part: Part) -> dict[str, np.ndarray]:
     if checkpoint.reads_together:
         values = checkpoint.read_many(list(paths.values()))
         return {path: values[whole] for path, whole in paths.items()}
-    return {path: np.ascontiguousarray(checkpoint.read(whole)) for path, whole in paths.items()}
+    return {path: np.asarray(checkpoint.read(whole), order="C") for path, whole in paths.items()}
 
 
 def check_finite(params: Mapping[str, jax.Array | np.ndarray]) -> None:

@@ -30,7 +30,7 @@ class CutWriter:
         """A whole parameter as it was used after it was pruned: zeros for what is cut out of a pruned kernel, whose
         inputs then do not matter, so that they may have the values of the model."""
         if path not in self._pruned:
-            return np.ascontiguousarray(self._job.checkpoint.read(path))
+            return np.asarray(self._job.checkpoint.read(path), order="C")
         shape, dtype = self._job.checkpoint.shapes[path].shape, self._job.checkpoint.shapes[path].dtype
         whole = np.zeros(shape, dtype)
         whole[positions.mask(shape, self._job.cut.get(path, {}))] = self._writer.read(path).reshape(-1)
