@@ -38,7 +38,7 @@ def beside(evaluation: Windows, *read: Windows | None) -> Windows:
 def overlap_notice(share: float) -> str:
     """What is to be known of numbers on windows of which a share was calibrated on."""
     return (
-        f"{100 * share:.2g} % of the evaluation windows share text with the calibration windows: what is measured on "
+        f"{100 * share:.3g} % of the evaluation windows share text with the calibration windows: what is measured on "
         "these is no evidence for other text"
     )
 
