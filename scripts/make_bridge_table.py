@@ -6,10 +6,12 @@ For every model_type of transformers' mapping of causal language models, a tiny 
 saved by transformers and opened by jprune: natively, or through PyTorch's module. Logits of 2 x 24 tokens are compared
 in float32; then SparseGPT prunes half of every kernel, and the folder is held against the one that it was made from
 and against what transformers computes of it. Processes try some models each, every one with a time limit. What is in
-the JSON is not tried again, unless its state is named. About an hour and a half on two cores.
+the JSON is not tried again, unless its state is named (`unpruned`: it works, and SparseGPT was not run). About an hour
+and a half on two cores.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import signal
@@ -123,7 +125,8 @@ def pruned(checkpoint, folder):
             assert abs((values == 0).mean() - 0.5) < 0.02, f"{path} has {(values == 0).mean():.1%} zeros"
         else:
             assert values.tobytes() == checkpoint.read(path).tobytes(), f"{path} is not what it was"
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    cls = getattr(transformers, checkpoint.hf_config["architectures"][0])
+    model, info = cls.from_pretrained(
         folder / "out", attn_implementation="eager", dtype=torch.float32, output_loading_info=True
     )
     assert not any(info.values()), f"transformers reads the result with {info}"
@@ -175,7 +178,7 @@ def main():
     import tiny_configs
 
     known = json.loads(args.out.read_text())["models"] if args.out.exists() else []
-    stays = [row for row in known if row["state"] not in args.again and row["kind"] not in (args.kinds or ())]
+    stays = [row for row in known if not states(row) & {*args.again} and row["kind"] not in (args.kinds or ())]
     rows = {row["kind"]: row for row in stays}
     missing = [kind for kind in args.kinds or tiny_configs.KINDS if kind not in rows]
     while missing:
@@ -198,16 +201,32 @@ def main():
     write_page(args.page, [rows[kind] for kind in tiny_configs.KINDS if kind in rows])
 
 
-def write(out, rows, kinds):
-    import jax
-    import torch
-    import transformers
+def states(row):
+    """What `--again` may call a row."""
+    return {row["state"]} | ({"unpruned"} if row["state"] == "works" and "pruned" not in row else set())
 
-    versions = {"jax": jax.__version__, "torch": torch.__version__, "torchax": "0.0.13"}
-    about = {"hardware": "CPU, 2 cores", "versions": versions | {"transformers": transformers.__version__}}
+
+def write(out, rows, kinds):
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "torch", "torchax", "transformers")}
+    about = {"hardware": f"CPU, {os.cpu_count()} cores", "versions": versions}
     out.parent.mkdir(parents=True, exist_ok=True)
     models = [rows[kind] for kind in kinds if kind in rows]
     out.write_text(json.dumps(about | {"models": models}, indent=1) + "\n")
+
+
+def counted(rows):
+    """The sentences above the table."""
+    works = [row for row in rows if row["state"] == "works"]
+    native = sum(row["road"] == "native" for row in works)
+    pruned = sum("pruned" in row for row in works)
+    refused, untried = (sum(row["state"] == state for row in rows) for state in ("refused", "not tried"))
+    others = len(rows) - len(works) - refused - untried
+    lines = [
+        f"Of the {len(rows)}, {len(works)} work: {len(works) - native} through PyTorch's module and {native} natively. "
+        f"{refused} are refused, with the reason; {untried} were not tried.",
+        f"Of those that work, {pruned} were pruned by SparseGPT, and held against the source and transformers.",
+    ]
+    return "\n".join([*lines, *([f"{others} differ or fail; see the table."] if others else [])])
 
 
 def write_page(page, rows):
@@ -221,7 +240,7 @@ def write_page(page, rows):
             reason = row.get("reason", "traced, logits not compared" if row["state"] == "opened" else "")
             if row["state"] == "differs":
                 reason = f"by {row['difference']:.1e}"
-            lines.append(f"{names} {row['state']} | {reason.replace('|', '/')} | | | |")
+            lines.append(f"{names} {row['state']} | {reason.removeprefix('JpruneError: ').replace('|', '/')} | | | |")
             continue
         left = ", ".join(dict.fromkeys(path.split("/", 2)[2] for path in row["left"] if path.startswith("blocks/")))
         unread = any(path.startswith("unused/") for path in row["left"])
@@ -231,7 +250,7 @@ def write_page(page, rows):
         lines.append(f"{names} {roads[row['road']]} | {relative:.1e} | {share:.1f} | {left} | {did} |")
     text = page.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{chr(10).join(lines)}\n{END}{after}")
+    page.write_text(f"{before}{BEGIN}\n{counted(rows)}\n\n{chr(10).join(lines)}\n{END}{after}")
 
 
 if __name__ == "__main__":

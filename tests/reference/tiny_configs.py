@@ -38,7 +38,11 @@ SIZES = {
     **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size"), 8),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "index_head_dim"), 8),
-    "index_n_heads": 4,
+    **dict.fromkeys(("index_n_heads", "indexer_n_heads", "indexer_compress_ratio"), 4),
+    **dict.fromkeys(("indexer_head_dim",), 8),
+    "indexer_kv_heads": 1,
+    "indexer_budget": 64,
+    "hidden_size_global": 32,
     "index_topk": 64,  # all tokens: among scores that are equal, as zeros are, others are chosen by JAX
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), 16),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx"), 64),
@@ -60,15 +64,27 @@ WORDS = {
 }
 MIXED = ("layer_types", "layers_block_type", "block_types", "hybrid_override_pattern", "attn_layer_period")
 SPECIAL: dict[str, dict] = {
-    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "dots3_note": {"num_key_value_heads": 4, "per_layer_config": None},
-    "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": None},
+    "dots3_note_text": {
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        **dict.fromkeys(("swa_num_attention_heads", "swa_num_key_value_heads"), 4),
+        **dict.fromkeys(("swa_q_lora_rank", "swa_kv_lora_rank", "swa_head_dim"), 16),
+        **dict.fromkeys(("swa_qk_nope_head_dim", "swa_qk_rope_head_dim", "swa_v_head_dim"), 8),
+    },
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
     "inkling2_text": {"unpadded_vocab_size": VOCAB},
     "inkling2_loop_text": {"unpadded_vocab_size": VOCAB},
+    "blt": {"encoder_hash_byte_group_vocab": 32},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
     "zamba2": {
-        "layer_types": ["mamba", "hybrid", "mamba", "hybrid"],
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
         "n_mamba_heads": 4,
         "mamba_headdim": 16,
         "attention_hidden_size": 64,
@@ -81,14 +97,12 @@ SPECIAL: dict[str, dict] = {
         "num_kv_shared_layers": 2,
         "altup_num_inputs": 2,
     },
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "cohere_compass_text": {
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
         }
     },
-    "qwen4_exp": {"token_budget": 16, "compress_ratio": 4},
-    "qwen4_exp_text": {"token_budget": 16, "compress_ratio": 4},
     "xmod": {"default_language": "en_XX"},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
@@ -150,5 +164,7 @@ def model(kind, seed=0):
         for name, parameter in own.named_parameters():
             if parameter.ndim == 1 and "A_log" not in name and "dt_bias" not in name:
                 parameter.add_(0.05 * torch.randn_like(parameter))
+            elif not parameter.any():  # kernels that begin as zeros, as those of xLSTM's gates
+                parameter.normal_(0, 0.05)
     own.tie_weights()
     return own
