@@ -46,6 +46,7 @@ METHODS: dict[str, list[str]] = {
     "admm, dense targets, loss": [*ADMM, "--allocate", "loss"],
     "admm, dense targets, reconstruct": [*ADMM, "--reconstruct", "8"],
     "alps, dense targets": [*ALPS],
+    "alps, damping 0.2, dense targets": ["alps", "--damping", "0.2", "--dense-targets", "0.5"],
     "alps, dense targets, loss": [*ALPS, "--allocate", "loss"],
 }
 """Words of `jprune prune` by the name of the row."""
