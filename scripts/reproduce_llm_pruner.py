@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--text", default="pydoc", help="perplexity is measured on it")
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--tune-steps", type=int, default=150)
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the tuning")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--tune-length", type=int, default=256)
     parser.add_argument("--keep", type=Path, help="where the models stay; by default they are thrown away")
@@ -82,7 +83,7 @@ def tune(model: Path, out: Path, args: argparse.Namespace) -> dict[str, Any]:
     said = jprune(
         *("tune", "lora", str(model), "--out", str(out), "--overwrite", "--data", args.data),
         *("--steps", str(args.tune_steps), "--batch-size", str(args.batch_size)),
-        *("--sequence-length", str(args.tune_length)),
+        *("--sequence-length", str(args.tune_length), "--learning-rate", str(args.learning_rate)),
     )
     return {
         "tuned": True,
