@@ -29,7 +29,7 @@ WHY: dict[Quality, str] = {
     "balanced": "the demo model at 60 % has 39 % less perplexity than after sparsegpt on the text of calibration, and "
     "47 % less on another, for 2.7 times the processor time",
     "best": "the demo model at 60 % has 40 % less perplexity than after sparsegpt on the text of calibration, and "
-    "42 % less on another, for eight times the processor time",
+    "42 % less on another, for about five times the processor time",
 }
 """What was measured, in words; docs/results.md has the table."""
 
@@ -63,7 +63,7 @@ class Auto:
 
     quality: Quality = "balanced"
     """What it may cost: fast (about 1.2 times what sparsegpt takes), balanced (about 2.7 times, no gradients) or best
-    (about eight times). What is chosen is printed, and stands in the record."""
+    (about five times). What is chosen is printed, and stands in the record."""
 
     def __post_init__(self):
         if self.quality not in get_args(Quality):

@@ -142,18 +142,9 @@ def _sorted_rows(plans: Sequence[Stages]) -> dict[str, int]:
 
 
 def rough_working(
-    unit: Part,
-    kernels: Sequence[Kernel],
-    method: Method,
-    x: jax.ShapeDtypeStruct | None,
-    passes: int = 0,
-    *,
-    spread: bool = False,
+    unit: Part, kernels: Sequence[Kernel], method: Method, x: jax.ShapeDtypeStruct | None, passes: int = 0
 ) -> int:
-    """Bytes, at most, that a unit takes beside weights and activations; x: one micro-batch of hidden states.
-
-    It is the same whether the run is `spread` over several devices or not.
-    """
+    """Bytes, at most, that a unit takes beside weights and activations; x: one micro-batch of hidden states."""
     elements = sum(math.prod(shape) for _, shape, _ in unit.shapes)
     groups = _sharing(kernels)
     seen = max((_count(members) * _seen_bytes(method, d_in) for d_in, members in groups), default=0)
@@ -182,7 +173,7 @@ def working(
     *,
     spread: bool = False,
 ) -> int:
-    """As `rough_working`, from the compiled programs."""
+    """As `rough_working`, from the compiled programs; `spread` over several devices or not."""
     wanted = tuple(_Wanted(dataclasses.replace(k, path=unit.relative(k.path))) for k in kernels)
     twice = _kernel_bytes(unit, kernels) if streams(method.statistic) > 1 else 0
     own = None if x is None else (x.shape, jnp.dtype(x.dtype))

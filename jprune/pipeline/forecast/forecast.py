@@ -218,7 +218,7 @@ class Forecast:
 
     def costs(self, layout: Layout) -> list[UnitCost]:
         """Of every unit."""
-        return self._of_parts(unit_cost, self.hidden(layout))
+        return self._of_parts(unit_cost, self.hidden(layout), spread=self.job.mesh.size > 1)
 
     def working(self, layout: Layout, *, exact: bool) -> list[int]:
         """Working memory of every unit on each device, in bytes."""
@@ -227,12 +227,12 @@ class Forecast:
         if hidden:
             shape = hidden[0].sharding.shard_shape(hidden[0].shape)
             x = jax.ShapeDtypeStruct(shape, hidden[0].dtype)
-        return self._of_parts(working if exact else rough_working, x)
+        options = {"spread": self.job.mesh.size > 1} if exact else {}
+        return self._of_parts(working if exact else rough_working, x, **options)
 
-    def _of_parts(self, estimate: Callable[..., T], x: Any) -> list[T]:
-        job = self.job
-        options = {"passes": job.recipe.reconstruct, "spread": job.mesh.size > 1}
-        return [estimate(part, job.kernels_of(part), job.method, x, **options) for part in job.parts]
+    def _of_parts(self, estimate: Callable[..., T], x: Any, **options: Any) -> list[T]:
+        job, passes = self.job, self.job.recipe.reconstruct
+        return [estimate(part, job.kernels_of(part), job.method, x, passes, **options) for part in job.parts]
 
     def plan(self, disk: Path) -> Plan:
         """Everything, with a short measurement of this machine."""
